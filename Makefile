@@ -1,0 +1,43 @@
+# make demo: the whole way on UCI digits, in minutes       make test: all tests       make lint: the linter
+# The virtual environment is made on first use, and made anew whenever a requirements file changes.
+
+PYTHON ?= python3
+HASH := $(shell cat requirements.txt requirements-dev.txt | $(PYTHON) -c "import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + sys.version.encode()).hexdigest()[:12])")
+VENV ?= $(HOME)/.cache/limpqp/venv-$(HASH)
+READY := $(VENV)/.installed-$(HASH)
+RUN := $(abspath $(VENV))/bin/python
+STAGES := indicators_pretraining quantization_search quantization_training
+MASTER := indicators_pretraining
+SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
+
+.PHONY: demo test lint sync clean environment
+.DELETE_ON_ERROR:
+
+environment: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $(READY)
+
+demo: $(READY)
+	$(RUN) demo.py
+
+test: $(READY)
+	@set -e; for folder in $(STAGES) .; do \
+		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q tests); done
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+
+sync:
+	rm -rf quantization_training/model quantization_training/quan quantization_training/util
+	rm -rf quantization_search/models quantization_search/util
+	find $(MASTER) -name __pycache__ -prune -exec rm -rf {} +
+	cp -r $(MASTER)/model $(MASTER)/quan $(MASTER)/util quantization_training/
+	cp -r $(MASTER)/model quantization_search/models
+	mkdir quantization_search/util
+	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
+
+clean:
+	rm -rf $(addsuffix /results,$(STAGES)) demo_results

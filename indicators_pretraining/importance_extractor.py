@@ -1,0 +1,94 @@
+"""Extract the importance indicators from a checkpoint: python importance_extractor.py CHECKPOINT --output FILE.pkl"""
+
+import math
+
+from util.checkpoint import load_checkpoint
+from util.command import Parser
+from util.errors import UserError, user_errors_on_one_line
+from util.exchange import strip_prefix, write_indicators
+
+CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed")
+
+
+def extract(checkpoint, source, bits=None):
+    """Read the trained step sizes of a jointly trained network.
+
+    Args:
+        checkpoint: as util.checkpoint.load_checkpoint gives it.
+        source: its path, for messages.
+        bits: candidate bit-widths of a checkpoint that does not say them itself.
+
+    Returns:
+        the content of an indicators file: 'weight' and 'act' are {layer: {bit: step size}}, 'layer_name' the layers in
+        network order. The indicator of a layer with one step size per channel is their mean.
+
+    Raises:
+        UserError: naming the layer whose step size is missing, not finite or not positive.
+    """
+    bits = checkpoint.get("bits") or bits
+    if not bits:
+        raise UserError(f"{source}: does not say its candidate bit-widths; give them by --b, in the order of training")
+    steps = checkpoint["state_dict"]
+    names = list(checkpoint.get("layers") or [name.removesuffix(".quan_w_fn.s") for name in steps
+                                              if name.endswith(".quan_w_fn.s")])
+    if not names:
+        raise UserError(f"{source}: holds no step sizes; is it a checkpoint of indicators_pretraining?")
+    content = {kind: {name: _indicators(steps, f"{name}.{quantizer}", bits, source) for name in names}
+               for kind, quantizer in (("weight", "quan_w_fn"), ("act", "quan_a_fn"))}
+    content["layer_name"] = [strip_prefix(name) for name in names]
+    content.update({key: checkpoint[key] for key in CARRIED if key in checkpoint})
+    return content
+
+
+def _indicators(steps, quantizer, bits, source):
+    """{bit: indicator} of one quantizer."""
+    tensor, ready = steps.get(f"{quantizer}.s"), steps.get(f"{quantizer}.init_state")
+    if tensor is None or len(tensor) != len(bits):
+        found = "nothing" if tensor is None else f"{len(tensor)} step sizes"
+        raise UserError(f"{source}: {quantizer}: found {found}, expected one step size per candidate {list(bits)}")
+    row = {}
+    for index, bit in enumerate(bits):
+        value = tensor[index].float().mean().item()
+        if not math.isfinite(value) or tensor[index].min() <= 0:
+            raise UserError(f"{source}: {quantizer}: the step size at {bit} bits is {value:g}, expected a positive number")
+        if ready is not None and not ready[index]:
+            raise UserError(f"{source}: {quantizer}: the step size at {bit} bits was never trained")
+        row[bit] = value
+    return row
+
+
+def not_growing(content):
+    """[(kind, layer, bit)] where an indicator is smaller than that of the next larger candidate."""
+    found = []
+    for kind in ("weight", "act"):
+        for name, row in content[kind].items():
+            bits = sorted(row, reverse=True)
+            found += [(kind, name, bit) for wider, bit in zip(bits, bits[1:], strict=False) if row[bit] < row[wider]]
+    return found
+
+
+def parse_arguments(arguments=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", help="<name>_checkpoint.pth.tar or <name>_best.pth.tar of main.py")
+    parser.add_argument("--output", required=True, metavar="FILE.pkl")
+    parser.add_argument("--b", nargs="+", type=int, metavar="BIT",
+                        help="candidates, in the order of training, of a checkpoint that does not carry them")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    content = extract(load_checkpoint(options.checkpoint), options.checkpoint, options.b)
+    rising = not_growing(content)
+    if rising:
+        shown = ", ".join(f"{name} ({kind}, {bit} bits)" for kind, name, bit in rising[:5])
+        print(f"warning: {len(rising)} indicators do not grow as bits shrink: {shown}"
+              + (", ..." if len(rising) > 5 else ""))
+    write_indicators(options.output, content)
+    bits = sorted(content["weight"][content["layer_name"][0]], reverse=True)
+    print(f"{options.output}: indicators of {len(content['layer_name'])} layers at {bits} bits")
+
+
+if __name__ == "__main__":
+    with user_errors_on_one_line():
+        main()

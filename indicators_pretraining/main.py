@@ -1,0 +1,53 @@
+"""Pre-train the importance indicators of a network.
+
+python main.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]
+python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
+"""
+
+import process
+from network import build_network
+from schema import IndicatorsConfig
+from util import distributed
+from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, restore
+from util.command import parse_training_arguments
+from util.config import load_config
+from util.data_loader import create_loaders, describe_data
+from util.errors import user_errors_on_one_line
+from util.monitor import Monitor, write_args
+from util.optim import create_optimizer
+
+
+def main(arguments=None):
+    configs, overrides, is_dry_run = parse_training_arguments(__doc__, arguments)
+    config = load_config(IndicatorsConfig, configs, overrides)
+    with distributed.process_group(config.training_device) as device:
+        distributed.set_seed(config.seed, config.dataloader.deterministic)
+        run(config, device, is_dry_run)
+
+
+def run(config, device, is_dry_run):
+    folder = RunFolder.of(config)
+    path, checkpoint = find_run(config, folder)
+    num_classes, input_size = describe_data(config.dataloader)
+    network = build_network(config, num_classes, input_size, fresh=checkpoint is None, device=device)
+    optimizer = create_optimizer(network.model, config)
+    start = restore(checkpoint, path, network.model, optimizer, config)
+    loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
+                             distributed.barrier, distributed.is_local_main())
+    if is_dry_run:
+        process.dry_run(network, loaders, optimizer, config)
+    elif config.eval:
+        process.evaluate_only(network, loaders, path)
+    elif is_finished(start.epoch, config, folder):
+        announce_finished(folder, config)
+    else:
+        with Monitor(folder.path, config, distributed.is_main(), start.wandb_id, start.epoch,
+                     distributed.describe_device(device), distributed.world_size()) as monitor:
+            distributed.on_main(write_args, folder.path, config)
+            process.pretrain(network, loaders, optimizer, config, monitor, folder, start)
+            process.final_evaluation(network, loaders, config, monitor, folder)
+
+
+if __name__ == "__main__":
+    with user_errors_on_one_line():
+        main()

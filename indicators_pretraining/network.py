@@ -1,0 +1,69 @@
+"""The jointly trained network: built from a name, quantized for all candidates, described for later stages."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from model import create_model, load_weights
+from model.layer_table import trace
+from quan.utils import BitSwitch, joint_modules, replace_module_by_names, searchable_layers, step_quantizers
+from util import distributed
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class JointNetwork:
+    """A network with quantized layers for all candidates, the switch between them, and the facts about it that travel
+    in its checkpoint: bits, num_classes, input_size, layers, fixed, batchnorms."""
+
+    model: nn.Module
+    switch: BitSwitch
+    facts: dict
+
+
+def build_network(config, num_classes, input_size, fresh, device):
+    """Build the network of a configuration.
+
+    Args:
+        config: the IndicatorsConfig.
+        num_classes, input_size: of the data.
+        fresh: take pre-trained weights, if configured; False where a checkpoint replaces them anyway.
+        device: where the network is to live.
+    """
+    model = create_model(config.arch, num_classes, pre_trained=fresh and config.pre_trained is True)
+    if fresh and isinstance(config.pre_trained, str):
+        load_weights(model, load_checkpoint(config.pre_trained)["state_dict"], config.pre_trained)
+    try:
+        graph = trace(model, input_size)
+    except ValueError as error:
+        raise UserError(f"arch: {config.arch}: {error}") from None
+    replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits))
+    if config.freeze_weights:
+        freeze_weights(model)
+    switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
+    facts = describe_network(config, model, graph, num_classes, input_size)
+    model.to(device)
+    distributed.broadcast_model(model)
+    return JointNetwork(model, switch, facts)
+
+
+def freeze_weights(model):
+    """Leave only step sizes and normalization layers to be trained."""
+    normalization = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    trained = {id(quantizer.s) for quantizer in step_quantizers(model).values()}
+    trained |= {id(parameter) for module in model.modules() if isinstance(module, normalization)
+                for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def describe_network(config, model, graph, num_classes, input_size):
+    """What later stages need to know of the network."""
+    rows = {name: call.as_row() for name, call in graph.layers.items()}
+    layers = {}
+    for name in searchable_layers(graph, config.quan.excepts):
+        signed = {"weight": True, "act": model.get_submodule(name).quan_a_fn.signed}
+        layers[name] = {**rows.pop(name), "signed": signed, "sparsity": 0.0}
+    return {"bits": list(config.target_bits), "num_classes": num_classes, "input_size": input_size,
+            "layers": layers, "fixed": rows, "batchnorms": dict(graph.batchnorms)}

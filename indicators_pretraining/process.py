@@ -1,0 +1,166 @@
+"""Joint training: one network learns the step sizes of all candidate bit-widths together."""
+
+import time
+
+import numpy as np
+from torch import nn
+
+from quan.utils import keep_steps_positive
+from util import distributed
+from util.checkpoint import training_state
+from util.metrics import Metrics, evaluate
+from util.optim import learning_rate, set_learning_rate
+from util.sampling import Stream, generator
+
+RANDOM = "random"
+
+
+def random_policy(layers, bits, seed, epoch, step):
+    """A bit-width drawn for each layer, {layer: bit}: the same on every rank, new in every step."""
+    draws = generator(Stream.POLICY, seed, epoch, step).integers(len(bits), size=len(layers))
+    return {layer: bits[draw] for layer, draw in zip(layers, draws, strict=True)}
+
+
+def joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation=False, metrics=None):
+    """Add up the gradients of one pass per candidate and one pass at the policy `chosen`.
+
+    Args:
+        model: the jointly trained network.
+        switch: its BitSwitch.
+        images, target: a batch, [batch, 3, height, width] and [batch].
+        criterion: loss of (logits, target), target being labels or probabilities [batch, classes].
+        chosen: {layer: bit} for the last pass.
+        in_place_distillation: passes after the widest learn from its answers instead of from the labels.
+        metrics: {bit or "random": Metrics} to add to.
+    """
+    widest, wanted = max(switch.bits), target
+    first = [widest] if in_place_distillation else []
+    for candidate in [*first, *(bit for bit in switch.bits if bit not in first), RANDOM]:
+        if candidate == RANDOM:
+            switch.policy(chosen)
+        else:
+            switch.uniform(candidate)
+        logits = model(images)
+        loss = criterion(logits, wanted)
+        loss.backward()
+        if metrics is not None:
+            metrics[candidate].update(logits.detach(), target, loss.detach())
+        if in_place_distillation and candidate == widest:
+            wanted = logits.detach().softmax(1)
+
+
+def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_place_distillation=False, metrics=None):
+    """One optimizer step on the gradients of all passes: added up, averaged over ranks, clipped to [-1, 1]."""
+    optimizer.zero_grad(set_to_none=True)
+    joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation, metrics)
+    distributed.average_gradients(model.parameters())
+    nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    optimizer.step()
+    keep_steps_positive(model)
+
+
+def train_one_epoch(model, switch, loader, optimizer, config, epoch, monitor):
+    """Train for one epoch (the first is 0) and log what each candidate reached in it."""
+    begun, criterion = time.time(), criterion_of(config)
+    model.train()
+    loader.set_epoch(epoch)
+    metrics = {candidate: Metrics(next(model.parameters()).device) for candidate in [*switch.bits, RANDOM]}
+    steps, layers = len(loader), list(switch.layers)
+    images_per_step = loader.images // steps
+    for step, (images, target) in enumerate(monitor.progress(loader, f"epoch {epoch + 1}", images_per_step, steps)):
+        set_learning_rate(optimizer, learning_rate(config, epoch + step / steps))
+        chosen = random_policy(layers, switch.bits, config.seed, epoch, step)
+        joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics)
+        if (step + 1) % config.log.print_freq == 0:
+            widest = metrics[max(switch.bits)].result()
+            monitor.step(epoch + 1, step + 1, steps, loss=widest["loss"], top1=widest["top1"])
+    distributed.average_batchnorm_statistics(model)
+    for candidate, value in metrics.items():
+        monitor.epoch(epoch + 1, "train", {**value.result(), "lr": optimizer.param_groups[0]["lr"],
+                                           "seconds": time.time() - begun}, bits=candidate)
+
+
+def evaluate_candidates(model, switch, loader):
+    """{bit: figures} with every searchable layer at that bit-width."""
+    figures = {}
+    for bit in switch.bits:
+        switch.uniform(bit)
+        figures[bit] = evaluate(model, loader)
+    return figures
+
+
+def criterion_of(config):
+    return nn.CrossEntropyLoss(label_smoothing=config.smoothing)
+
+
+def pretrain(network, loaders, optimizer, config, monitor, folder, start):
+    """Train to the last epoch, validating every candidate at each val_cycle; write a checkpoint after each epoch.
+
+    Args:
+        network: the JointNetwork.
+        start: the Start of this run.
+    """
+    model, switch, best = network.model, network.switch, start.best
+    if start.epoch:
+        monitor.log(f"continuing after epoch {start.epoch}")
+    if start.changed:
+        monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
+    last = config.epochs + config.cooldown_epochs
+    for epoch in range(start.epoch, last):
+        train_one_epoch(model, switch, loaders.train, optimizer, config, epoch, monitor)
+        top1 = top5 = None
+        if (epoch + 1) % config.val_cycle == 0 or epoch + 1 == last:
+            top1, top5 = validate(model, switch, loaders.val, epoch + 1, monitor)
+        is_best = top1 is not None and top1 > best
+        best = top1 if is_best else best
+        state = training_state(model, optimizer, epoch + 1, {"top1": best, "top5": top5}, config, monitor)
+        if distributed.is_main():
+            folder.save({**state, **network.facts}, is_best)
+
+
+def validate(model, switch, loader, epoch, monitor):
+    """Validate every candidate and log it; return the mean top-1 and top-5 over candidates."""
+    figures = evaluate_candidates(model, switch, loader)
+    for bit, row in figures.items():
+        monitor.epoch(epoch, "val", row, bits=bit)
+    top1, top5 = (float(np.mean([row[key] for row in figures.values()])) for key in ("top1", "top5"))
+    monitor.scores(epoch, top1, top5)
+    monitor.save_plots()
+    return top1, top5
+
+
+def final_evaluation(network, loaders, config, monitor, folder):
+    """Evaluate every candidate on the test set, log it, and write summary.yaml."""
+    figures = evaluate_candidates(network.model, network.switch, loaders.test)
+    epochs = config.epochs + config.cooldown_epochs
+    for bit, row in figures.items():
+        monitor.epoch(epochs, "test", row, bits=bit)
+    if distributed.is_main():
+        folder.summarise({"name": config.name, "arch": config.arch, "epochs": epochs, "candidates": figures})
+
+
+def evaluate_only(network, loaders, path):
+    """Print what every candidate reaches on the test set."""
+    for bit, row in evaluate_candidates(network.model, network.switch, loaders.test).items():
+        if distributed.is_main():
+            print(f"{path} at {bit} bits: loss {row['loss']:.4f}  top-1 {row['top1']:.3f}  top-5 {row['top5']:.3f}")
+
+
+def dry_run(network, loaders, optimizer, config):
+    """Compute one batch and report sizes; nothing is written."""
+    network.model.train()
+    switch, facts = network.switch, network.facts
+    images, target = next(iter(loaders.train))
+    metrics = {candidate: Metrics(images.device) for candidate in [*switch.bits, RANDOM]}
+    chosen = random_policy(list(switch.layers), switch.bits, config.seed, 0, 0)
+    joint_step(network.model, switch, images, target, criterion_of(config), optimizer, chosen,
+               config.in_place_distillation, metrics)
+    layers, size = [*facts["layers"].values(), *facts["fixed"].values()], facts["input_size"]
+    report = [f"{config.arch}: {len(facts['layers'])} searchable layers, {len(facts['fixed'])} fixed; "
+              f"{sum(row['params'] for row in layers) / 1e6:.3f} M weights, "
+              f"{sum(row['macs_exact'] for row in layers) / 1e6:.1f} M MACs at {size}x{size}",
+              f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(images.shape)}, "
+              f"{loaders.val.images} validation images",
+              *(f"loss at {candidate} bits: {value.result()['loss']:.4f}" for candidate, value in metrics.items())]
+    if distributed.is_main():
+        print("\n".join([*report, "dry run: nothing was written"]))

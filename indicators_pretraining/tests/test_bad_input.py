@@ -1,0 +1,112 @@
+"""What a newcomer gets wrong: one clear line on stderr, exit status 2, nothing written."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import importance_extractor
+import main
+from util.checkpoint import save_checkpoint
+from util.errors import user_errors_on_one_line
+
+CONFIG = """
+name: run
+output_dir: out
+arch: resnet20
+target_bits: [4, 2]
+dataloader: {dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.1}
+wandb: {mode: disabled}
+quan: {act: {all_positive: true}, excepts: {conv1: , bn1: , fc: }}
+epochs: 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def complaint(capsys, command, *arguments):
+    """The one line a command says to stderr when it refuses; the folder stays as it was."""
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        command(list(arguments))
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+    assert sorted(os.listdir()) == before, "something was written"
+    return said.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["config.yaml", "epochz=3"], "command line: epochz: unknown key; did you mean 'epochs'?"),
+    (["config.yaml", "quan.excepts.con1.weight.bit="], "no such layer; did you mean 'conv1'"),
+    (["config.yaml", "arch=resnt20"], "arch: 'resnt20' is not a known network; did you mean 'resnet20'?"),
+    (["config.yaml", "arch=resnet20", "pre_trained=true"], "pre_trained: torchvision has no weights of resnet20"),
+    (["config.yaml", "pre_trained=nowhere.pth"], "nowhere.pth: cannot read the checkpoint"),
+    (["config.yaml", "resume.path=nowhere.pth"], "nowhere.pth: cannot read the checkpoint"),
+    (["config.yaml", "resume.path=config.yaml"], "config.yaml: "),
+    (["config.yaml", "dataloader.dataset=imagenet", "dataloader.path=missing", "dataloader.input_size="], "missing"),
+    (["config.yaml", "dataloader.dataset=cifar10", "dataloader.input_size="], "dataloader.path"),
+    (["config.yaml", "dataloader.batch_size=5000"], "dataloader.batch_size"),
+    (["config.yaml", "dataloader.num_classes=7"], "dataloader.num_classes"),
+    (["config.yaml", "eval=true"], "resume.path: nothing to evaluate"),
+    (["config.yaml", "training_device=gpu"], "training_device: found gpu") if not torch.cuda.is_available() else
+    (["config.yaml", "training_device=tpu"], "training_device"),
+    (["nowhere.yaml"], "nowhere.yaml: cannot read the file"),
+    (["epochs=3"], "a configuration file is needed"),
+    ([], "required"),
+    (["config.yaml", "--dryrun"], "--dryrun"),
+    (["config.yaml", "arch=alexnet"], "arch: alexnet: the network does not take images of 8x8"),
+])
+def test_training(folder, capsys, arguments, message):
+    assert message in complaint(capsys, main.main, *arguments)
+
+
+def test_a_truncated_checkpoint_is_not_continued(folder, capsys):
+    main.main(["config.yaml"])
+    capsys.readouterr()
+    path = folder / "out" / "run" / "run_checkpoint.pth.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "run_checkpoint.pth.tar: damaged or not a checkpoint" in complaint(capsys, main.main, "config.yaml")
+
+
+def test_a_checkpoint_of_another_network_is_refused(folder, capsys):
+    save_checkpoint("other", {"arch": "resnet18", "state_dict": {}, "epoch": 1, "config": {}, "extras": {"top1": 0}})
+    assert "other: holds resnet18, but arch is resnet20" in complaint(capsys, main.main, "config.yaml", "resume.path=other")
+    torch.save(nn.Linear(3, 3).state_dict(), "weights")
+    assert "weights: the tensor weight is not part of this network" in complaint(
+        capsys, main.main, "config.yaml", "pre_trained=weights")
+
+
+def test_a_run_is_continued_only_with_its_own_bits_and_never_overwritten(folder, capsys):
+    main.main(["config.yaml"])
+    capsys.readouterr()
+    assert "another target_bits" in complaint(capsys, main.main, "config.yaml", "target_bits=[8, 4]")
+    assert "holds a run" in complaint(capsys, main.main, "config.yaml", "resume.path=none")
+    main.main(["config.yaml"])
+    assert "this run is finished" in capsys.readouterr().out
+    main.main(["config.yaml", "epochs=2", "eval=false", "dataloader.workers=3"])
+    said = capsys.readouterr().out
+    assert "continuing after epoch 1" in said and "epochs changed" in said and "epoch 2 val 4 bits" in said
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "cut"])
+def test_extraction_from_what_is_no_checkpoint(folder, capsys, content):
+    save_checkpoint("c", {"state_dict": {"x": torch.ones(1000)}})
+    with open("c", "rb") as file:
+        whole = file.read()
+    with open("c", "wb") as file:
+        file.write(whole[:len(whole) // 2] if content == "cut" else content)
+    assert "c: " in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+
+
+def test_extraction_from_a_checkpoint_of_another_stage(folder, capsys):
+    save_checkpoint("c", {"state_dict": {"x": torch.ones(3)}, "bits": [4]})
+    assert "holds no step sizes" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+    save_checkpoint("c", {"state_dict": {"x": torch.ones(3)}})
+    assert "--b" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")

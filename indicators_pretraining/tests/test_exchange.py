@@ -1,0 +1,115 @@
+"""Indicators and policies: read back as written, refused when they are something else."""
+
+import collections
+import pickle
+
+import pytest
+import torch
+
+from importance_extractor import extract, not_growing
+from util.errors import UserError
+from util.exchange import read_indicators, read_policy, write_indicators, write_policy
+
+CONTENT = {"weight": {"a": {4: 0.1, 2: 0.3}, "b": {4: 0.2, 2: 0.1}}, "act": {"a": {4: 1.0, 2: 2.0}, "b": {4: 1.0, 2: 1.0}},
+           "layer_name": ["a", "b"], "arch": "resnet20"}
+POLICY = {"arch": "resnet20", "layer_name": ["a", "b"], "weight_bits": [4, 2], "act_bits": [3, 3]}
+
+
+def test_indicators_come_back_as_written_in_the_published_format(tmp_path):
+    path = str(tmp_path / "i.pkl")
+    write_indicators(path, CONTENT)
+    assert read_indicators(path) == CONTENT
+    with open(path, "rb") as file:
+        assert pickle.load(file)["weight"]["a"] == {"4": 0.1, "2": 0.3}
+
+
+def test_a_module_prefix_is_dropped_only_where_there_is_one(tmp_path):
+    path = str(tmp_path / "i.pkl")
+    write_indicators(path, {"weight": {"module.a": {2: 1.0}, "modules": {2: 1.0}},
+                            "act": {"module.a": {2: 1.0}, "modules": {2: 1.0}}, "layer_name": ["module.a", "modules"]})
+    assert read_indicators(path)["layer_name"] == ["a", "modules"]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("content", [
+    Evil(), {"weight": Evil(), "act": {}, "layer_name": ["a"]}, collections.OrderedDict(), [1], {"weight": {}},
+    {**CONTENT, "layer_name": []}, {**CONTENT, "layer_name": ["a", "c"]}, {**CONTENT, "layer_name": ["a", "a"]},
+    {**CONTENT, "weight": {"a": {"4": "much"}, "b": {}}}, {**CONTENT, "act": {"a": {4: float("nan")}, "b": {}}},
+    {**CONTENT, "act": {"a": {"four": 1.0}, "b": {}}}, {**CONTENT, "act": {"a": 3, "b": {}}}])
+def test_other_pickles_are_refused_and_run_nothing(tmp_path, capsys, content):
+    path = tmp_path / "i.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="i.pkl"):
+        read_indicators(str(path))
+    assert "code ran" not in capsys.readouterr().out
+
+
+def test_truncated_and_foreign_bytes_are_refused(tmp_path):
+    path = tmp_path / "i.pkl"
+    write_indicators(str(path), CONTENT)
+    whole = path.read_bytes()
+    for content in (*(whole[:length] for length in range(0, len(whole), 7)), b"\x80\x04.", b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="i.pkl"):
+            read_indicators(str(path))
+
+
+def test_a_policy_comes_back_as_written_with_its_lists_on_one_line_each(tmp_path):
+    path = tmp_path / "p.yaml"
+    write_policy(str(path), {**POLICY, "weight_bits": [4] * 60, "act_bits": [2] * 60,
+                             "layer_name": [f"layer{i}" for i in range(60)]})
+    assert read_policy(str(path))["weight_bits"] == [4] * 60
+    assert f"weight_bits: {[4] * 60}\n" in path.read_text()
+
+
+@pytest.mark.parametrize("change", [{"weight_bits": [4]}, {"weight_bits": [4, 9]}, {"act_bits": "3 3"}, {"act_bits": [3, 2.5]},
+                                    {"layer_name": ["a", "a"]}, {"layer_name": None}, {"act_bits": [True, 3]}])
+def test_a_policy_that_is_none_is_refused(tmp_path, change):
+    path = str(tmp_path / "p.yaml")
+    write_policy(path, {**POLICY, **change})
+    with pytest.raises(UserError, match="p.yaml"):
+        read_policy(path)
+
+
+def checkpoint(**steps):
+    state = {f"{layer}.{quantizer}.{entry}": torch.tensor([0.1, 0.3]) if entry == "s" else torch.ones(2)
+             for layer in ("a", "b") for quantizer in ("quan_w_fn", "quan_a_fn") for entry in ("s", "init_state")}
+    state.update({name.replace("__", "."): tensor for name, tensor in steps.items()})
+    return {"state_dict": {name: tensor for name, tensor in state.items() if tensor is not None}, "bits": [4, 2],
+            "layers": {"a": {}, "b": {}}, "fixed": {}, "arch": "resnet20", "input_size": 16}
+
+
+def test_indicators_are_the_trained_step_sizes():
+    content = extract(checkpoint(b__quan_w_fn__s=torch.tensor([0.5, 0.25])), "c")
+    assert content["weight"] == {"a": {4: pytest.approx(0.1), 2: pytest.approx(0.3)}, "b": {4: 0.5, 2: 0.25}}
+    assert content["layer_name"] == ["a", "b"] and content["bits"] == [4, 2] and content["arch"] == "resnet20"
+    assert not_growing(content) == [("weight", "b", 2)]
+
+
+def test_the_indicator_of_per_channel_steps_is_their_mean():
+    content = extract(checkpoint(a__quan_w_fn__s=torch.tensor([[0.1, 0.3], [0.2, 0.6]])), "c")
+    assert content["weight"]["a"] == {4: pytest.approx(0.2), 2: pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize(("steps", "message"), [
+    ({"b__quan_a_fn__s": None}, "b.quan_a_fn: found nothing"),
+    ({"b__quan_w_fn__s": torch.ones(3)}, "b.quan_w_fn: found 3 step sizes"),
+    ({"a__quan_w_fn__s": torch.tensor([0.1, -0.2])}, "a.quan_w_fn: the step size at 2 bits is -0.2"),
+    ({"a__quan_w_fn__s": torch.tensor([0.0, 0.2])}, "a.quan_w_fn: the step size at 4 bits is 0"),
+    ({"a__quan_w_fn__s": torch.tensor([float("nan"), 0.2])}, "a.quan_w_fn: the step size at 4 bits is nan"),
+    ({"a__quan_a_fn__init_state": torch.tensor([1.0, 0.0])}, "a.quan_a_fn: the step size at 2 bits was never trained")])
+def test_a_step_size_that_cannot_be_an_indicator_names_its_layer(steps, message):
+    with pytest.raises(UserError, match=message):
+        extract(checkpoint(**steps), "c")
+
+
+def test_bits_come_from_the_checkpoint_and_only_else_from_the_command_line():
+    bare = {"state_dict": checkpoint()["state_dict"]}
+    with pytest.raises(UserError, match="--b"):
+        extract(bare, "c")
+    assert list(extract(bare, "c", [8, 3])["weight"]["a"]) == [8, 3]
+    assert list(extract(checkpoint(), "c", [8, 3])["weight"]["a"]) == [4, 2]

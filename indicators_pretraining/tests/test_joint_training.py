@@ -1,0 +1,229 @@
+"""Joint training against a literal transcription of its formula, and over two processes against one."""
+
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from torch import nn
+
+import process
+from model.layer_table import trace
+from network import build_network, freeze_weights
+from quan.utils import BitSwitch, joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
+from schema import IndicatorsConfig
+from util import distributed
+from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from util.errors import UserError
+from util.optim import create_optimizer
+
+BITS = [2, 4, 3]  # on purpose not sorted
+EXCEPTS = {"stem": ExceptionConfig(), "bn_stem": ExceptionConfig(), "fc": ExceptionConfig()}
+
+
+class SmallNet(nn.Module):
+    """An excepted stem, two searchable convolutions with a BatchNorm each, and an excepted classifier."""
+
+    def __init__(self, batchnorm=True):
+        super().__init__()
+        make = nn.BatchNorm2d if batchnorm else lambda channels: nn.Identity()
+        self.bn_second, self.bn_first, self.bn_stem = make(5), make(4), make(3)
+        self.stem = nn.Conv2d(3, 3, 3, bias=False)
+        self.second = nn.Conv2d(4, 5, 3, stride=2, groups=1)
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = F.relu(self.bn_stem(self.stem(x)))
+        x = F.relu(self.bn_first(self.first(x)))
+        x = F.relu(self.bn_second(self.second(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def jointly_quantized(batchnorm=True, seed=0):
+    torch.manual_seed(seed)
+    model = SmallNet(batchnorm).double()
+    graph = trace(model, 9)
+    excepts = EXCEPTS if batchnorm else {name: EXCEPTS[name] for name in ("stem", "fc")}
+    config = QuanConfig(act=QuantizerConfig(all_positive=True), excepts=excepts)
+    replace_module_by_names(model, joint_modules(model, graph, config, BITS))
+    return model.double().train(), BitSwitch(model, graph, excepts, BITS)
+
+
+def batch(count=8):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(count, 3, 9, 9, generator=generator, dtype=torch.float64),
+            torch.randint(3, (count,), generator=generator))
+
+
+def transcription(tensors, images, target, policies, distilled):
+    """Gradients of one joint step, written down from the formulas with nothing but torch operations.
+
+    tensors: {name: tensor} with the names of a checkpoint. policies: per pass, (BatchNorm copies, layer bits).
+    """
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+
+    def quantize(v, name, bit, signed):
+        qn, qp = (2 ** (bit - 1), 2 ** (bit - 1) - 1) if signed else (0, 2**bit - 1)
+        s = leaves[f"{name}.s"][BITS.index(bit)]
+        g = 1 / math.sqrt(v.numel() * qp)
+        s = (s - s * g).detach() + s * g
+        scaled = v / s
+        clipped = torch.where(scaled < -qn, -qn, torch.where(scaled > qp, qp, scaled))
+        return (clipped + (clipped.round() - clipped).detach()) * s
+
+    def batchnorm(x, name):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt() * leaves[f"{name}.weight"].view(1, -1, 1, 1) \
+            + leaves[f"{name}.bias"].view(1, -1, 1, 1)
+
+    def convolve(x, name, bit, **options):
+        return F.conv2d(quantize(x, f"{name}.quan_a_fn", bit, False),
+                        quantize(leaves[f"{name}.weight"], f"{name}.quan_w_fn", bit, True), leaves[f"{name}.bias"],
+                        **options)
+
+    wanted = F.one_hot(target, 3).double()
+    for first, second in policies:
+        x = F.relu(batchnorm(F.conv2d(images, leaves["stem.weight"]), "bn_stem.bn"))
+        x = F.relu(batchnorm(convolve(x, "first", first, padding=1), f"bn_first.bns.{BITS.index(first)}"))
+        x = F.relu(batchnorm(convolve(x, "second", second, stride=2), f"bn_second.bns.{BITS.index(second)}"))
+        logits = F.linear(x.mean((2, 3)), leaves["fc.weight"], leaves["fc.bias"])
+        loss = -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
+        loss.backward()
+        if distilled:  # the first pass is the widest one
+            wanted, distilled = F.softmax(logits, 1).detach(), False
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_joint_step_equals_its_literal_transcription(distilled):
+    model, switch = jointly_quantized()
+    images, target = batch()
+    model.fc.weight.data.mul_(40)  # large gradients, so that some are clipped
+    for quantizer in step_quantizers(model).values():  # no step takes its value from the data during the comparison
+        quantizer.s.data.mul_(torch.tensor([0.7, 0.4, 0.55], dtype=torch.float64))
+        quantizer.init_state.fill_(1)
+        quantizer._initialized = [True] * 3
+    chosen = {"first": 3, "second": 2}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    order = [(4, 4), (2, 2), (3, 3), (3, 2)] if distilled else [(2, 2), (4, 4), (3, 3), (3, 2)]
+    expected = transcription(before, images, target, order, distilled)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    process.joint_step(model, switch, images, target, nn.CrossEntropyLoss(), optimizer, chosen, distilled)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1, "nothing to clip: the test shows too little"
+    for name, parameter in model.named_parameters():
+        wanted = before[name] - 0.5 * expected[name].clamp(-1, 1)
+        if name.endswith(".s"):
+            wanted = wanted.clamp(min=1e-5)
+        torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-9, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_parameters_without_a_gradient_are_left_as_they_are():
+    model, switch = jointly_quantized()
+    model.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    process.joint_step(model, switch, *batch(), nn.CrossEntropyLoss(), optimizer, {"first": 3, "second": 2})
+    assert torch.equal(model.unused, torch.ones(3, dtype=torch.float64))
+
+
+def test_frozen_weights_stay_and_step_sizes_learn():
+    model, switch = jointly_quantized()
+    freeze_weights(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        process.joint_step(model, switch, *batch(), nn.CrossEntropyLoss(), optimizer, {"first": 3, "second": 2})
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {name for name in before if name.endswith((".s",)) or ".bns." in name or ".bn." in name} == changed
+
+
+def test_step_sizes_biases_and_normalization_get_no_weight_decay():
+    model, _ = jointly_quantized()
+    optimizer = create_optimizer(model, IndicatorsConfig(weight_decay=0.1))
+    decayed = {id(parameter) for group in optimizer.param_groups if group["weight_decay"] for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+    assert names == {"stem.weight", "first.weight", "second.weight", "fc.weight"}
+
+
+def test_per_channel_step_sizes_get_no_weight_decay():
+    model = SmallNet()
+    config = QuanConfig(weight=QuantizerConfig(per_channel=True), excepts=EXCEPTS)
+    replace_module_by_names(model, joint_modules(model, trace(model, 9), config, BITS))
+    optimizer = create_optimizer(model, IndicatorsConfig(weight_decay=0.1))
+    decayed = {id(parameter) for group in optimizer.param_groups if group["weight_decay"] for parameter in group["params"]}
+    assert id(model.first.quan_w_fn.s) not in decayed and model.first.quan_w_fn.s.shape == (3, 4)
+
+
+def test_random_policies_repeat_with_the_seed_and_change_with_the_step():
+    layers = [f"layer{index}" for index in range(40)]
+    draws = [process.random_policy(layers, BITS, seed, epoch, step)
+             for seed in range(2) for epoch in range(2) for step in range(3)]
+    assert draws == [process.random_policy(layers, BITS, seed, epoch, step)
+                     for seed in range(2) for epoch in range(2) for step in range(3)]
+    assert len({tuple(draw.values()) for draw in draws}) == len(draws)
+    assert {bit for draw in draws for bit in draw.values()} == set(BITS)
+
+
+def test_the_widest_candidate_answers_first_in_distillation_only():
+    model, switch = jointly_quantized()
+    seen = []
+    for distilled in (False, True):
+        hook = model.first.register_forward_pre_hook(lambda layer, _: seen.append(layer.quan_w_fn.bits[layer.quan_w_fn.index]))
+        process.joint_gradients(model, switch, *batch(), nn.CrossEntropyLoss(), {"first": 3, "second": 2}, distilled)
+        hook.remove()
+    assert seen == [2, 4, 3, 3, 4, 2, 3, 3]
+
+
+def joined_gradients(parts, own_images, own_target):
+    """{name: gradient} of a joint step on a net without BatchNorm, averaged over ranks, and the random policy drawn."""
+    model, switch = jointly_quantized(batchnorm=False)
+    set_batch_parts(model, parts)
+    chosen = process.random_policy(list(switch.layers), switch.bits, 5, 0, 0)
+    process.joint_gradients(model, switch, own_images, own_target, nn.CrossEntropyLoss(), chosen)
+    distributed.average_gradients(model.parameters())
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, chosen, \
+        {name: quantizer.s.detach().clone() for name, quantizer in step_quantizers(model).items()}
+
+
+def one_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    images, target = batch()
+    result = joined_gradients(2, images[rank::2], target[rank::2])
+    network = build_network(IndicatorsConfig(arch="resnet20", seed=rank), 10, 16, True, torch.device("cpu"))
+    bn = nn.BatchNorm2d(2)
+    bn.running_mean.fill_(rank)
+    bn.running_var.fill_(3 + 2 * rank)
+    distributed.average_batchnorm_statistics(bn)
+    weights = distributed.gather_objects({"conv": network.model.layer1[0].conv1.weight.detach().clone()})
+    try:
+        distributed.on_main(refuse)
+        message = None
+    except UserError as error:
+        message = str(error)
+    torch.save((result, torch.equal(weights[0]["conv"], weights[1]["conv"]), message,
+                [bn.running_mean.tolist(), bn.running_var.tolist()]), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def refuse():
+    raise UserError("only rank 0 looked")
+
+
+def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
+    multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    gradients, chosen, steps = joined_gradients(1, *batch())
+    for (got, drawn, initial), same_weights, message, statistics in results:
+        assert drawn == chosen and same_weights and message == "only rank 0 looked"
+        assert statistics == [[0.5, 0.5], [4, 4]]
+        assert got.keys() == gradients.keys() and any(name.endswith("quan_a_fn.s") for name in got)
+        for name, value in steps.items():
+            torch.testing.assert_close(initial[name], value, rtol=1e-6, atol=0)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+    first, second = results[0][0][0], results[1][0][0]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+

@@ -1,0 +1,385 @@
+"""Configuration: YAML files and `dotted.key=value` overrides, checked against one typed schema before work starts.
+
+A schema is a frozen dataclass. Its fields say what exists, of which type, with which default; `bounded` and
+`Literal` say which values are allowed. A blank value in the YAML means the default.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+import yaml
+
+from util.errors import UserError, nearest
+
+MAX_ALIASES = 100
+
+
+def bounded(default, low=None, high=None, above=None, below=None):
+    """A field whose number must satisfy low <= value <= high, or the strict bounds above < value < below."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "below": below})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections that every training stage has, with LIMPQ's keys.
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "digits", "folder"] = "imagenet"
+    num_classes: int | None = bounded(None, low=2)
+    path: str | None = None
+    batch_size: int = bounded(64, low=1)
+    workers: int = bounded(4, low=0)
+    deterministic: bool = False
+    serialized: bool = False
+    val_split: float = bounded(0.0, low=0, below=1)
+    data_fraction: float = bounded(1.0, above=0, high=1)
+    input_size: int | None = bounded(None, low=4)
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    path: str = "auto"
+    lean: bool = False
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    num_best_scores: int = bounded(3, low=1)
+    print_freq: int = bounded(20, low=1)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "limpqp"
+    entity: str | None = None
+    tags: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    mode: Literal["lsq"] = "lsq"
+    bit: int | None = bounded(None, low=2, high=8)
+    per_channel: bool = False
+    symmetric: bool = False
+    all_positive: bool = False
+    init: Literal["lsq", "three_sigma"] = "lsq"
+
+
+@dataclass(frozen=True)
+class ExceptedQuantizerConfig:
+    bit: int | None = bounded(None, low=2, high=8)
+    all_positive: bool | None = None
+
+
+@dataclass(frozen=True)
+class ExceptionConfig:
+    act: ExceptedQuantizerConfig = ExceptedQuantizerConfig()
+    weight: ExceptedQuantizerConfig = ExceptedQuantizerConfig()
+
+
+@dataclass(frozen=True)
+class QuanConfig:
+    act: QuantizerConfig = QuantizerConfig(all_positive=True)
+    weight: QuantizerConfig = QuantizerConfig()
+    excepts: dict[str, ExceptionConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every training run is made of. The keys are LIMPQ's, so that its YAML files run unchanged."""
+
+    name: str = "run"
+    output_dir: str = "results"
+    seed: int = bounded(0, low=0)
+    training_device: Literal["auto", "gpu", "cpu"] = "auto"
+    gpu: typing.Any = None
+    arch: str = "resnet50"
+    pre_trained: bool | str = False
+    target_bits: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2])
+    freeze_weights: bool = False
+    eval: bool = False
+    fp_model: bool = False
+
+    dataloader: DataConfig = DataConfig()
+    resume: ResumeConfig = ResumeConfig()
+    log: LogConfig = LogConfig()
+    wandb: WandbConfig = WandbConfig()
+    quan: QuanConfig = QuanConfig()
+
+    epochs: int = bounded(10, low=1)
+    smoothing: float = bounded(0.0, low=0, below=1)
+    opt: Literal["sgd", "adamw"] = "sgd"
+    lr: float = bounded(0.01, above=0)
+    momentum: float = bounded(0.9, low=0, below=1)
+    weight_decay: float = bounded(1e-4, low=0)
+    sched: Literal["cosine", "step", "constant"] = "cosine"
+    min_lr: float = bounded(0.0, low=0)
+    decay_rate: float = bounded(0.1, above=0, high=1)
+    decay_epochs: float = bounded(30, above=0)
+    warmup_epochs: float = bounded(0, low=0)
+    warmup_lr: float = bounded(0.0, low=0)
+    cooldown_epochs: int = bounded(0, low=0)
+    val_cycle: int = bounded(1, low=1)
+    weight_bits: int | list[int] | None = None
+    act_bits: int | list[int] | None = None
+
+    def __post_init__(self):
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            raise UserError(f"name: {self.name!r} cannot name a folder")
+        for statistic in ("mean", "std"):
+            values = getattr(self.dataloader, statistic)
+            if values is not None and (len(values) != 3 or (statistic == "std" and min(values) <= 0)):
+                raise UserError(f"dataloader.{statistic}: found {values}, expected three numbers, one per colour channel")
+        if self.quan.weight.all_positive:
+            raise UserError("quan.weight.all_positive: weights are always signed; leave it false")
+        if self.quan.act.per_channel:
+            raise UserError("quan.act.per_channel: activations have one step size per layer; leave it false")
+        check_bits("target_bits", self.target_bits)
+
+
+def check_bits(key, bits):
+    """Refuse candidate bit-widths that are missing, repeated, or outside 2..8."""
+    if not bits or len(set(bits)) != len(bits) or not all(2 <= bit <= 8 for bit in bits):
+        raise UserError(f"{key}: found {bits}, expected different bit-widths from 2 to 8, such as [6, 5, 4, 3, 2]")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+def load_config(schema, paths, overrides=()):
+    """Read YAML files, later ones over earlier ones, then `dotted.key=value` overrides, into `schema`.
+
+    Args:
+        schema: a frozen dataclass type.
+        paths: YAML files; at least one.
+        overrides: strings such as "dataloader.batch_size=32"; the value is read as YAML.
+
+    Raises:
+        UserError: naming the file, the key, what was found and what is allowed.
+    """
+    merged, origin = {}, {}
+    for path in paths:
+        merge(merged, read_yaml(path), origin, path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r}: expected dotted.key=value")
+        merge(merged, nest(key.split("."), parse_yaml(value, f"override {override!r}")), origin, "command line")
+    return build(schema, merged, "", Origin(paths[0], origin))
+
+
+def read_yaml(path):
+    """Read a YAML file that holds a mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the file ({getattr(error, 'strerror', None) or 'not text'})") from None
+    data = parse_yaml(text, path)
+    if data is None:
+        raise UserError(f"{path}: the file is empty")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found {describe(data)}")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses repeated keys and a flood of aliases."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.aliases = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            self.aliases += 1
+            if self.aliases > MAX_ALIASES:
+                raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in keys:
+                    raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
+                keys.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text, where):
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}:{line} not valid YAML ({problem})") from None
+
+
+def merge(base, extra, origin, source, prefix=""):
+    """Merge `extra` into `base` key by key; sections merge, everything else is replaced."""
+    for key, value in extra.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value, origin, source, f"{dotted}.")
+        else:
+            base[key] = value
+            origin[dotted] = source
+
+
+def nest(keys, value):
+    return {keys[0]: nest(keys[1:], value)} if len(keys) > 1 else {keys[0]: value}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which file, or the command line, a key came from."""
+
+    default: str
+    sources: dict
+
+    def of(self, dotted):
+        parts = dotted.split(".")
+        for length in range(len(parts), 0, -1):
+            source = self.sources.get(".".join(parts[:length]))
+            if source is not None:
+                return source
+        return self.default
+
+
+def build(schema, data, prefix, where):
+    """Build the frozen dataclass `schema` from a mapping, checking every key and value."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where.of(prefix[:-1])}: {prefix[:-1]}: expected a section, found {describe(data)}")
+    fields = {item.name: item for item in dataclasses.fields(schema)}
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        if key not in fields:
+            raise UserError(f"{where.of(dotted)}: {dotted}: unknown key{nearest(key, fields)}")
+        if value is not None:
+            values[key] = convert(hints[key], value, dotted, where, fields[key])
+    try:
+        return schema(**values)
+    except UserError as error:  # raised by __post_init__, whose messages begin with the key
+        key = str(error).partition(":")[0]
+        raise UserError(f"{where.of(prefix + key)}: {prefix}{error}") from None
+
+
+def convert(hint, value, dotted, where, item=None):
+    """Return `value` as the type `hint`, or raise a UserError that says what was expected."""
+    matched, result = try_convert(hint, value, dotted, where)
+    if not matched:
+        raise UserError(f"{where.of(dotted)}: {dotted}: expected {expected(hint)}, found {describe(value)}"
+                        + (nearest(value, typing.get_args(hint)) if typing.get_origin(hint) is Literal else ""))
+    if item is not None and isinstance(result, (int, float)) and not isinstance(result, bool):
+        check_bounds(result, item.metadata, dotted, where)
+    return result
+
+
+def try_convert(hint, value, dotted, where):
+    """Return (True, converted) where `value` fits `hint`, else (False, None)."""
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return True, value
+    if hint is type(None):
+        return value is None, None
+    if kind in (typing.Union, types.UnionType):
+        return next((pair for pair in (try_convert(arm, value, dotted, where) for arm in arguments) if pair[0]),
+                    (False, None))
+    if kind is Literal:
+        return value in arguments, value
+    if kind is list:
+        return (True, [convert(arguments[0], element, dotted, where) for element in value]) \
+            if isinstance(value, list) else (False, None)
+    if kind is dict:
+        return (True, {str(key): convert(arguments[1], {} if element is None else element, f"{dotted}.{key}", where)
+                       for key, element in value.items()}) if isinstance(value, dict) else (False, None)
+    if dataclasses.is_dataclass(hint):
+        return True, build(hint, value, f"{dotted}.", where)
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool), value
+    if hint is float:
+        return to_float(value)
+    if hint is str and isinstance(value, (int, float)):
+        return True, str(value)
+    return isinstance(value, hint), value
+
+
+def to_float(value):
+    """YAML 1.1 reads 1e-3 as text; accept it, and refuse what is not finite."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) else math.nan
+    except ValueError:
+        number = math.nan
+    return (True, number) if math.isfinite(number) else (False, None)
+
+
+def check_bounds(value, bounds, dotted, where):
+    limits = [(bounds.get("low"), "at least", lambda limit: value >= limit),
+              (bounds.get("high"), "at most", lambda limit: value <= limit),
+              (bounds.get("above"), "above", lambda limit: value > limit),
+              (bounds.get("below"), "below", lambda limit: value < limit)]
+    wanted = [f"{words} {limit}" for limit, words, _ in limits if limit is not None]
+    if not all(holds(limit) for limit, _, holds in limits if limit is not None):
+        raise UserError(f"{where.of(dotted)}: {dotted}: found {value}, allowed is {' and '.join(wanted)}")
+
+
+def expected(hint):
+    """Say in words which values a type hint allows."""
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(expected(arm) for arm in arguments if arm is not type(None))
+    if kind is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if kind is list:
+        return f"a list, each element {expected(arguments[0])}"
+    if kind is dict or dataclasses.is_dataclass(hint):
+        return "a section"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
+
+
+def describe(value):
+    """A found value, shortened, for an error message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or a deep nesting
+        return f"a {type(value).__name__} too large to print"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing.
+
+
+def to_plain(config):
+    """The configuration as plain dicts, lists and scalars, fit for YAML and for a checkpoint."""
+    return dataclasses.asdict(config)
+
+
+def flatten(data, prefix=""):
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    flat = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differing_keys(old, new):
+    """The dotted keys in which two plain configurations differ, in order."""
+    old, new = flatten(old), flatten(new)
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

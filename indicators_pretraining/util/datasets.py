@@ -1,0 +1,321 @@
+"""Reading image sets: what each dataset is, and its images, in memory or as a list of files.
+
+Everything that can be wrong with the files is a UserError that says what to put where.
+"""
+
+import contextlib
+import gzip
+import http.client
+import os
+import socket
+import struct
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from util.errors import UserError, reason
+from util.sampling import Stream, stratified_split
+
+DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
+DIGITS_LEVELS = 16
+DIGITS_TEST_FRACTION = 0.2
+FASHION_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+                 "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FASHION_PADDING = 2  # 28 x 28 to 32 x 32
+IDX_UNSIGNED_BYTES = 8
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a dataset before it is read. `num_classes` and `mean` are None where the files say it."""
+
+    title: str
+    num_classes: int | None
+    input_size: int
+    resizable: bool
+    flip: bool
+    mean: tuple | None
+    std: tuple | None
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# CIFAR: the statistics commonly published for the training images. Fashion-MNIST: measured over all pixels of the
+# 60,000 training images after padding to 32 x 32.
+FACTS = {
+    "imagenet": DatasetFacts("ImageNet", 1000, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
+    "folder": DatasetFacts("folder", None, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": DatasetFacts("CIFAR-10", 10, 32, False, True, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": DatasetFacts("CIFAR-100", 100, 32, False, True, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion_mnist": DatasetFacts("Fashion-MNIST", 10, 32, False, True, (0.2190,) * 3, (0.3318,) * 3),
+    "digits": DatasetFacts("digits", 10, 32, True, False, None, None),
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with their classes.
+
+    images: uint8 tensor [N, C, S, S] with C = 1 (grey) or 3, or a numpy array of N encoded file names.
+    labels: int64 numpy array [N].
+    """
+
+    images: torch.Tensor | np.ndarray
+    labels: np.ndarray
+
+    def to(self, device):
+        """The same set with its images, where they are in memory, on `device`."""
+        return self if isinstance(self.images, np.ndarray) else ImageSet(self.images.to(device), self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset as read. mean and std are per colour channel, of pixels from 0 to 1."""
+
+    train: ImageSet
+    test: ImageSet
+    class_names: tuple
+    mean: tuple
+    std: tuple
+
+
+def describe_data(config):
+    """The number of classes and the input size that a model for this data needs.
+
+    Reads nothing, except that for `folder` without num_classes the folders under train/ are counted.
+
+    Args:
+        config: a DataConfig.
+
+    Returns:
+        (num_classes, input_size)
+
+    Raises:
+        UserError: num_classes or input_size contradicts the dataset.
+    """
+    facts = FACTS[config.dataset]
+    if facts.num_classes and config.num_classes not in (None, facts.num_classes):
+        raise UserError(f"dataloader.num_classes: found {config.num_classes}, {facts.title} has {facts.num_classes} "
+                        "classes; leave it blank")
+    if not facts.resizable and config.input_size not in (None, facts.input_size):
+        raise UserError(f"dataloader.input_size: found {config.input_size}, {facts.title} is used at "
+                        f"{facts.input_size} x {facts.input_size} pixels only; leave it blank")
+    num_classes = config.num_classes or facts.num_classes or len(find_classes(data_path(config) / "train", "training"))
+    return num_classes, config.input_size or facts.input_size
+
+
+def read_dataset(config, downloads, barrier):
+    """Read the dataset that `config` (a DataConfig) names.
+
+    Args:
+        downloads: whether this process is the one on its machine that downloads missing files.
+        barrier: called once where files may be downloaded; returns when all processes have called it.
+
+    Returns:
+        Dataset
+
+    Raises:
+        UserError: saying what is missing or damaged and what to put where.
+    """
+    facts = FACTS[config.dataset]
+    if config.dataset in ("imagenet", "folder"):
+        train, test, class_names = read_folders(data_path(config), config.dataset, config.num_classes)
+    elif config.dataset == "digits":
+        train, test, class_names = read_digits(config.input_size or facts.input_size)
+    else:
+        read = read_fashion_mnist if config.dataset == "fashion_mnist" else read_cifar
+        path = data_path(config)
+        train, test, class_names = first_then_all(lambda download: read(path, config.dataset, download),
+                                                  downloads, barrier)
+    mean, std = (facts.mean, facts.std) if facts.mean else grey_mean_and_std(train.images)
+    return Dataset(train, test, class_names, tuple(config.mean or mean), tuple(config.std or std))
+
+
+def data_path(config):
+    """dataloader.path as a Path, or a UserError where the dataset needs one and none is given."""
+    if not config.path:
+        raise UserError(f"dataloader.path: dataset {config.dataset} needs the folder that holds its files")
+    return Path(config.path).expanduser()
+
+
+def grey_mean_and_std(images):
+    """Mean and standard deviation over all pixels (0 to 1) of grey uint8 images, each given for three channels."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    share = torch.bincount(images.flatten().long(), minlength=256).double() / images.numel()
+    mean = float(share @ values)
+    return (mean,) * 3, (float(share @ (values - mean).square()) ** 0.5,) * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image folders.
+
+
+def read_folders(path, dataset, num_classes):
+    """List path/train and path/val, which hold one folder of images per class, the same classes in both."""
+    train, classes = list_images(path / "train", "training", dataset)
+    test, test_classes = list_images(path / "val", "validation", dataset)
+    odd = sorted(set(classes) ^ set(test_classes))
+    if odd:
+        present, absent = ("train", "val") if odd[0] in classes else ("val", "train")
+        raise UserError(f"dataloader.path: class {odd[0]} is in {path / present} but not in {path / absent} "
+                        f"({len(odd)} classes differ); both need the same class folders")
+    if dataset == "imagenet" and len(classes) != FACTS["imagenet"].num_classes:
+        raise UserError(f"dataloader.path: {path / 'train'} holds {len(classes)} class folders, ImageNet has 1000; "
+                        "for images of your own write 'dataset: folder'")
+    if num_classes not in (None, len(classes)):
+        raise UserError(f"dataloader.num_classes: found {num_classes}, but {path / 'train'} holds {len(classes)} class "
+                        "folders; leave it blank")
+    return train, test, tuple(classes)
+
+
+def list_images(folder, part, dataset="folder"):
+    """Return (ImageSet of file names, class names) for a folder of class folders, each with at least one image."""
+    classes = find_classes(folder, part, dataset)
+    try:
+        samples = torchvision.datasets.ImageFolder(folder, allow_empty=True).samples
+    except OSError as error:
+        raise UserError(f"dataloader.path: cannot list {folder} ({reason(error)})") from None
+    labels = np.array([label for _, label in samples], dtype=np.int64)
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    if len(empty):
+        raise UserError(f"dataloader.path: {folder / classes[empty[0]]} holds no images; put that class's {part} "
+                        "images there, or remove the folder")
+    # One array of bytes instead of a list of strings: worker processes then share its memory instead of copying it.
+    return ImageSet(np.array([os.fsencode(file) for file, _ in samples]), labels), classes
+
+
+def find_classes(folder, part, dataset="folder"):
+    """The names of the class folders in `folder`, sorted."""
+    whose = "ImageNet's" if dataset == "imagenet" else "the"
+    wanted = f"put {whose} {part} images there, one folder per class"
+    if not folder.is_dir():
+        raise UserError(f"dataloader.path: {folder} is missing; {wanted}")
+    try:
+        return torchvision.datasets.folder.find_classes(folder)[0]
+    except FileNotFoundError:
+        raise UserError(f"dataloader.path: {folder} holds no class folders; {wanted}") from None
+    except OSError as error:
+        raise UserError(f"dataloader.path: cannot list {folder} ({reason(error)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets held in memory.
+
+
+def read_digits(size):
+    """The optical digits that lie next to this file, resized to size x size; the same fifth is always the test set."""
+    try:
+        with np.load(DIGITS_FILE, allow_pickle=False) as file:
+            pixels, labels = file["images"], file["labels"].astype(np.int64)
+    except (OSError, ValueError, KeyError, zlib.error, EOFError) as error:
+        raise UserError(f"{DIGITS_FILE}: missing or damaged ({reason(error)}); take it from the repository") from None
+    images = torch.from_numpy(pixels).float().unsqueeze(1) * (255 / DIGITS_LEVELS)
+    images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images = images.round().to(torch.uint8)
+    test, train = stratified_split(labels, DIGITS_TEST_FRACTION, [Stream.DIGITS_TEST])
+    return (ImageSet(images[train], labels[train]), ImageSet(images[test], labels[test]),
+            tuple(str(digit) for digit in range(10)))
+
+
+def read_cifar(path, dataset, download):
+    """CIFAR-10 or CIFAR-100 in torchvision's layout under `path`; torchvision checks every file's MD5 sum."""
+    kind = torchvision.datasets.CIFAR10 if dataset == "cifar10" else torchvision.datasets.CIFAR100
+    wanted = f"put the folder {kind.base_folder} there"
+    with dataset_errors(FACTS[dataset].title, path, path / kind.base_folder, wanted, download):
+        parts = [kind(path, train=train, download=download and train) for train in (True, False)]
+    train, test = (ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
+                            np.array(part.targets, dtype=np.int64)) for part in parts)
+    return train, test, tuple(parts[0].classes)
+
+
+def read_fashion_mnist(path, dataset, download):
+    """Fashion-MNIST from its four idx files, in `path` itself or where torchvision puts them, padded to 32 x 32."""
+    raw = path / "FashionMNIST" / "raw"
+    if download and not all(find_idx_file(path, name) for name in FASHION_FILES):
+        wanted = f"put {', '.join(name + '.gz' for name in FASHION_FILES)} there"
+        with dataset_errors(FACTS[dataset].title, path, raw, wanted, download):
+            torchvision.datasets.FashionMNIST(path, download=True)
+    train, test = (read_idx_pair(path, *names) for names in (FASHION_FILES[:2], FASHION_FILES[2:]))
+    return train, test, tuple(torchvision.datasets.FashionMNIST.classes)
+
+
+def read_idx_pair(path, images_name, labels_name):
+    """Read one part of Fashion-MNIST: grey images of 28 x 28 pixels and as many labels from 0 to 9."""
+    images, labels = read_idx(path, images_name, 3), read_idx(path, labels_name, 1)
+    if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
+        raise UserError(f"dataloader.path: {images_name} {list(images.shape)} and {labels_name} {list(labels.shape)} "
+                        f"in {path} do not belong to Fashion-MNIST; put the published files there")
+    padding = ((0, 0), (FASHION_PADDING,) * 2, (FASHION_PADDING,) * 2)
+    return ImageSet(torch.from_numpy(np.pad(images, padding)).unsqueeze(1), labels.astype(np.int64))
+
+
+def read_idx(path, name, dimensions):
+    """Read a file of unsigned bytes in the idx format: two zeros, type, dimensions, each size (big-endian), data."""
+    file = find_idx_file(path, name)
+    if file is None:
+        raise UserError(f"dataloader.path: {name} (or {name}.gz) is missing in {path}; put Fashion-MNIST's file there")
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            content = stream.read()
+        magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
+        data = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+        if magic != (IDX_UNSIGNED_BYTES << 8 | dimensions):
+            raise ValueError("not an idx file of this kind")
+        return data.reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise UserError(f"dataloader.path: {file} is damaged ({reason(error)}); put the published file there") from None
+
+
+def find_idx_file(path, name):
+    """The file `name`, plain or gzipped, in `path` or in torchvision's folder beneath it; None where there is none."""
+    folders = (path, path / "FashionMNIST" / "raw")
+    candidates = (folder / f"{name}{ending}" for folder in folders for ending in ("", ".gz"))
+    return next((file for file in candidates if file.is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads.
+
+
+def first_then_all(read, downloads, barrier):
+    """Call read(download) on the process that downloads, then on the others, so that they find its files.
+
+    A failed download releases the others too, which then report the missing files themselves.
+    """
+    if not downloads:
+        barrier()
+        return read(False)
+    try:
+        return read(True)
+    finally:
+        barrier()
+
+
+@contextlib.contextmanager
+def dataset_errors(title, path, folder, wanted, download):
+    """Turn what torchvision raises while it reads or downloads `folder` into a UserError; leave no empty folders."""
+    made = next((parent for parent in (*reversed(folder.absolute().parents), folder.absolute())
+                 if not parent.exists()), None)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError) as error:
+        if made:
+            remove_empty_folders(made)
+        failed = f" and could not be downloaded ({' '.join(str(error).split())})" if download else ""
+        raise UserError(f"dataloader.path: {title} is missing or damaged in {path}{failed}; {wanted}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def remove_empty_folders(folder):
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(parent)

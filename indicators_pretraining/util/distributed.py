@@ -1,0 +1,179 @@
+"""Ranks, devices and seeds: the one module that knows whether a run has one process or several."""
+
+import contextlib
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from util.errors import UserError
+
+
+def is_distributed():
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank():
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size():
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def is_local_main():
+    """Whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def barrier():
+    if is_distributed():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def process_group(training_device):
+    """Join the processes that torchrun or torch.distributed.launch started, if any; yield this process's device.
+
+    Args:
+        training_device: "auto" (a GPU where there is one), "gpu" or "cpu".
+    """
+    device = _device(training_device)
+    if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(wanted):
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("training_device: found gpu, but this machine has no CUDA device; use auto or cpu")
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= devices:
+        raise UserError(f"--nproc_per_node: more processes than the {devices} GPUs of this machine")
+    return torch.device("cuda", local_rank)
+
+
+def describe_device(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def set_seed(seed, deterministic=False):
+    """Seed every generator; ranks differ, so that dropout does. `deterministic` picks repeatable GPU kernels."""
+    random.seed(seed + rank())
+    np.random.seed((seed + rank()) % 2**32)
+    torch.manual_seed(seed + rank())
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def random_states():
+    """The state of every rank's generators, [{'torch': bytes tensor, 'cuda': ..., 'python': ..., 'numpy': ...}]."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    own = {"torch": torch.get_rng_state(), "python": list(_listed(random.getstate())),
+           "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    return gather_objects(own)
+
+
+def set_random_states(states):
+    """Put this rank's generators into the state that random_states() found."""
+    if len(states) != world_size():
+        return  # another number of processes draws anew
+    own = states[rank()]
+    torch.set_rng_state(own["torch"])
+    version, internal, gauss = own["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = own["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+
+
+def _listed(value):
+    return [_listed(element) for element in value] if isinstance(value, tuple) else value
+
+
+def gather_objects(value):
+    """What every rank holds, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over ranks, on every rank."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_ranks(tensor):
+    """The mean of a tensor over ranks, on every rank."""
+    return sum_over_ranks(tensor) / world_size() if is_distributed() else tensor
+
+
+def average_tensors(tensors):
+    """Replace tensors by their mean over ranks, in place, in one reduction per type."""
+    if not is_distributed():
+        return
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = mean_over_ranks(torch.cat([tensor.reshape(-1) for tensor in group]))
+        for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def average_gradients(parameters):
+    """Average gradients over ranks; all ranks have them for the same parameters."""
+    average_tensors([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def average_batchnorm_statistics(model):
+    """Average the running statistics of every BatchNorm over ranks."""
+    average_tensors([buffer for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+                     for buffer in (module.running_mean, module.running_var) if buffer is not None])
+
+
+def broadcast_model(model):
+    """Give every rank the parameters and buffers of rank 0."""
+    if is_distributed():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def on_main(function, *arguments):
+    """Call a function on rank 0 alone and give every rank its result, or its UserError."""
+    if not is_distributed():
+        return function(*arguments)
+    answer = [None, None]
+    if is_main():
+        try:
+            answer[0] = function(*arguments)
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]

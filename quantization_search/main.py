@@ -1,0 +1,17 @@
+"""The search of search.py from a YAML file: python main.py CONFIG.yaml [MORE.yaml ...] [key=value ...]."""
+
+from search import SearchConfig, run
+from util.command import Parser, add_configuration, split_configuration
+from util.config import load_config
+from util.errors import user_errors_on_one_line
+
+
+def main(arguments=None):
+    parser = Parser(description=__doc__)
+    add_configuration(parser)
+    run(load_config(SearchConfig, *split_configuration(parser.parse_intermixed_args(arguments).words)))
+
+
+if __name__ == "__main__":
+    with user_errors_on_one_line():
+        main()

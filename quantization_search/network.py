@@ -1,0 +1,161 @@
+"""The layers to be searched and the fixed ones, from the table in an indicators file or from the model itself."""
+
+import math
+from dataclasses import dataclass
+
+from util.config import describe
+from util.errors import UserError, nearest
+
+DEFAULT_ARCH = "resnet50"
+DEFAULT_INPUT_SIZE = 224
+DEFAULT_CLASSES = 1000
+LARGEST_COUNT = 10**15
+COUNTS = ("groups", "macs_published", "macs_exact", "params", "act_elements")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer of the table: its weight shape, MACs per image by both counts, weights, and elements of its input.
+
+    signed: {'weight': bool, 'act': bool}, whether the quantizers' ranges have negative values.
+    """
+
+    kind: str
+    shape: list
+    groups: int
+    macs_published: int
+    macs_exact: int
+    params: int
+    act_elements: int
+    signed: dict | None = None
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """rows: {name: Row} of the layers to be searched, in network order; fixed: {name: Row} of those at 8 bits."""
+
+    arch: str
+    rows: dict
+    fixed: dict
+
+
+def find_network(path, indicators, model=None):
+    """The network that the indicators file at `path` speaks of.
+
+    Args:
+        path: for messages.
+        indicators: what read_indicators gives; its table, where there is one, goes before building the model.
+        model: the architecture the user named, or None.
+
+    Raises:
+        UserError: on a bad table, another architecture, or layers that do not match.
+    """
+    arch = check_arch(path, indicators, model)
+    if "layers" in indicators:
+        rows = _checked_rows(path, "layers", indicators["layers"])
+        fixed = _checked_rows(path, "fixed", indicators.get("fixed", {}))
+    else:
+        rows, fixed = _rows_of_model(path, indicators, arch), {}
+    names = indicators["layer_name"]
+    for name in names:
+        if not name.isprintable() or not name:
+            raise UserError(f"{path}: layer_name: {name!r} is not a layer name")
+        if name not in rows:
+            raise UserError(f"{path}: layer_name: {name} is not a layer of {arch}{nearest(name, rows)}")
+        if name in fixed:
+            raise UserError(f"{path}: fixed: {name} is among the searched layers too")
+    others = {name: row for name, row in rows.items() if name not in names}
+    if "layers" in indicators and others:
+        raise UserError(f"{path}: layers: {next(iter(others))} has no indicators{nearest(next(iter(others)), names)}")
+    _check_ends(path, rows, others)
+    return Network(arch, {name: rows[name] for name in names}, fixed | others)
+
+
+def check_arch(path, indicators, model):
+    """The architecture, from the file where it says so; a model named otherwise is an error."""
+    arch = indicators.get("arch")
+    if arch is None:
+        return model or DEFAULT_ARCH
+    if not isinstance(arch, str) or not arch or not arch.isprintable():
+        raise UserError(f"{path}: arch: found {describe(arch)}, expected the name of a network")
+    if model is not None and model != arch:
+        raise UserError(f"model: found {model!r}, but the indicators in {path} are those of {arch!r}")
+    return arch
+
+
+def _check_ends(path, rows, others):
+    """A model's own layers without indicators can only be the first and the last; a table says itself what is fixed."""
+    ends = [next(iter(rows)), next(reversed(rows))]
+    for name in others:
+        if name not in ends:
+            raise UserError(f"{path}: layer_name: no indicators for the layer {name}, which is neither the first layer "
+                            "of the network nor the last")
+
+
+def _rows_of_model(path, indicators, arch):
+    from models import create_model  # builds on torch, which takes seconds to import
+    from models.layer_table import trace
+
+    size = indicators.get("input_size") or DEFAULT_INPUT_SIZE
+    if type(size) is not int or not 1 <= size <= 4096:
+        raise UserError(f"{path}: input_size: found {describe(size)}, expected the height and width of an image")
+    try:
+        graph = trace(create_model(arch, DEFAULT_CLASSES), size)
+    except UserError as error:
+        raise UserError(f"model: {str(error).removeprefix('arch: ')}") from None
+    except ValueError as error:
+        raise UserError(f"model: {arch}: {error}") from None
+    return {name: Row(**call.as_row()) for name, call in graph.layers.items()}
+
+
+def _checked_rows(path, key, table):
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: {key}: expected a table {{layer: row}}, found {describe(table)}")
+    rows = {}
+    for name, row in table.items():
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            raise UserError(f"{path}: {key}: {describe(name)} is not a layer name")
+        rows[name.removeprefix("module.")] = _checked_row(f"{path}: {key}: {name}", row)
+    return rows
+
+
+def _checked_row(where, row):
+    """A Row from a mapping that came from outside."""
+    known = Row.__dataclass_fields__
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a row of the layer table, found {describe(row)}")
+    for field in row:
+        if field not in known:
+            raise UserError(f"{where}: {describe(field)} is not a column of the layer table{nearest(field, known)}")
+    for field in ("kind", "shape", *COUNTS):
+        if field not in row:
+            raise UserError(f"{where}: {field} is missing")
+    if row["kind"] not in ("conv", "linear"):
+        raise UserError(f"{where}: kind: found {describe(row['kind'])}, expected 'conv' or 'linear'")
+    for field in COUNTS:
+        _check_count(f"{where}: {field}", row[field])
+    _check_shape(where, row)
+    signed = row.get("signed")
+    if signed is not None and (not isinstance(signed, dict) or signed.keys() != {"weight", "act"}
+                               or not all(type(value) is bool for value in signed.values())):
+        raise UserError(f"{where}: signed: found {describe(signed)}, expected {{'weight': True, 'act': True or False}}")
+    sparsity = row.get("sparsity")
+    if sparsity is not None and (type(sparsity) not in (int, float) or not 0 <= sparsity <= 1):
+        raise UserError(f"{where}: sparsity: found {describe(sparsity)}, expected a share from 0 to 1")
+    return Row(**row)
+
+
+def _check_count(where, value):
+    if type(value) is not int or not 0 < value <= LARGEST_COUNT:
+        raise UserError(f"{where}: found {describe(value)}, expected a positive whole number")
+
+
+def _check_shape(where, row):
+    shape = row["shape"]
+    if not isinstance(shape, (list, tuple)) or not 2 <= len(shape) <= 5:
+        raise UserError(f"{where}: shape: found {describe(shape)}, expected the shape of the weight")
+    for length in shape:
+        _check_count(f"{where}: shape", length)
+    if math.prod(shape) != row["params"]:
+        raise UserError(f"{where}: params: found {row['params']}, but the shape {list(shape)} has {math.prod(shape)}")

@@ -1,0 +1,424 @@
+"""Exact minimisation of a sum over layers, one option per layer, under integer budgets. No files, no printing.
+
+Floating-point solvers stop within a tolerance, so a solver's answer alone proves nothing about small gains and ties.
+Here the answer is settled in three steps:
+
+1. The linear relaxation, solved by HiGHS, gives a multiplier m >= 0 for each budget. Whatever the multipliers, every
+   policy inside the budgets fulfils sum(cost) = bound + sum(regret) + sum(m * unused), where the regret of an option is
+   cost + m * use above its least value in the layer. A narrow sweep finds a first policy; options whose regret alone
+   exceeds what that policy has above the bound are in no better one and are left out.
+2. A sweep over the layers visits every policy that is not worse than the best one known, merging those that use the
+   same amounts. It compares whole numbers of any length, so gains below any tolerance and ties are decided exactly.
+   Where it ends, the answer is proven, whatever a solver says.
+3. Where that would be long, or a solver is asked for by name, what remains is handed to a mixed-integer solver first,
+   whose own status and gap are kept.
+"""
+
+import contextlib
+import heapq
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+SHORT_SWEEP = 200_000  # steps after which a solver is asked first
+LONG_SWEEP = 4_000_000  # steps after which the solver's word is all there is
+BEAM_WIDTH = 24
+BEAM_OPTIONS = 5
+LARGEST_ROW = 10**9  # beyond this, HiGHS's absolute tolerance of 1e-9 is finer than a double can hold
+ROUNDING = 1e-13  # bound on the relative rounding error of a sum of doubles over all layers, with a wide margin
+CLEAR_GAIN = 1e-5  # of the largest cost in the program
+OPTIMAL = ("Optimal", "Optimal Solution Found")
+INFEASIBLE = "Infeasible"
+STRICT = {"gapRel": 0.0, "gapAbs": 0.0, "threads": 1, "mip_feasibility_tolerance": 1e-9}
+
+
+class SolverError(RuntimeError):
+    """The solver is missing, or gave no answer that can be used."""
+
+
+class NoPolicy(Exception):
+    """No choice of options keeps every budget."""
+
+
+class _TooLong(Exception):
+    """The sweep took more steps than it was given."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """sum of use[layer][option chosen] <= bound, all integers."""
+
+    use: list
+    bound: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The options chosen, one index per layer, and what is known about them.
+
+    proven: every policy that could be better, or tied, was compared exactly.
+    solver_status: what the solver said of its own run; None where it was not needed.
+    gap: relative gap that the solver reported; None where it reports none.
+    """
+
+    chosen: list
+    proven: bool
+    solver_status: str | None
+    gap: float | None
+
+
+def minimise(costs, budgets, ties=(), solver=None):
+    """Choose one option per layer so that the total cost is least and every budget is kept.
+
+    Args:
+        costs: exact cost (int or Fraction) of every option, [layer][option].
+        budgets: list of Budget.
+        ties: integer tables [layer][option]; between equal costs the least total of the first table wins, then of the
+            second, and so on; at last the lower option index in the first layer that differs.
+        solver: the name in PuLP of a solver that has to be asked; None asks HiGHS, and only where that is needed.
+
+    Raises:
+        NoPolicy: when the budgets cannot be kept together.
+        SolverError: when the solver is missing or fails.
+    """
+    return _settle(_Program(costs, budgets, ties), solver, gain=0.0)
+
+
+def least_total(costs, budgets, solver=None):
+    """The least total cost inside the budgets, exactly, without caring which policy reaches it.
+
+    Raises:
+        NoPolicy, SolverError: as minimise does.
+    """
+    program = _Program(costs, budgets, ())
+    answer = _settle(program, solver, gain=program.smallest_gain)
+    if not answer.proven:
+        raise SolverError("the least value could not be proven")
+    return sum(row[option] for row, option in zip(costs, answer.chosen, strict=True))
+
+
+def _settle(program, solver, gain):
+    """The three steps. Policies that are better by less than `gain` are not looked for; with 0, all that tie are."""
+    program.drop_impossible()
+    program.drop_dominated()
+    program.price(_multipliers(program))
+    known = program.sweep(math.inf, width=BEAM_WIDTH)
+    if known is not None:
+        program.drop_worse_than(known)
+        if solver is None and (gain < CLEAR_GAIN or program.allowance(known, gain) < 0):
+            with contextlib.suppress(_TooLong):
+                return Answer(program.best(known, gain, SHORT_SWEEP), True, None, None)
+    chosen, status, gap = _solve_mixed_integer(program, solver or "HiGHS")
+    if known is None and status == INFEASIBLE:
+        raise NoPolicy
+    if chosen is not None and (known is None or program.key(chosen) < program.key(known)):
+        known = chosen
+        program.drop_worse_than(known)
+    if known is None:
+        raise SolverError(f"{solver or 'HiGHS'} gave no usable answer ({status})")
+    if gain > CLEAR_GAIN and chosen is not None and status in OPTIMAL and not gap:
+        return Answer(known, True, status, gap)  # no gain so large can hide behind the solver's tolerances
+    try:
+        return Answer(program.best(known, gain, LONG_SWEEP), True, status, gap)
+    except _TooLong:
+        return Answer(known, False, status, gap)
+
+
+class _Program:
+    """The working form: integer keys to compare by, doubles to bound by, and the options still in play.
+
+    keys[layer][option] is one integer made of cost, ties and option index, most significant first, so that comparing
+    sums of keys compares policies in that order, and the options can be read back from the sum.
+    """
+
+    def __init__(self, costs, budgets, ties):
+        self.layers = range(len(costs))
+        self.options = [list(range(len(row))) for row in costs]
+        self.base = max(map(len, costs))
+        self.keys = _ordered_keys(costs, ties, self.base)
+        self.costs, self.smallest_gain = _normalized(costs)
+        self.rows, self.bounds = [], []
+        for budget in budgets:
+            divisor = math.gcd(*(value for row in budget.use for value in row)) or 1
+            self.rows.append([[value // divisor for value in row] for row in budget.use])
+            self.bounds.append(budget.bound // divisor)
+        self.multipliers = [0.0] * len(self.rows)
+        self.regrets = self.costs
+
+    def key(self, chosen):
+        return sum(self.keys[layer][option] for layer, option in zip(self.layers, chosen, strict=True))
+
+    def keeps_budgets(self, chosen):
+        return all(sum(row[layer][chosen[layer]] for layer in self.layers) <= bound
+                   for row, bound in zip(self.rows, self.bounds, strict=True))
+
+    def drop_impossible(self):
+        """Leave out options that break a budget even beside the least use of all other layers, and idle budgets."""
+        for row, bound in zip(self.rows, self.bounds, strict=True):
+            least = [min(row[layer][option] for option in self.options[layer]) for layer in self.layers]
+            spare = bound - sum(least)
+            if spare < 0:
+                raise NoPolicy
+            self.options = [[option for option in self.options[layer] if row[layer][option] - least[layer] <= spare]
+                            for layer in self.layers]
+            if not all(self.options):
+                raise NoPolicy
+        binding = [k for k, row in enumerate(self.rows) if self.bounds[k] < sum(
+            max(row[layer][option] for option in self.options[layer]) for layer in self.layers)]
+        self.rows = [self.rows[k] for k in binding]
+        self.bounds = [self.bounds[k] for k in binding]
+        self.multipliers = [0.0] * len(binding)
+
+    def drop_dominated(self):
+        """Leave out an option where another of its layer comes first in the order and uses no more of any budget."""
+        for layer in self.layers:
+            kept, uses = [], []
+            for option in sorted(self.options[layer], key=self.keys[layer].__getitem__):
+                use = [row[layer][option] for row in self.rows]
+                if not any(all(a <= b for a, b in zip(other, use, strict=True)) for other in uses):
+                    kept.append(option)
+                    uses.append(use)
+            self.options[layer] = kept
+
+    def price(self, multipliers):
+        """Set the multipliers, and with them the regret of every option and the lower bound on the total cost."""
+        self.multipliers = multipliers
+        priced = [[cost + sum(price * row[layer][option] for price, row in zip(multipliers, self.rows, strict=True))
+                   for option, cost in enumerate(costs)] for layer, costs in enumerate(self.costs)]
+        least = [min(priced[layer][option] for option in self.options[layer]) for layer in self.layers]
+        spent = [price * bound for price, bound in zip(multipliers, self.bounds, strict=True)]
+        self.regrets = [[value - low for value in values] for values, low in zip(priced, least, strict=True)]
+        self.lower_bound = math.fsum(least) - math.fsum(spent)
+        self.rounding = ROUNDING * (sum(max(map(abs, values)) for values in priced) + sum(map(abs, spent)) + 1)
+
+    def allowance(self, known, gain=0.0):
+        """How much regret and unused, priced budget a policy may gather and still be better than `known` by `gain`."""
+        cost = math.fsum(self.costs[layer][option] for layer, option in zip(self.layers, known, strict=True))
+        return cost - gain - self.lower_bound + self.rounding
+
+    def drop_worse_than(self, known):
+        allowance = self.allowance(known)
+        self.options = [[option for option in self.options[layer] if self.regrets[layer][option] <= allowance]
+                        for layer in self.layers]
+
+    def best(self, known, gain, limit):
+        """The first policy in the order of keys, or `known` where none is better by `gain`.
+
+        What is found within a smaller allowance is better than everything beyond it, so small ones are tried first.
+        """
+        allowance = self.allowance(known, gain)
+        for part in (0.2, 0.3, 0.45, 0.67, 1):
+            best = self.sweep(part * allowance, limit) if allowance >= 0 else None
+            if best is not None:
+                return best
+        return known
+
+    def sweep(self, allowance, limit=math.inf, width=None):
+        """Visit all policies within the allowance, layer by layer, and return the first in the order of keys.
+
+        Two partial policies that have used the same amounts have the same futures, so only the better one is followed.
+        A budget that can no longer run out counts as used up to where it could, and the difference, priced, as regret.
+
+        Args:
+            allowance: as allowance() gives it.
+            limit: number of steps, one for each option of each partial policy.
+            width: follow only so many partial policies of least regret, and few options; this proves nothing.
+
+        Returns:
+            the options chosen, or None where there is no such policy.
+
+        Raises:
+            _TooLong: when the limit was reached.
+        """
+        steps, work = self._steps(width), 0
+        states = {(0,) * len(self.rows): (0.0, 0)}
+        for options, floors, ceilings in steps:
+            work += len(states) * len(options)
+            if work > limit:
+                raise _TooLong
+            states = self._extend(states, options, floors, ceilings, allowance)
+            if width is not None and len(states) > width:
+                states = dict(heapq.nsmallest(width, states.items(), key=self._promise))
+        return next((self._chosen(key) for _, key in states.values()), None)
+
+    def _extend(self, states, options, floors, ceilings, allowance):
+        following = {}
+        limits = list(zip(self.multipliers, floors, ceilings, strict=True))
+        for used, (regret, key) in states.items():
+            for extra, key_part, use in options:
+                total = regret + extra
+                if total > allowance:
+                    break  # options come in order of regret
+                after = []
+                for before, more, (price, floor, ceiling) in zip(used, use, limits, strict=True):
+                    amount = before + more
+                    if amount > ceiling:
+                        break
+                    if amount < floor:
+                        total += price * (floor - amount)
+                        amount = floor
+                    after.append(amount)
+                else:
+                    if total <= allowance:
+                        after = tuple(after)
+                        best = following.get(after)
+                        if best is None or key + key_part < best[1]:
+                            following[after] = (total, key + key_part)
+        return following
+
+    def _steps(self, width):
+        """The layers in the order of the sweep, widest choice first, each with its options and the limits after it."""
+        order = sorted(self.layers, key=self._range, reverse=True)
+        least, most = [0] * len(self.rows), [0] * len(self.rows)
+        steps = []
+        for layer in reversed(order):
+            uses = {option: [row[layer][option] for row in self.rows] for option in self.options[layer]}
+            ranks = {option: (self.regrets[layer][option], self._relative(use)) for option, use in uses.items()}
+            options = sorted(uses, key=ranks.__getitem__)[:width and BEAM_OPTIONS]
+            steps.append(([(self.regrets[layer][option], self.keys[layer][option], uses[option]) for option in options],
+                          [bound - value for bound, value in zip(self.bounds, most, strict=True)],
+                          [bound - value for bound, value in zip(self.bounds, least, strict=True)]))
+            for k, column in enumerate(zip(*(uses[option] for option in options), strict=True)):
+                least[k] += min(column)
+                most[k] += max(column)
+        return steps[::-1]
+
+    def _range(self, layer):
+        """How much of the costliest budget hangs on the layer: the sweep takes large steps first, fine ones to fill."""
+        if not self.rows:
+            return 0
+        _, row = max(zip((price * bound for price, bound in zip(self.multipliers, self.bounds, strict=True)), self.rows,
+                         strict=True), key=lambda pair: pair[0])
+        used = [row[layer][option] for option in self.options[layer]]
+        return max(used) - min(used)
+
+    def _promise(self, state):
+        """Least regret first; where regrets tie, as with multipliers of 0, least use of the budgets."""
+        used, (regret, _) = state
+        return regret, self._relative(used)
+
+    def _relative(self, use):
+        return sum(amount / (abs(bound) or 1) for amount, bound in zip(use, self.bounds, strict=True))
+
+    def _chosen(self, key):
+        digits = []
+        for _ in self.layers:
+            key, digit = divmod(key, self.base)
+            digits.append(digit)
+        return digits[::-1]
+
+
+def _ordered_keys(costs, ties, base):
+    """One integer per option whose sums compare like (cost, ties..., option indices)."""
+    denominator = _common_denominator(costs)
+    keys = [[int(value * denominator) for value in row] for row in costs]
+    for table in ties:
+        radix = sum(map(max, table)) - sum(map(min, table)) + 1
+        keys = [[key * radix + value - min(values) for key, value in zip(row, values, strict=True)]
+                for row, values in zip(keys, table, strict=True)]
+    place = base ** len(costs)
+    return [[key * place + option * base ** (len(costs) - 1 - layer) for option, key in enumerate(row)]
+            for layer, row in enumerate(keys)]
+
+
+def _normalized(costs):
+    """Costs as doubles, each layer's least 0 and the largest of all 1; and the least by which two totals can differ."""
+    denominator = _common_denominator(costs)
+    whole = [[int(value * denominator) for value in row] for row in costs]
+    above = [[value - min(row) for value in row] for row in whole]
+    spread = max(map(max, above)) or 1
+    step = math.gcd(*(value for row in above for value in row)) or 1
+    return [[value / spread for value in row] for row in above], step / spread
+
+
+def _common_denominator(costs):
+    return math.lcm(*(Fraction(value).denominator for row in costs for value in row))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solvers.
+
+
+def _multipliers(program):
+    """The price of one unit of each budget in the linear relaxation, never negative."""
+    if not program.rows:
+        return []
+    import pulp
+
+    problem, _, budgets = _model(program, 1.0, pulp)
+    if not pulp.HiGHS().available():
+        raise SolverError("HiGHS is missing; install it with: pip install 'pulp[highs]'")
+    status = problem.solve(pulp.HiGHS(mip=False, msg=False, threads=1))
+    if status == pulp.LpStatusInfeasible:
+        raise NoPolicy
+    if status != pulp.LpStatusOptimal:
+        return [0.0] * len(program.rows)
+    return [max(0.0, -(budget.pi or 0.0)) * _row_scale(program, k) for k, budget in enumerate(budgets)]
+
+
+def _solve_mixed_integer(program, name):
+    """Hand the remaining options to the solver.
+
+    Returns:
+        (options chosen or None, status in words, relative gap or None). Options come back only where the answer is
+        integral and keeps every budget in exact arithmetic.
+    """
+    import pulp
+
+    problem, variables, _ = _model(program, 1e6, pulp)  # HiGHS passes over gains below about 1e-6
+    try:
+        problem.solve(_solver(name, pulp))
+    except (pulp.PulpError, OSError) as error:
+        raise SolverError(f"{name}: {error}") from None
+    if name == "HiGHS":
+        model = problem.solverModel
+        status, gap = model.modelStatusToString(model.getModelStatus()), model.getInfo().mip_gap
+    else:
+        status, gap = pulp.LpSolution[problem.sol_status], None
+    if problem.sol_status == pulp.LpSolutionInfeasible:
+        return None, INFEASIBLE, None
+    return _integral(program, variables), status, gap
+
+
+def _integral(program, variables):
+    chosen = []
+    for row in variables:
+        ones = [option for option, variable in row.items() if abs((variable.varValue or 0) - 1) < 1e-4]
+        zeros = [option for option, variable in row.items() if abs(variable.varValue or 0) < 1e-4]
+        if len(ones) != 1 or len(zeros) != len(row) - 1:
+            return None
+        chosen += ones
+    return chosen if program.keeps_budgets(chosen) else None
+
+
+def _solver(name, pulp):
+    if name == "HiGHS":
+        return pulp.HiGHS(msg=False, **STRICT)
+    try:
+        return pulp.getSolver(name, msg=False, gapRel=0.0)
+    except TypeError:  # a solver without that option
+        return pulp.getSolver(name, msg=False)
+
+
+def _row_scale(program, k):
+    return min(1.0, LARGEST_ROW / max(1, abs(program.bounds[k])))
+
+
+def _model(program, scale, pulp):
+    """The remaining options as a PuLP problem, its variables as one {option: variable} per layer, and its budgets."""
+    problem = pulp.LpProblem("search", pulp.LpMinimize)
+    variables = [{option: pulp.LpVariable(f"x_{layer}_{option}", 0, 1, pulp.LpInteger)
+                  for option in program.options[layer]} for layer in program.layers]
+    problem.setObjective(pulp.LpAffineExpression(
+        [(variable, scale * program.costs[layer][option])
+         for layer, row in enumerate(variables) for option, variable in row.items()]))
+    for layer, row in enumerate(variables):
+        problem.addConstraint(pulp.LpAffineExpression([(v, 1) for v in row.values()]) == 1, f"layer_{layer}")
+    budgets = []
+    for k, (use, bound) in enumerate(zip(program.rows, program.bounds, strict=True)):
+        factor = _row_scale(program, k)
+        terms = [(variable, factor * use[layer][option])
+                 for layer, row in enumerate(variables) for option, variable in row.items()]
+        budgets.append(pulp.LpAffineExpression(terms) <= factor * bound)
+        problem.addConstraint(budgets[-1], f"budget_{k}")
+    return problem, variables, budgets

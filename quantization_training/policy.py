@@ -1,0 +1,61 @@
+"""Which bits each layer gets: from a policy file by name, from pasted lists by order, or the same everywhere."""
+
+from dataclasses import dataclass
+
+from util.errors import UserError, nearest
+from util.exchange import read_policy
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Bits of every searchable layer, {layer: bit}, and of some whether their activations are signed, {layer: bool}."""
+
+    weight_bits: dict
+    act_bits: dict
+    signed: dict
+
+
+def resolve_policy(config, names, checkpoint=None):
+    """The policy that a configuration asks for.
+
+    Args:
+        config: the FinetuneConfig.
+        names: the searchable layers, in network order.
+        checkpoint: for evaluation without a policy in the configuration, the checkpoint that carries one.
+
+    Raises:
+        UserError: where the policy is one of another network.
+    """
+    if config.policy:
+        return _from_file(config, names)
+    if config.weight_bits is None and config.act_bits is None and checkpoint and "weight_bits" in checkpoint:
+        return Policy(checkpoint["weight_bits"], checkpoint["act_bits"], checkpoint["signed"])
+    return Policy(_spread("weight_bits", config.weight_bits, names), _spread("act_bits", config.act_bits, names), {})
+
+
+def _from_file(config, names):
+    content, path = read_policy(config.policy), config.policy
+    if content.get("arch", config.arch) != config.arch:
+        raise UserError(f"{path}: the policy is for {content['arch']}, but arch is {config.arch}")
+    layers = content["layer_name"]
+    for name in layers:
+        if name not in names:
+            raise UserError(f"{path}: {name} is no searchable layer of {config.arch}{nearest(name, names)}")
+    for name in names:
+        if name not in layers:
+            raise UserError(f"{path}: the policy says nothing of the layer {name} of {config.arch}")
+    signed = dict(zip(layers, content.get("act_signed") or [], strict=False))
+    return Policy(dict(zip(layers, content["weight_bits"], strict=True)),
+                  dict(zip(layers, content["act_bits"], strict=True)), signed)
+
+
+def _spread(key, bits, names):
+    """One number for all layers, or a list in network order."""
+    if bits is None:
+        raise UserError(f"{key}: missing; give a policy file, or both weight_bits and act_bits")
+    if isinstance(bits, int):
+        return dict.fromkeys(names, bits)
+    if len(bits) != len(names):
+        raise UserError(f"{key}: found {len(bits)} values, this network has {len(names)} searchable layers "
+                        f"({names[0]} to {names[-1]})")
+    return dict(zip(names, bits, strict=True))

@@ -1,0 +1,151 @@
+"""Learned step size quantization (Esser et al., ICLR 2020, arXiv 1902.08153), one step size per candidate bit-width."""
+
+import math
+
+import torch
+from torch import nn
+
+from util.distributed import mean_over_ranks
+
+from .quantizer import Quantizer, integer_range
+
+SMALLEST_STEP = 1e-5
+
+
+class _Lsq(torch.autograd.Function):
+    """round(clip(v/s, -Qn, Qp)) * s, keeping only v and s for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, v, s, qn, qp, scale):
+        ctx.save_for_backward(v, s)
+        ctx.range = (qn, qp, scale)
+        return (v / s).clamp_(-qn, qp).round_().mul_(s)
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, s = ctx.saved_tensors
+        qn, qp, scale = ctx.range
+        scaled = v / s
+        inside = (scaled >= -qn) & (scaled <= qp)
+        grad_v = grad * inside if ctx.needs_input_grad[0] else None
+        grad_s = None
+        if ctx.needs_input_grad[1]:
+            slope = scaled.clamp(-qn, qp).round_().sub_(scaled.mul_(inside))
+            grad_s = (slope.mul_(grad)).sum_to_size(s.shape).mul_(scale)
+        return grad_v, grad_s, None, None, None
+
+
+def lsq(v, s, qn, qp, scale=1.0):
+    """Quantize v with step size s to the integers [-qn, qp], in units of s (arXiv 1902.08153, eq. 1 to 3).
+
+    Values: round(clip(v/s, -qn, qp)) * s, ties rounded to even. Gradients: dq/dv is 1 inside the range (bounds
+    included) and 0 outside; dq/ds is round(v/s) - v/s inside, -qn below and qp above, times `scale`.
+
+    Args:
+        v: tensor of any shape.
+        s: positive step sizes, of a shape that broadcasts to v's.
+        qn, qp: the range of integers, as integer_range gives it.
+        scale: factor on the gradient of s; LSQ takes 1/sqrt(N * qp), with N the number of values that share a step.
+
+    Returns:
+        a tensor of v's shape.
+
+    Examples:
+        >>> lsq(torch.tensor([-0.9, 0.26, 0.74, 9.0]), torch.tensor(0.5), 2, 1).tolist()
+        [-1.0, 0.5, 0.5, 0.5]
+    """
+    return _Lsq.apply(v, s, qn, qp, scale)
+
+
+class LsqQuan(Quantizer):
+    """LSQ with one learned step size per candidate bit-width.
+
+    Parameters in a checkpoint: `s` [n_bits], or [n_bits, out_channels] per channel; `init_state` [n_bits], 1 where a
+    step size has its initial value from data.
+
+    Args:
+        bits: candidate bit-widths, in the order of the entries of s.
+        signed: whether the range reaches below zero.
+        symmetric: leave out the lowest integer of a signed range.
+        channels: number of output channels for one step size each; None for one step size per tensor.
+        init: "lsq", 2*mean|v|/sqrt(Qp), or "three_sigma", LIMPQ's max|mean -+ 3 std| / 2^(b-1).
+    """
+
+    def __init__(self, bits, signed, symmetric=False, channels=None, init="lsq"):
+        super().__init__()
+        self.bits = tuple(bits)
+        self.signed = signed
+        self.symmetric = symmetric
+        self.init = init
+        self.batch_parts = 1  # the number of equal parts a batch is computed in: ranks times accumulated batches
+        shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
+        self.s = nn.Parameter(torch.ones(shape))
+        self.register_buffer("init_state", torch.zeros(len(self.bits)))
+        self._initialized = [False] * len(self.bits)  # init_state, to be asked without reading from the device
+        self.index = 0
+
+    def select(self, bit):
+        self.index = self.bits.index(bit)
+
+    @property
+    def integers(self):
+        """(Qn, Qp) of the selected bit-width."""
+        return integer_range(self.bits[self.index], self.signed, self.symmetric)
+
+    @property
+    def step(self):
+        """The selected step size: a scalar, or [out_channels]."""
+        return self.s[self.index]
+
+    def forward(self, x):
+        if self.training and not self._initialized[self.index]:
+            self.init_from_activation(x.detach())
+        return self.quantize(x)
+
+    def quantize(self, v):
+        """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
+        qn, qp = self.integers
+        step = self.step
+        if step.dim():
+            step = step.view(-1, *[1] * (v.dim() - 1))
+        shared = v.numel() * self.batch_parts / step.numel()
+        return lsq(v, step, qn, qp, 1 / math.sqrt(shared * qp))
+
+    @torch.no_grad()
+    def init_from_activation(self, x):
+        """Set the selected step size to 2*mean|x|/sqrt(Qp), the mean taken over the batch of all ranks."""
+        _, qp = self.integers
+        mean = mean_over_ranks(x.abs().mean(dtype=torch.float32))
+        self.s[self.index] = (2 * mean / math.sqrt(qp)).clamp(min=SMALLEST_STEP)
+        self._mark(self.index)
+
+    @torch.no_grad()
+    def init_from_weight(self, weight):
+        """Set every step size from a weight of shape [out_channels, ...], as `init` says."""
+        values = weight.detach().flatten(1) if self.s.dim() == 2 else weight.detach().reshape(1, -1)
+        for index, bit in enumerate(self.bits):
+            _, qp = integer_range(bit, self.signed, self.symmetric)
+            if self.init == "lsq":
+                step = 2 * values.abs().mean(1) / math.sqrt(qp)
+            else:
+                mean, spread = values.mean(1), 3 * values.std(1)
+                step = torch.maximum((mean - spread).abs(), (mean + spread).abs()) / 2 ** (bit - 1)
+            self.s[index] = step.clamp(min=SMALLEST_STEP).reshape(self.s[index].shape)
+            self._mark(index)
+
+    def _mark(self, index):
+        self.init_state[index] = 1
+        self._initialized[index] = True
+
+    @torch.no_grad()
+    def keep_positive(self):
+        """Keep step sizes above SMALLEST_STEP; to be called after each optimizer step."""
+        self.s.clamp_(min=SMALLEST_STEP)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._initialized = [bool(state) for state in self.init_state.tolist()]
+
+    def extra_repr(self):
+        sign = "signed" if self.signed else "unsigned"
+        return f"bits={list(self.bits)}, {sign}, steps={list(self.s.shape)}"

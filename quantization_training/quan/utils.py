@@ -1,0 +1,179 @@
+"""Which modules of a network are quantized, by name, and how their bit-widths are switched."""
+
+from torch import nn
+
+from model.layer_table import QUANTIZABLE
+from util.errors import UserError, nearest
+
+from .cost import FIXED_BIT
+from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, SwitchableBatchNorm
+from .quantizer import IdentityQuan, LsqQuan
+
+BATCHNORM = nn.modules.batchnorm._BatchNorm
+
+
+def check_exceptions(model, excepts):
+    """Refuse an exception that names no convolution, linear layer or BatchNorm of the network."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (*QUANTIZABLE, BATCHNORM))]
+    for name in excepts:
+        if name not in names:
+            raise UserError(f"quan.excepts.{name}: the network has no such layer{nearest(name, names)}")
+
+
+def searchable_layers(graph, excepts):
+    """Names of the layers whose bits are searched, in network order: all that the graph reaches but the exceptions."""
+    return [name for name in graph.layers if name not in excepts]
+
+
+def weight_quantizer(config, bits, module):
+    channels = module.weight.shape[0] if config.per_channel else None
+    return LsqQuan(bits, signed=True, symmetric=config.symmetric, channels=channels, init=config.init)
+
+
+def act_quantizer(config, bits, all_positive=None):
+    positive = config.all_positive if all_positive is None else all_positive
+    return LsqQuan(bits, signed=not positive, symmetric=config.symmetric and not positive)
+
+
+def quantized_layer(module, quan_w_fn, quan_a_fn, sat=False):
+    """The quantized layer that stands in for a convolution or a linear layer."""
+    if isinstance(module, nn.Linear):
+        return QuanLinear(module, quan_w_fn, quan_a_fn, sat)
+    return QuanConv2d(module, quan_w_fn, quan_a_fn)
+
+
+def quantizers_of_exception(module, config, name, defaults):
+    """Quantizers of an excepted layer: at the bits its entry gives, or `defaults` where an entry is blank.
+
+    Args:
+        module: the excepted convolution or linear layer.
+        config: the `quan` section.
+        name: the name of the layer.
+        defaults: (weight bit, activation bit); None stands for not quantized.
+
+    Returns:
+        (quan_w_fn, quan_a_fn).
+    """
+    entry = config.excepts[name]
+    weight_bit = entry.weight.bit or defaults[0]
+    act_bit = entry.act.bit or defaults[1]
+    return (weight_quantizer(config.weight, [weight_bit], module) if weight_bit else IdentityQuan(),
+            act_quantizer(config.act, [act_bit], entry.act.all_positive) if act_bit else IdentityQuan())
+
+
+def joint_modules(model, graph, config, bits):
+    """The modules that make a network trainable at all candidate bit-widths together (stage 1).
+
+    Args:
+        model: a full-precision network.
+        graph: its Graph, as model.layer_table.trace gives it.
+        config: the `quan` section.
+        bits: candidate bit-widths.
+
+    Returns:
+        {name: module to put there}. An excepted layer whose entry is blank is not replaced.
+    """
+    check_exceptions(model, config.excepts)
+    modules = dict(model.named_modules())
+    replacements = {}
+    for name in graph.layers:
+        module = modules[name]
+        if name not in config.excepts:
+            replacements[name] = quantized_layer(module, weight_quantizer(config.weight, bits, module),
+                                                 act_quantizer(config.act, bits))
+        elif config.excepts[name].weight.bit or config.excepts[name].act.bit:
+            replacements[name] = quantized_layer(module, *quantizers_of_exception(module, config, name, (None, None)))
+    for name in graph.batchnorms:
+        shared = name in config.excepts
+        replacements[name] = ExceptedBatchNorm(modules[name]) if shared else SwitchableBatchNorm(modules[name], bits)
+    return replacements
+
+
+def policy_modules(model, graph, config, weight_bits, act_bits, signed, sat):
+    """The modules that quantize a network at a policy's bits (stage 3).
+
+    Args:
+        model, graph, config: as for joint_modules.
+        weight_bits, act_bits: {layer: bit} for every searchable layer.
+        signed: {layer: whether its activations are signed}, as stage 1 decided; others follow `config`.
+        sat: scale-adjusted training on the last linear layer.
+
+    Returns:
+        {name: module to put there}. Blank exceptions get 8 bits: convolutions in their weights, linear layers in both.
+    """
+    check_exceptions(model, config.excepts)
+    modules = dict(model.named_modules())
+    linear = [name for name in graph.layers if isinstance(modules[name], nn.Linear)]
+    replacements = {}
+    for name in graph.layers:
+        module = modules[name]
+        if name in config.excepts:
+            defaults = (FIXED_BIT, FIXED_BIT if isinstance(module, nn.Linear) else None)
+            quantizers = quantizers_of_exception(module, config, name, defaults)
+        else:
+            positive = not signed[name] if name in signed else None
+            quantizers = (weight_quantizer(config.weight, [weight_bits[name]], module),
+                          act_quantizer(config.act, [act_bits[name]], positive))
+        replacements[name] = quantized_layer(module, *quantizers, sat=sat and linear[-1:] == [name])
+    return replacements
+
+
+def replace_module_by_names(model, replacements):
+    """Put modules into a network, in place, under the names they are given for; return the network."""
+    for name, module in replacements.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return model
+
+
+def step_quantizers(model):
+    """{name: quantizer} of every LSQ quantizer in the network."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LsqQuan)}
+
+
+def keep_steps_positive(model):
+    """Keep every step size of the network above zero; to be called after each optimizer step."""
+    for quantizer in step_quantizers(model).values():
+        quantizer.keep_positive()
+
+
+def set_batch_parts(model, parts):
+    """Tell every activation quantizer in how many equal parts a batch is computed: ranks times accumulated batches."""
+    for name, quantizer in step_quantizers(model).items():
+        if name.endswith("quan_a_fn"):
+            quantizer.batch_parts = parts
+
+
+class BitSwitch:
+    """Switches a jointly trained network between its candidates.
+
+    Args:
+        model: a network with the modules of joint_modules.
+        graph: the Graph of the full-precision network.
+        excepts: names that are not searched.
+        bits: candidate bit-widths.
+    """
+
+    def __init__(self, model, graph, excepts, bits):
+        modules = dict(model.named_modules())
+        self.bits = tuple(bits)
+        self.layers = {name: modules[name] for name in searchable_layers(graph, excepts)}
+        self.batchnorms = {name: (modules[name], graph.batchnorms.get(name)) for name in modules
+                           if isinstance(modules[name], SwitchableBatchNorm)}
+
+    def uniform(self, bit):
+        """Every searchable layer at `bit` bits, every BatchNorm on its own copy for it."""
+        for layer in self.layers.values():
+            layer.select(bit)
+        for batchnorm, _ in self.batchnorms.values():
+            batchnorm.select(bit)
+
+    def policy(self, chosen):
+        """Each searchable layer at its own bits, {layer: bit}; a BatchNorm follows the one searchable layer before it.
+
+        A BatchNorm without such a layer uses the copy of the widest candidate.
+        """
+        for name, layer in self.layers.items():
+            layer.select(chosen[name])
+        for batchnorm, before in self.batchnorms.values():
+            batchnorm.select(chosen.get(before, max(self.bits)))

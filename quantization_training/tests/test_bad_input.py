@@ -1,0 +1,81 @@
+"""What a newcomer gets wrong: one clear line on stderr, exit status 2, nothing written."""
+
+import os
+
+import pytest
+import torch
+
+import main
+from util.checkpoint import save_checkpoint
+from util.errors import user_errors_on_one_line
+from util.exchange import write_policy
+
+CONFIG = """
+name: run
+output_dir: out
+arch: resnet20
+dataloader: {dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.1}
+wandb: {mode: disabled}
+quan: {act: {all_positive: true}, excepts: {conv1: , bn1: , fc: }}
+epochs: 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def complaint(capsys, *arguments):
+    """The one line the command says to stderr when it refuses; the folder stays as it was."""
+    before = sorted(os.listdir())
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml", *arguments])
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+    assert sorted(os.listdir()) == before, "something was written"
+    return said.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "policy: a policy file, or weight_bits and act_bits, are needed"),
+    (["weight_bit=3"], "weight_bit: unknown key; did you mean 'weight_bits'?"),
+    (["weight_bits=[3, 3]", "act_bits=3"], "weight_bits: found 2 values"),
+    (["weight_bits=12", "act_bits=3"], "weight_bits: found 12"),
+    (["policy=nowhere.yaml"], "nowhere.yaml: cannot read the file"),
+    (["policy=config.yaml"], "config.yaml: layer_name: not a policy file"),
+    (["weight_bits=3", "act_bits=3", "init_from=nowhere"], "nowhere: cannot read the checkpoint"),
+    (["weight_bits=3", "act_bits=3", "quan.excepts.fcc.weight.bit=8"], "quan.excepts.fcc: the network has no such layer"),
+    (["weight_bits=3", "act_bits=3", "accumulation=99"], "accumulation: found 99"),
+    (["weight_bits=3", "act_bits=3", "distillation.teacher=nowhere"], "nowhere: cannot read the checkpoint"),
+    (["fp_model=true", "dataloader.dataset=folder", "dataloader.path=missing", "dataloader.num_classes=3",
+      "dataloader.input_size=32"], "missing"),
+    (["fp_model=true", "eval=true"], "resume.path: nothing to evaluate"),
+])
+def test_training(folder, capsys, arguments, message):
+    assert message in complaint(capsys, *arguments)
+
+
+def test_a_policy_of_another_network(folder, capsys):
+    write_policy("policy.yaml", {"arch": "resnet18", "layer_name": ["layer1.0.conv1"], "weight_bits": [3], "act_bits": [3]})
+    assert "policy.yaml: the policy is for resnet18, but arch is resnet20" in complaint(capsys, "policy=policy.yaml")
+
+
+def test_checkpoints_of_other_runs(folder, capsys):
+    main.main(["config.yaml", "fp_model=true"])
+    capsys.readouterr()
+    dense = "out/run/run_checkpoint.pth.tar"
+    said = complaint(capsys, f"resume.path={dense}", "weight_bits=3", "act_bits=3", "name=other")
+    assert "the checkpoint is in full precision, the configuration asks for a network quantized" in said
+    said = complaint(capsys, f"init_from={dense}", "weight_bits=3", "act_bits=3", "name=other")
+    assert "not a checkpoint of indicators_pretraining" in said
+    save_checkpoint("joint", {"state_dict": {"layer1.0.conv1.quan_w_fn.s": torch.ones(2)}, "arch": "resnet20"})
+    assert "which init_from takes" in complaint(capsys, "pre_trained=joint", "fp_model=true", "name=other")
+    with open(dense, "rb") as file:
+        whole = file.read()
+    with open(dense, "wb") as file:
+        file.write(whole[:-3000])
+    assert "run_checkpoint.pth.tar: damaged" in complaint(capsys, "fp_model=true")

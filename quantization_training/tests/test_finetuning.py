@@ -1,0 +1,300 @@
+"""Fine-tuning: policies by name and by order, the start from stage 1, calibration, accumulation, and what is reported."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+import process
+from model import create_model
+from model.layer_table import trace
+from network import build_network, check_same_bits
+from policy import resolve_policy
+from quan.transfer import choose_candidates
+from quan.utils import joint_modules, replace_module_by_names, step_quantizers
+from schema import DistillationConfig, FinetuneConfig
+from util.checkpoint import load_checkpoint, load_state, save_checkpoint
+from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from util.errors import UserError
+from util.exchange import write_policy
+from util.metrics import evaluate
+
+CPU = torch.device("cpu")
+EXCEPTS = {name: ExceptionConfig() for name in ("conv1", "bn1", "fc")}
+QUAN = QuanConfig(act=QuantizerConfig(all_positive=True), excepts=EXCEPTS)
+
+
+def config(**changes):
+    return FinetuneConfig(**{"arch": "resnet20", "quan": QUAN, "weight_bits": 3, "act_bits": 4, **changes})
+
+
+def network(checkpoint=None, **changes):
+    torch.manual_seed(0)
+    return build_network(config(**changes), 10, 8, checkpoint, CPU)
+
+
+def layer_names():
+    return [name for name in trace(create_model("resnet20", 10), 8).layers if name not in EXCEPTS]
+
+
+def batches(count, size=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 3, 8, 8, generator=generator), torch.randint(10, (size,), generator=generator))
+            for _ in range(count)]
+
+
+def bits_in_use(model):
+    return {name: quantizer.bits[0] for name, quantizer in step_quantizers(model).items()}
+
+
+def test_a_policy_file_is_matched_by_name_and_pasted_lists_by_order(tmp_path):
+    names = layer_names()
+    weight_bits = [2 + index % 5 for index in range(len(names))]
+    order = list(range(len(names)))[::-1]
+    path = str(tmp_path / "policy.yaml")
+    write_policy(path, {"arch": "resnet20", "layer_name": [f"module.{names[i]}" for i in order],
+                        "weight_bits": [weight_bits[i] for i in order], "act_bits": [4] * len(names)})
+    by_name = network(policy=path, weight_bits=None, act_bits=None)
+    by_order = network(weight_bits=weight_bits, act_bits=[4] * len(names))
+    assert bits_in_use(by_name.model) == bits_in_use(by_order.model)
+    assert by_name.facts["weight_bits"] == dict(zip(names, weight_bits, strict=True))
+    used = bits_in_use(by_name.model)
+    assert used["conv1.quan_w_fn"] == 8 and "conv1.quan_a_fn" not in used
+    assert used["fc.quan_w_fn"] == used["fc.quan_a_fn"] == 8
+
+
+def test_one_number_is_a_uniform_policy():
+    used = bits_in_use(network(weight_bits=5, act_bits=2).model)
+    assert {used[f"{name}.quan_w_fn"] for name in layer_names()} == {5}
+    assert {used[f"{name}.quan_a_fn"] for name in layer_names()} == {2}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"arch": "resnet50"}, "is for resnet50, but arch is resnet20"),
+    ({"layer_name": ["layer1.0.con1"]}, "layer1.0.con1 is no searchable layer of resnet20; did you mean 'layer1.0.conv1'"),
+    ({"layer_name": ["layer1.0.conv1"]}, "says nothing of the layer layer1.0.conv2")])
+def test_a_policy_of_another_network_is_refused(tmp_path, change, message):
+    names = change.get("layer_name", layer_names())
+    path = str(tmp_path / "policy.yaml")
+    write_policy(path, {"arch": "resnet20", "weight_bits": [4] * len(names), "act_bits": [4] * len(names),
+                        "layer_name": names, **change})
+    with pytest.raises(UserError, match="policy.yaml") as error:
+        resolve_policy(config(policy=path, weight_bits=None, act_bits=None), layer_names())
+    assert message in str(error.value)
+
+
+def test_a_list_of_the_wrong_length_is_refused():
+    with pytest.raises(UserError, match="weight_bits: found 2 values, this network has 18 searchable layers"):
+        network(weight_bits=[3, 3])
+
+
+def test_signs_come_from_the_policy(tmp_path):
+    names = layer_names()
+    path = str(tmp_path / "policy.yaml")
+    write_policy(path, {"layer_name": names, "weight_bits": [4] * 18, "act_bits": [4] * 18,
+                        "act_signed": [True] + [False] * 17})
+    tuned = network(policy=path, weight_bits=None, act_bits=None)
+    assert [tuned.model.get_submodule(name).quan_a_fn.signed for name in names] == [True] + [False] * 17
+
+
+def joint_checkpoint(path, seed=3):
+    """A stage-1 checkpoint with a different value in every tensor, and the graph of its network."""
+    torch.manual_seed(seed)
+    model = create_model("resnet20", 10)
+    graph, bits = trace(model, 8), [2, 6, 4]
+    replace_module_by_names(model, joint_modules(model, graph, QUAN, bits))
+    state = {name: torch.rand(tensor.shape) + 0.1 if tensor.is_floating_point() else tensor
+             for name, tensor in model.state_dict().items()}
+    for name in state:
+        if name.endswith("init_state"):
+            state[name] = torch.ones(3)
+    layers = {name: {"signed": {"weight": True, "act": name == "layer2.0.conv1"}} for name in layer_names()}
+    save_checkpoint(path, {"arch": "resnet20", "bits": bits, "batchnorms": dict(graph.batchnorms), "state_dict": state,
+                           "layers": layers})
+    return state, graph, bits
+
+
+def test_fine_tuning_starts_from_the_steps_and_batchnorms_of_the_chosen_bits(tmp_path):
+    path = str(tmp_path / "joint.pth.tar")
+    state, graph, bits = joint_checkpoint(path)
+    names = layer_names()
+    weight_bits = [bits[index % 3] for index in range(18)]
+    act_bits = [bits[(index + 1) % 3] for index in range(18)]
+    model = network(weight_bits=weight_bits, act_bits=act_bits, init_from=path).model
+    tuned = model.state_dict()
+    for index, name in enumerate(names):
+        assert tuned[f"{name}.quan_w_fn.s"].item() == state[f"{name}.quan_w_fn.s"][bits.index(weight_bits[index])]
+        assert tuned[f"{name}.quan_a_fn.s"].item() == state[f"{name}.quan_a_fn.s"][bits.index(act_bits[index])]
+        assert tuned[f"{name}.quan_a_fn.init_state"].tolist() == [1]
+        batchnorm = name.replace("conv", "bn")
+        copy_index = bits.index(weight_bits[names.index(graph.batchnorms[batchnorm])])
+        for entry in ("weight", "bias", "running_mean", "running_var"):
+            assert torch.equal(tuned[f"{batchnorm}.{entry}"], state[f"{batchnorm}.bns.{copy_index}.{entry}"])
+        assert torch.equal(tuned[f"{name}.weight"], state[f"{name}.weight"])
+    assert torch.equal(tuned["bn1.weight"], state["bn1.bn.weight"])
+    expected = 2 * state["conv1.weight"].abs().mean() / 127**0.5
+    torch.testing.assert_close(tuned["conv1.quan_w_fn.s"], expected.reshape(1))
+    assert model.get_submodule("layer2.0.conv1").quan_a_fn.signed
+    before = {name: quantizer.s.detach().clone() for name, quantizer in step_quantizers(model).items()}
+    model.train()(batches(1)[0][0])
+    assert all(torch.equal(before[name], quantizer.s) for name, quantizer in step_quantizers(model).items()
+               if name != "fc.quan_a_fn"), "a step size that stage 1 trained was initialised again"
+
+
+def test_a_start_that_does_not_fit_is_refused(tmp_path):
+    path = str(tmp_path / "joint.pth.tar")
+    joint_checkpoint(path)
+    with pytest.raises(UserError, match="the policy chose 3 bits, the checkpoint was trained at"):
+        network(init_from=path)
+    save_checkpoint(path, {"state_dict": create_model("resnet20", 10).state_dict(), "arch": "resnet20"})
+    with pytest.raises(UserError, match="not a checkpoint of indicators_pretraining"):
+        network(init_from=path)
+    save_checkpoint(path, {"state_dict": {}, "arch": "resnet18"})
+    with pytest.raises(UserError, match="holds resnet18, but arch is resnet20"):
+        network(init_from=path)
+
+
+def test_reducing_keeps_a_fixed_exception_and_refuses_an_unknown_bit():
+    checkpoint = {"bits": [4, 2], "batchnorms": {"bn": "a"}, "state_dict": {
+        "a.quan_w_fn.s": torch.tensor([1.0, 2.0]), "stem.quan_w_fn.s": torch.tensor([5.0]),
+        "bn.bns.0.weight": torch.tensor([4.0]), "bn.bns.1.weight": torch.tensor([2.0])}}
+    chosen = choose_candidates(checkpoint, {"a": 2}, {"a": 4}, "c")
+    assert {name: tensor.tolist() for name, tensor in chosen.items()} == {
+        "a.quan_w_fn.s": [2.0], "stem.quan_w_fn.s": [5.0], "bn.weight": [2.0]}
+    with pytest.raises(UserError, match="chose 8 bits"):
+        choose_candidates(checkpoint, {"a": 8}, {"a": 4}, "c")
+
+
+def test_published_names_of_fine_tuned_checkpoints_load(tmp_path):
+    model = network().model
+    state = {}
+    for name, tensor in create_model("resnet20", 10).state_dict().items():
+        module, _, entry = name.rpartition(".")
+        state[f"module.{name}"] = torch.rand_like(tensor) if tensor.is_floating_point() else tensor
+        if entry == "weight" and "bn" not in module:
+            for quantizer in ("quan_w_fn",) if module == "conv1" else ("quan_w_fn", "quan_a_fn"):
+                state[f"module.{module}.{quantizer}.s"] = torch.rand(1)
+                state[f"module.{module}.{quantizer}.init_state"] = torch.ones(1)
+    torch.save({"state_dict": state, "arch": "resnet20", "epoch": 1}, tmp_path / "c")
+    checkpoint = load_checkpoint(str(tmp_path / "c"))
+    load_state(model, checkpoint["state_dict"], "c")
+    check_same_bits(checkpoint, network().facts)
+    assert all(torch.equal(tensor, state[f"module.{name}"]) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_other_bits_is_refused_and_evaluation_takes_its_own():
+    facts = network().facts
+    checkpoint = {"version": 1, **facts}
+    with pytest.raises(UserError, match="layer1.0.conv1: the checkpoint was trained at 3 bits, .* asks for 5"):
+        network(checkpoint=checkpoint, weight_bits=5)
+    with pytest.raises(UserError, match="quantized"):
+        network(checkpoint=checkpoint, fp_model=True)
+    own = network(checkpoint=checkpoint, weight_bits=None, act_bits=None, eval=True)
+    assert own.facts["weight_bits"] == facts["weight_bits"]
+
+
+def test_calibration_gives_the_mean_statistics_of_all_batches_and_puts_momentum_and_mode_back():
+    model = network(fp_model=True).model
+    model.layer1[0].bn1.momentum = 0.3
+    model.train()
+    model.layer2.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    inputs, means, variances = batches(3), [], []
+    with torch.no_grad():
+        for images, _ in inputs:
+            out = model.conv1(images)
+            means.append(out.mean((0, 2, 3)))
+            variances.append(out.var((0, 2, 3), unbiased=True))
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    process.calibrate_batchnorm(model, inputs)
+    torch.testing.assert_close(model.bn1.running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(model.bn1.running_var, torch.stack(variances).mean(0))
+    assert model.layer1[0].bn1.momentum == 0.3 and model.bn1.momentum == 0.1
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert all(torch.equal(parameter, weights[name]) and parameter.grad is None
+               for name, parameter in model.named_parameters())
+
+
+def test_momentum_and_mode_are_put_back_when_calibration_fails():
+    model = network(fp_model=True).model.train()
+    with pytest.raises(RuntimeError):
+        process.calibrate_batchnorm(model, [(torch.zeros(1, 5, 8, 8), None)])
+    assert model.training and all(module.training for module in model.modules())
+    assert model.bn1.momentum == 0.1
+
+
+def test_accumulated_batches_give_the_gradients_of_one_large_batch():
+    torch.manual_seed(0)
+    joined = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    replace_module_by_names(joined, joint_modules(joined, trace(joined, 8), QuanConfig(
+        act=QuantizerConfig(all_positive=True), excepts={"0": ExceptionConfig()}), [4]))
+    images, target = batches(1, size=8)[0]
+    joined.train()(images)  # step sizes start from the joined batch in both
+    split = copy.deepcopy(joined)
+    for quantizer in step_quantizers(split).values():
+        quantizer.batch_parts = 1
+    from quan.utils import set_batch_parts
+    set_batch_parts(split, 2)
+    criterion = process.create_criterion(config())
+    for model, parts in ((joined, [(images, target)]), (split, [(images[:4], target[:4]), (images[4:], target[4:])])):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        process.training_step(model, parts, criterion, optimizer, process.Metrics(CPU))
+    for (name, one), two in zip(joined.named_parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_distillation_mixes_the_two_losses():
+    torch.manual_seed(0)
+    teacher, logits, (images, target) = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), torch.randn(8, 10), batches(1)[0]
+    settings = DistillationConfig(teacher="x", weight=0.25, temperature=4.0)
+    loss = process.create_criterion(config(distillation=settings, smoothing=0.1), teacher)(logits, images, target)
+    p, q = F.softmax(teacher(images) / 4, 1), F.softmax(logits / 4, 1)
+    expected = 0.75 * F.cross_entropy(logits, target, label_smoothing=0.1) \
+        + 0.25 * 16 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(loss, expected.detach(), check_dtype=True)
+
+
+@pytest.mark.parametrize(("cycle", "epochs", "cooldown", "expected"), [
+    (10, 40, 0, [0, 9, 19, *range(25, 40)]), (50, 20, 3, [0, *range(8, 23)]), (1, 3, 0, [0, 1, 2])])
+def test_when_validation_is_due(cycle, epochs, cooldown, expected):
+    settings = config(val_cycle=cycle, epochs=epochs, cooldown_epochs=cooldown)
+    assert [epoch for epoch in range(epochs + cooldown) if process.is_validated(epoch, settings)] == expected
+
+
+def test_evaluation_equals_a_plain_computation_and_keeps_the_mode():
+    model = network(fp_model=True).model.train()
+    inputs = [*batches(2), *batches(1, size=3, seed=9)]
+    figures = evaluate(model, inputs)
+    assert model.training
+    images, target = torch.cat([pair[0] for pair in inputs]), torch.cat([pair[1] for pair in inputs])
+    logits = model.eval()(images).detach()
+    rank_of_target = (logits > logits.gather(1, target[:, None])).sum(1)
+    assert figures["top1"] == pytest.approx(100 * (rank_of_target < 1).double().mean().item())
+    assert figures["top5"] == pytest.approx(100 * (rank_of_target < 5).double().mean().item())
+    assert figures["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"policy": "p"}, "weight_bits: the bits come from policy already"),
+    ({"weight_bits": None}, "policy: a policy file, or weight_bits and act_bits, are needed"),
+    ({"weight_bits": 9}, "weight_bits: found 9"), ({"act_bits": [4, 1]}, "act_bits: found 1"),
+    ({"init_from": "a", "pre_trained": True}, "init_from: weights come from pre_trained already"),
+    ({"init_from": "a", "fp_model": True}, "init_from: takes step sizes")])
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        config(**changes)
+
+
+def test_every_shipped_configuration_is_valid():
+    import pathlib
+
+    from util.config import load_config
+    folder = pathlib.Path(__file__).parents[1]
+    paths = sorted(folder.glob("*.yaml"))
+    assert len(paths) >= 3
+    for path in paths:
+        assert load_config(FinetuneConfig, [path]).name
+        assert yaml.safe_load(path.read_text())

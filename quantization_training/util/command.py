@@ -1,0 +1,44 @@
+"""The command line that every main.py has: configuration files, then single keys."""
+
+import argparse
+
+from util.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line as a UserError; flags are spelt out in full."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def add_configuration(parser):
+    """Let a parser take `CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]`."""
+    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml | dotted.key=value",
+                        help="one or more YAML files, later ones over earlier ones; then single keys")
+
+
+def split_configuration(words):
+    """(paths of YAML files, "key=value" strings) of what add_configuration took."""
+    configs = [word for word in words if "=" not in word]
+    if not configs:
+        raise UserError("a configuration file is needed, such as config_resnet50.yaml (see --help)")
+    return configs, [word for word in words if "=" in word]
+
+
+def parse_training_arguments(description, arguments=None):
+    """Read the command line of a training stage.
+
+    Returns:
+        (paths of YAML files, "key=value" strings, whether it is a dry run).
+    """
+    parser = Parser(description=description)
+    add_configuration(parser)
+    parser.add_argument("--dry-run", action="store_true",
+                        help="build everything, compute one batch, report sizes, write nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")
+    options = parser.parse_intermixed_args(arguments)
+    return *split_configuration(options.words), options.dry_run

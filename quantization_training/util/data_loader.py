@@ -1,0 +1,279 @@
+"""Loaders: batches of normalised images on the device, the same for any number of ranks and workers.
+
+Small sets lie in memory as one uint8 tensor on the device and are augmented a batch at a time; image folders are
+read by worker processes. Either way the augmentation of a sample is drawn from (seed, epoch, index) alone.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+from torchvision.datasets.folder import default_loader
+
+from util.datasets import FACTS, describe_data, read_dataset
+from util.errors import UserError, reason
+from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, generator, stratified_split
+
+CROP_PADDING = 8  # an eighth of the image on each side: 4 pixels at 32 x 32
+RESIZE_RATIO = 256 / 224  # the usual resize before the centre crop in evaluation
+
+
+class Loader:
+    """The batches of one split on this rank.
+
+    Iterating yields (images float32 [B, 3, S, S], normalised; labels int64 [B]) on the device. `len` is the number
+    of batches of a whole epoch on this rank, `images` the number of images of an epoch over all ranks.
+    """
+
+    def __init__(self, plan, batches, mean, std, device):
+        self.plan, self.batches, self.device = plan, batches, device
+        mean, std = torch.tensor([mean, std], dtype=torch.float32, device=device).view(2, 1, 3, 1, 1)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    @property
+    def images(self):
+        return self.plan.images
+
+    def __len__(self):
+        return len(self.plan)
+
+    def set_epoch(self, epoch, start_step=0):
+        """Choose the epoch whose batches the next iteration yields, and the step it starts at (to resume there)."""
+        self.plan.set_epoch(epoch, start_step)
+
+    def __iter__(self):
+        for batch in self.batches:
+            if isinstance(batch, UserError):
+                raise batch
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield normalise(images, self.scale, self.shift), labels
+
+
+def normalise(images, scale, shift):
+    """uint8 [B, 1 or 3, S, S] to float32 [B, 3, S, S]; a grey channel is repeated by the broadcast."""
+    return (images.float() * scale).add_(shift)
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """What a training run reads. `calibration(samples)` gives a loader over random training images, not augmented,
+    which set_epoch draws anew; with `val_is_test`, no images are held out and `val` is the test loader."""
+
+    train: Loader
+    val: Loader
+    test: Loader
+    calibration: Callable[[int], Loader]
+    num_classes: int
+    input_size: int
+    mean: tuple
+    std: tuple
+    class_names: tuple
+    val_is_test: bool
+
+
+def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None):
+    """Read the dataset and build its loaders.
+
+    Args:
+        config: a DataConfig; batch_size is per process.
+        seed: decides the validation split, data_fraction, order, augmentation and calibration samples.
+        rank, world_size: which of how many processes this is.
+        device: where batches are wanted.
+        barrier: returns when all processes have called it; used while one of them downloads.
+        downloads: whether this process downloads missing files (one per machine should); default: rank 0 does.
+
+    Returns:
+        Loaders
+
+    Raises:
+        UserError: naming the key or the file, and what to change or to put where.
+    """
+    num_classes, input_size = describe_data(config)
+    config = replace(config, num_classes=num_classes, input_size=input_size)
+    data = read_dataset(config, rank == 0 if downloads is None else downloads, barrier)
+    train_set, test_set = data.train.to(device), data.test.to(device)
+    train, val = split_training_images(data.train.labels, config, seed)
+    steps = count_training_steps(len(train), config.batch_size, world_size)
+    batches = folder_batches if isinstance(train_set.images, np.ndarray) else memory_batches
+
+    def loader(images, plan, augment=False, keep_workers=True):
+        source = batches(config, images, plan, seed, device, augment, keep_workers)
+        return Loader(plan, source, data.mean, data.std, device)
+
+    def evaluation(images, indices):
+        return loader(images, OrderedPlan(indices, config.batch_size, rank, world_size))
+
+    def calibration(samples):
+        plan = calibration_plan(train, samples, seed, config.batch_size, rank, world_size)
+        return loader(train_set, plan, keep_workers=False)
+
+    training_plan = ShuffledPlan(train, Stream.SHUFFLE, seed, config.batch_size, steps, rank, world_size)
+    test_loader = evaluation(test_set, np.arange(len(test_set.labels)))
+    return Loaders(
+        train=loader(train_set, training_plan, augment=True),
+        val=evaluation(train_set, val) if len(val) else test_loader,
+        test=test_loader,
+        calibration=calibration,
+        num_classes=num_classes, input_size=input_size, mean=data.mean, std=data.std,
+        class_names=data.class_names, val_is_test=not len(val))
+
+
+def split_training_images(labels, config, seed):
+    """Hold val_split of the images out, then keep data_fraction of the others; both balanced over the classes.
+
+    Returns:
+        (train, val): int64 index arrays; val is empty where val_split is 0.
+    """
+    val, train = stratified_split(labels, config.val_split, [Stream.VALIDATION_SPLIT, seed])
+    if config.val_split and not len(val):
+        raise UserError(f"dataloader.val_split: found {config.val_split}, but no class has two training images, one of "
+                        "which could be held out; leave it 0")
+    if config.data_fraction < 1:
+        left_out = 1 - Fraction(str(config.data_fraction))
+        kept = stratified_split(labels[train], left_out, [Stream.DATA_FRACTION, seed])[1]
+        train = train[kept]
+    return train, val
+
+
+def count_training_steps(images, batch_size, world_size):
+    """How many full batches over all ranks an epoch has; at least one."""
+    steps = images // (batch_size * world_size)
+    if not steps:
+        processes = f"{world_size} processes x {batch_size}" if world_size > 1 else str(batch_size)
+        raise UserError(f"dataloader.batch_size: found {processes}, but only {images} images are left for training; "
+                        f"take at most {images // world_size}")
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets held in memory.
+
+
+def memory_batches(config, image_set, plan, seed, device, augment, keep_workers):
+    """Batches of `image_set`, already on the device, by `plan`; there are no workers to keep."""
+    padding, flip = config.input_size // CROP_PADDING, FACTS[config.dataset].flip
+    crop = CropAndFlip(seed, len(image_set.labels), padding, flip, device) if augment else None
+    return MemoryBatches(image_set, plan, crop)
+
+
+class MemoryBatches:
+    """Batches of images held as one uint8 tensor [N, C, S, S]; iterating yields uint8 images and labels."""
+
+    def __init__(self, image_set, plan, augment):
+        self.images, self.labels = image_set.images, torch.from_numpy(image_set.labels).to(image_set.images.device)
+        self.plan, self.augment = plan, augment
+
+    def __iter__(self):
+        for epoch, indices in self.plan:
+            indices = torch.from_numpy(indices).to(self.images.device)
+            images = self.images[indices]
+            yield (self.augment(images, epoch, indices) if self.augment else images), self.labels[indices]
+
+
+class CropAndFlip:
+    """Random crops of zero-padded images, and horizontal flips; sample i of an epoch always gets the same."""
+
+    def __init__(self, seed, count, padding, flip, device):
+        self.seed, self.count, self.padding, self.flip, self.device = seed, count, padding, flip, device
+        self.epoch = None
+
+    def __call__(self, images, epoch, indices):
+        if epoch != self.epoch:
+            draws = draw_crops(self.seed, epoch, self.count, self.padding, self.flip)
+            self.epoch, self.draws = epoch, torch.from_numpy(draws).to(self.device)
+        return crop_and_flip(images, *self.draws[:, indices], self.padding)
+
+
+def draw_crops(seed, epoch, count, padding, flip):
+    """Where to crop each of `count` samples and whether to flip it: int64 [3, count] (top, left, flipped)."""
+    rng = generator(Stream.AUGMENTATION, seed, epoch)
+    offsets = rng.integers(0, 2 * padding + 1, size=(2, count))
+    flipped = rng.integers(0, 2, size=(1, count))
+    return np.concatenate([offsets, flipped if flip else np.zeros_like(flipped)])
+
+
+def crop_and_flip(images, top, left, flipped, padding):
+    """Pad with zeros, crop each image back to its size at (top, left) of the padded one, and mirror some.
+
+    Args:
+        images: uint8 [B, C, S, S].
+        top, left: int64 [B], 0 to 2 * padding; `padding` in the middle.
+        flipped: int64 [B], 1 where the crop is mirrored left to right.
+
+    Returns:
+        uint8 [B, C, S, S]
+    """
+    batch, channels, size, _ = images.shape
+    padded_size = size + 2 * padding
+    padded = F.pad(images, (padding,) * 4).view(batch, channels, padded_size ** 2)
+    steps = torch.arange(size, device=images.device)
+    rows = top[:, None] + steps
+    columns = left[:, None] + torch.where(flipped[:, None] > 0, size - 1 - steps, steps)
+    pixels = (rows[:, :, None] * padded_size + columns[:, None, :]).view(batch, 1, size ** 2)
+    return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image folders.
+
+
+def folder_batches(config, image_set, plan, seed, device, augment, keep_workers):
+    """Batches of `image_set` by `plan`, read ahead by config.workers processes, which stay between epochs if wanted."""
+    size = config.input_size
+    if augment:
+        steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    else:
+        steps = [transforms.Resize(int(size * RESIZE_RATIO)), transforms.CenterCrop(size)]
+    return torch.utils.data.DataLoader(
+        FileBatches(image_set, transforms.Compose([*steps, transforms.PILToTensor()]), seed),
+        sampler=plan, batch_size=None, num_workers=config.workers,
+        persistent_workers=keep_workers and config.workers > 0, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator())  # its own, so that iterating draws nothing from the global one
+
+
+class FileBatches(torch.utils.data.Dataset):
+    """Whole batches read from image files: [(epoch, indices)] gives uint8 images [B, 3, S, S] and labels [B].
+
+    A file that cannot be read gives the UserError itself in place of the batch: an exception raised in a worker
+    process would come out wrapped in a traceback.
+    """
+
+    def __init__(self, image_set, transform, seed):
+        self.files, self.labels = image_set.images, image_set.labels
+        self.transform, self.seed = transform, seed
+
+    def __getitem__(self, key):
+        epoch, indices = key
+        try:
+            images = [self.read(epoch, index) for index in indices]
+        except UserError as error:
+            return error
+        return torch.stack(images), torch.from_numpy(self.labels[indices])
+
+    def read(self, epoch, index):
+        file = os.fsdecode(self.files[index])
+        try:
+            image = default_loader(file)
+        except Exception as error:  # Pillow raises many types on damaged files
+            raise UserError(f"{file}: cannot read the image ({reason(error)}); replace or remove the file") from None
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would reseed the accelerators too, which fork_rng does not put back here.
+            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+            return self.transform(image)
+
+
+def sample_seed(seed, epoch, index):
+    """A 63-bit seed for the augmentation of one sample in one epoch."""
+    return int(generator(Stream.AUGMENTATION, seed, epoch, index).integers(2 ** 63))
+
+
+def ignore_interrupts(worker):
+    """Leave Ctrl-C to the main process, which then stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

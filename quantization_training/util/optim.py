@@ -1,0 +1,54 @@
+"""Optimizer and learning rate, as configured."""
+
+import math
+
+import torch
+
+from util.errors import UserError
+
+
+def create_optimizer(model, config):
+    """SGD or AdamW over the parameters that are trained.
+
+    Step sizes, biases and normalization parameters get no weight decay.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.dim() <= 1 or name.endswith((".quan_w_fn.s", ".quan_a_fn.s"))
+            (plain if exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if config.opt == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+def check_schedule(config):
+    """Refuse a schedule that cannot be followed. Messages begin with the key."""
+    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 0:
+        raise UserError(f"warmup_epochs: found {config.warmup_epochs:g}, allowed is less than epochs ({config.epochs})")
+    if config.min_lr > config.lr:
+        raise UserError(f"min_lr: found {config.min_lr:g}, allowed is at most lr ({config.lr:g})")
+
+
+def learning_rate(config, time):
+    """The learning rate at a point in time, in epochs (3.5: half-way through the fourth).
+
+    Linear from warmup_lr to lr over warmup_epochs; then by `sched` a half cosine to min_lr at `epochs`, decay_rate every
+    decay_epochs, or constant. Cool-down epochs keep the rate reached at `epochs`.
+    """
+    time = min(time, config.epochs)
+    if time < config.warmup_epochs:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * time / config.warmup_epochs
+    if config.sched == "cosine":
+        progress = (time - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+        return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
+    if config.sched == "step":
+        return max(config.min_lr, config.lr * config.decay_rate ** math.floor(time / config.decay_epochs))
+    return config.lr
+
+
+def set_learning_rate(optimizer, rate):
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,135 @@
+"""The whole way by the commands of the README, each from its own folder, on a copy of the stages and small images."""
+
+import csv
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
+SMALL = ["dataloader.input_size=8", "dataloader.batch_size=32", "dataloader.data_fraction=0.2", "epochs=1"]
+DENSE = "results/resnet20_digits_dense/resnet20_digits_dense_checkpoint.pth.tar"
+JOINT = "results/resnet20_digits/resnet20_digits_checkpoint.pth.tar"
+BITS = ["6", "5", "4", "3", "2"]
+
+
+def command(folder, *words, expect=0):
+    """Run `python WORDS` in a stage folder; return stdout, or stderr where a failure is expected."""
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == expect, f"{words}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stderr if expect else done.stdout
+
+
+def launch(folder, *words):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return command(folder, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", *words)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The three stage folders, copied to a place of their own: nothing above them is needed."""
+    place = tmp_path_factory.mktemp("project")
+    for stage in STAGES:
+        shutil.copytree(ROOT / stage, place / stage, ignore=shutil.ignore_patterns("results", "__pycache__", "tests"))
+    return {"pretraining": place / STAGES[0], "search": place / STAGES[1], "training": place / STAGES[2]}
+
+
+@pytest.fixture(scope="module")
+def walked(stages):
+    """What each command of the way printed."""
+    said = {}
+    said["dense"] = command(stages["training"], "main.py", "config_resnet20_digits.yaml", *SMALL, "warmup_epochs=0")
+    said["joint"] = command(stages["pretraining"], "main.py", "config_resnet20_digits.yaml", *SMALL)
+    said["extract"] = command(stages["pretraining"], "importance_extractor.py", JOINT, "--output", "results/i.pkl")
+    said["search"] = command(stages["search"], "search.py", "--model", "resnet20",
+                             "--i", "../indicators_pretraining/results/i.pkl", "--b", *BITS, "--wb", "3", "--ab", "3",
+                             "--cr", "10.59", "--bops", "True", "--output", "results/policy_resnet20_digits_w3a3.yaml")
+    said["finetune"] = command(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL)
+    said["eval"] = command(stages["training"], "main.py", "eval_resnet20_digits_w3a3.yaml", *SMALL[:2])
+    return said
+
+
+def metrics(folder, name):
+    with open(folder / "results" / name / "metrics.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_candidate_has_real_figures_in_training_and_validation(walked, stages):
+    rows = metrics(stages["pretraining"], "resnet20_digits")
+    for split, labels in (("train", {*BITS, "random"}), ("val", set(BITS)), ("test", set(BITS))):
+        found = {row["bits"]: row for row in rows if row["split"] == split}
+        assert set(found) == labels
+        assert all(0 < float(row["loss"]) < 20 and 0 <= float(row["top1"]) <= float(row["top5"]) <= 100
+                   for row in found.values())
+        assert len({row["loss"] for row in found.values()}) == len(labels)
+
+
+def test_the_indicators_are_the_step_sizes_in_the_checkpoint(walked, stages):
+    with open(stages["pretraining"] / "results" / "i.pkl", "rb") as file:
+        indicators = pickle.load(file)
+    state = torch.load(stages["pretraining"] / JOINT, weights_only=True)["state_dict"]
+    assert len(indicators["layer_name"]) == 18 and indicators["layer_name"][0] == "layer1.0.conv1"
+    for kind, quantizer in (("weight", "quan_w_fn"), ("act", "quan_a_fn")):
+        for name in indicators["layer_name"]:
+            assert list(indicators[kind][name].values()) == state[f"{name}.{quantizer}.s"].tolist()
+    assert indicators["layers"]["layer1.0.conv1"]["macs_exact"] == 16 * 16 * 9 * 64
+    assert list(indicators["fixed"]) == ["conv1", "fc"]
+
+
+def test_the_policy_that_was_searched_is_the_one_that_was_trained(walked, stages):
+    policy = yaml.safe_load((stages["search"] / "results/policy_resnet20_digits_w3a3.yaml").read_text())
+    assert walked["search"].splitlines()[-2:] == [f"searched weight bit-widths {policy['weight_bits']}",
+                                                  f"searched act bit-widths {policy['act_bits']}"]
+    checkpoint = torch.load(stages["training"] / "results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar",
+                            weights_only=True)
+    assert list(checkpoint["weight_bits"].values()) == policy["weight_bits"]
+    assert list(checkpoint["act_bits"].values()) == policy["act_bits"]
+
+
+def test_search_and_fine_tuning_agree_on_what_the_policy_costs(walked, stages):
+    policy = yaml.safe_load((stages["search"] / "results/policy_resnet20_digits_w3a3.yaml").read_text())
+    summary = yaml.safe_load((stages["training"] / "results/resnet20_digits_w3a3/summary.yaml").read_text())
+    assert summary["ratio"] >= 10.59
+    assert f"{summary['gbitops']:.3f}" in walked["search"] and f"{summary['ratio']:.2f}" in walked["search"]
+    assert policy["arch"] == summary["arch"] == "resnet20"
+
+
+def test_evaluation_repeats_the_figures_of_training(walked, stages):
+    summary = yaml.safe_load((stages["training"] / "results/resnet20_digits_w3a3/summary.yaml").read_text())
+    assert f"top-1 {summary['top1']:.3f}" in walked["eval"] and f"loss {summary['loss']:.4f}" in walked["eval"]
+
+
+def test_a_finished_run_is_left_alone_and_a_changed_one_refused(walked, stages):
+    folder = stages["training"] / "results/resnet20_digits_w3a3"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = command(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL)
+    assert "this run is finished" in said
+    said = command(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL, "lr=0.5", expect=2)
+    assert said.count("\n") == 1 and "another lr" in said
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_dry_runs_write_nothing(walked, stages):
+    for stage, config in (("pretraining", "config_resnet20_digits.yaml"), ("training", "finetune_resnet20_digits_w3a3.yaml")):
+        said = command(stages[stage], "main.py", config, *SMALL, "name=dry", "--dry-run")
+        assert "nothing was written" in said and not (stages[stage] / "results" / "dry").exists()
+
+
+def test_two_processes_walk_stages_one_and_three(walked, stages):
+    launch(stages["pretraining"], "main.py", "config_resnet20_digits.yaml", *SMALL, "name=two")
+    launch(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL, "name=two")
+    rows = metrics(stages["training"], "two")
+    assert {row["split"] for row in rows} == {"train", "val", "test"}
+    alone = command(stages["training"], "main.py", "eval_resnet20_digits_w3a3.yaml", *SMALL[:2],
+                    "resume.path=results/two/two_checkpoint.pth.tar")
+    test = next(row for row in rows if row["split"] == "test")
+    assert f"top-1 {float(test['top1']):.3f}" in alone  # metrics over two processes are those of one

@@ -1,0 +1,32 @@
+"""The README's search commands, run on the files of the repository, print what it says they print."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = re.compile(r"^python (search\.py .*?indicators/.*?)^```$.*?^```$(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def test_there_is_an_example():
+    assert EXAMPLE.search(README)
+
+
+@pytest.mark.parametrize(("command", "printed"), EXAMPLE.findall(README))
+def test_the_policy_in_the_readme_is_the_one_its_command_prints(command, printed, tmp_path):
+    words = shlex.split(command.replace("\\\n", " "))
+    words[words.index("--output") + 1] = str(tmp_path / "policy.yaml")
+    done = subprocess.run([sys.executable, *words], cwd=ROOT / "quantization_search", capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.splitlines()[-2:] == printed.strip().splitlines()
+
+
+def test_every_file_that_the_readme_names_is_there():
+    for name in re.findall(r"(?:main\.py |`)(\w+\.yaml)", README):
+        if not name.startswith(("CONFIG", "args", "summary", "policy")):
+            assert list(ROOT.glob(f"*/{name}")), name

@@ -15,10 +15,14 @@ SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
 environment: $(READY)
 
-$(READY): requirements.txt requirements-dev.txt
-	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	touch $(READY)
+# The hash in its name says whether it fits the requirements; times of files, new in every clone, do not.
+$(READY):
+	@if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ] && [ -n "$$(ls -A "$(VENV)")" ]; then \
+		echo "VENV: $(VENV) holds something else than a virtual environment; it would be emptied" >&2; exit 2; fi
+	@echo "making the virtual environment $(VENV); the first time this takes minutes"
+	$(PYTHON) -m venv --clear "$(VENV)"
+	"$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch "$(READY)"
 
 demo: $(READY)
 	$(RUN) demo.py

@@ -9,17 +9,17 @@ from model.layer_table import trace
 from quan.utils import BitSwitch, joint_modules, replace_module_by_names, searchable_layers, step_quantizers
 from util import distributed
 from util.checkpoint import load_checkpoint
-from util.errors import UserError
 
 
 @dataclass(frozen=True)
 class JointNetwork:
-    """A network with quantized layers for all candidates, the switch between them, and the facts about it that travel
-    in its checkpoint: bits, num_classes, input_size, layers, fixed, batchnorms."""
+    """A network with quantized layers for all candidates, the switch between them, the facts about it that travel in
+    its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms), and the names of layers left alone."""
 
     model: nn.Module
     switch: BitSwitch
     facts: dict
+    unreached: list
 
 
 def build_network(config, num_classes, input_size, fresh, device):
@@ -34,10 +34,7 @@ def build_network(config, num_classes, input_size, fresh, device):
     model = create_model(config.arch, num_classes, pre_trained=fresh and config.pre_trained is True)
     if fresh and isinstance(config.pre_trained, str):
         load_weights(model, load_checkpoint(config.pre_trained)["state_dict"], config.pre_trained)
-    try:
-        graph = trace(model, input_size)
-    except ValueError as error:
-        raise UserError(f"arch: {config.arch}: {error}") from None
+    graph = trace(model, input_size)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits))
     if config.freeze_weights:
         freeze_weights(model)
@@ -45,7 +42,7 @@ def build_network(config, num_classes, input_size, fresh, device):
     facts = describe_network(config, model, graph, num_classes, input_size)
     model.to(device)
     distributed.broadcast_model(model)
-    return JointNetwork(model, switch, facts)
+    return JointNetwork(model, switch, facts, graph.unreached)
 
 
 def freeze_weights(model):

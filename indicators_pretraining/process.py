@@ -105,6 +105,8 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         monitor.log(f"continuing after epoch {start.epoch}")
     if start.changed:
         monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
+    if network.unreached:
+        monitor.log(f"not quantized, since no forward pass reaches them: {', '.join(network.unreached)}")
     last = config.epochs + config.cooldown_epochs
     for epoch in range(start.epoch, last):
         train_one_epoch(model, switch, loaders.train, optimizer, config, epoch, monitor)

@@ -104,8 +104,6 @@ def _rows_of_model(path, indicators, arch):
         graph = trace(create_model(arch, DEFAULT_CLASSES), size)
     except UserError as error:
         raise UserError(f"model: {str(error).removeprefix('arch: ')}") from None
-    except ValueError as error:
-        raise UserError(f"model: {arch}: {error}") from None
     return {name: Row(**call.as_row()) for name, call in graph.layers.items()}
 
 

@@ -36,7 +36,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     """
     fresh = checkpoint is None
     model = create_dense(config.arch, num_classes, config.pre_trained if fresh else False)
-    graph = trace_network(model, config.arch, input_size)
+    graph = trace(model, input_size)
     facts = {"num_classes": num_classes, "input_size": input_size}
     if config.fp_model:
         cost = full_precision_cost(graph.layers)
@@ -60,13 +60,6 @@ def create_dense(arch, num_classes, pre_trained):
     if isinstance(pre_trained, str):
         load_weights(model, load_checkpoint(pre_trained)["state_dict"], pre_trained)
     return model
-
-
-def trace_network(model, arch, input_size):
-    try:
-        return trace(model, input_size)
-    except ValueError as error:
-        raise UserError(f"arch: {arch}: {error}") from None
 
 
 def quantize(model, graph, config, checkpoint):

@@ -61,7 +61,7 @@ def complaint(capsys, command, *arguments):
     (["epochs=3"], "a configuration file is needed"),
     ([], "required"),
     (["config.yaml", "--dryrun"], "--dryrun"),
-    (["config.yaml", "arch=alexnet"], "arch: alexnet: the network does not take images of 8x8"),
+    (["config.yaml", "arch=alexnet"], "the network does not take images of 8x8"),
 ])
 def test_training(folder, capsys, arguments, message):
     assert message in complaint(capsys, main.main, *arguments)

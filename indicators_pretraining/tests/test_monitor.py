@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from util import monitor
 from util.config import LogConfig, RunConfig, WandbConfig, load_config
 from util.errors import UserError
-from util.monitor import MetricsFile, Monitor, Scoreboard, write_args
+from util.metrics_file import SPLITS, MetricsFile
+from util.monitor import Monitor, Scoreboard, write_args
 from util.plots import colour_labels, draw_panel, save_curves
 
 STAGE = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_an_evaluation_cuts_nothing_off_the_run_in_its_folder(tmp_path):
     assert csv_lines(tmp_path) == [HEADER, "5,val,,,50,,,", "5,test,,,49,,,"]
 
 
-recorded = st.tuples(st.integers(0, 20), st.sampled_from(monitor.SPLITS), st.sampled_from(["", "6", "random"]),
+recorded = st.tuples(st.integers(0, 20), st.sampled_from(SPLITS), st.sampled_from(["", "6", "random"]),
                      st.floats(allow_infinity=False, allow_nan=False, width=16))
 
 
@@ -117,7 +117,7 @@ def test_an_unreadable_line_is_dropped_and_reported(tmp_path, line, capsys):
     (tmp_path / "metrics.csv").write_text(f"{HEADER}\n1,train,,2,,,,\n{line}")
     watch(tmp_path, resumed_epoch=3)
     assert csv_lines(tmp_path) == [HEADER, "1,train,,2,,,,"]
-    assert "metrics.csv: dropped 1 unreadable line\n" in capsys.readouterr().out
+    assert "metrics.csv: unreadable lines dropped: 1\n" in capsys.readouterr().out
 
 
 def test_a_csv_file_of_someone_else_is_refused_and_left_alone(tmp_path):
@@ -496,10 +496,10 @@ def test_a_broken_disk_does_not_hide_the_error_that_stopped_the_run(tmp_path, ca
 
 PROGRAM = """
 import sys
-from util import monitor
+from util import monitor, wandb_run
 from util.config import RunConfig, WandbConfig
 assert not {"wandb", "matplotlib"} & sys.modules.keys(), "imported without need"
-monitor.WANDB_INIT_TIMEOUT = 1
+wandb_run.WANDB_INIT_TIMEOUT = 1
 with monitor.Monitor(sys.argv[1], RunConfig(name="run", wandb=WandbConfig(mode=sys.argv[2])), True,
                      sys.argv[3] or None) as run:
     run.epoch(1, "val", {"loss": 1.5}, bits=6)

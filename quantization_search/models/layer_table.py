@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from util.errors import UserError, reason
+
 QUANTIZABLE = (nn.Conv2d, nn.Linear)
 
 
@@ -89,7 +91,7 @@ def trace(model, input_size):
         a Graph. A BatchNorm is paired with a layer when its input was computed from the output of that layer alone.
 
     Raises:
-        ValueError: when the network cannot take such an image.
+        UserError: when the network cannot take such an image.
     """
     twin = copy.deepcopy(model).to("meta", torch.float32).eval()
     lineage = _Lineage()
@@ -103,7 +105,8 @@ def trace(model, input_size):
         try:
             twin(torch.empty(1, 3, input_size, input_size, device="meta"))
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-            raise ValueError(f"the network does not take images of {input_size}x{input_size}: {error}") from error
+            raise UserError(f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
+                            "change arch or dataloader.input_size") from None
     unreached = [name for name, module in twin.named_modules() if type(module) in QUANTIZABLE and name not in calls]
     return Graph(calls, batchnorms, unreached)
 

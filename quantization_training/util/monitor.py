@@ -3,19 +3,15 @@
 Only the main process watches; on every other one each method of Monitor does nothing.
 """
 
-import csv
 import functools
 import importlib.metadata
-import io
 import math
-import netrc
 import os
 import platform
 import shlex
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -24,16 +20,9 @@ from util.checkpoint import FORMAT_VERSION
 from util.config import to_plain
 from util.errors import UserError, reason
 from util.exchange import write_atomically
+from util.metrics_file import SPLITS, MetricsFile, append
 from util.plots import name_label, save_curves
-
-COLUMNS = ("epoch", "split", "bits", "loss", "top1", "top5", "lr", "seconds")
-FIGURES = COLUMNS[3:]
-SPLITS = ("train", "val", "test")
-
-WANDB_INIT_TIMEOUT = 20  # seconds until a server out of reach is given up at the start
-WANDB_FINISH_TIMEOUT = 60  # seconds for the last upload; what is left over stays on disk for `wandb sync`
-WANDB_MODE_VARIABLE = {"online": "online", "run": "online", "shared": "online", "offline": "offline",
-                       "dryrun": "offline", "disabled": "disabled"}
+from util.wandb_run import choose_wandb, start_wandb
 
 
 def on_main(method):
@@ -268,114 +257,10 @@ def make_folder(folder):
         raise UserError(f"{folder}: cannot make the run folder ({error.strerror})") from None
 
 
-def append(path, text):
-    """Add text to the end of a file of the run folder, in one write."""
-    try:
-        with open(path, "a", encoding="utf-8", newline="") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f"{path.parent}: cannot write into the run folder ({path.name}: {error.strerror})") from None
-
-
 def write_args(folder, config):
     """Write the whole resolved configuration to args.yaml in the run folder."""
     text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
     write_atomically(Path(folder) / "args.yaml", text.encode())
-
-
-class MetricsFile:
-    """metrics.csv: one row per epoch, split and bits, in the order in which they were first recorded.
-
-    Rows beyond `last_epoch` (all, for a fresh run, but those from before training) and lines that a crash left
-    torn are cut off. `rows` holds the rest as dicts; a missing figure is None.
-    """
-
-    def __init__(self, path, last_epoch, log):
-        self.path = path
-        found, rows, unreadable = read_metrics(path)
-        if unreadable:
-            log(f"{path.name}: dropped {count(unreadable, 'unreadable line', 'unreadable lines')}")
-        self.rows = [row for row in rows if row["epoch"] <= last_epoch]
-        if not found or unreadable or len(self.rows) < len(rows):
-            self._rewrite()
-
-    def record(self, epoch, split, bits, figures):
-        """Add a row, or replace the row of the same epoch, split and bits where it stands."""
-        row = {"epoch": epoch, "split": split, "bits": bits, **{name: figures.get(name) for name in FIGURES}}
-        key = (epoch, split, bits)
-        for position, other in enumerate(self.rows):
-            if (other["epoch"], other["split"], other["bits"]) == key:
-                self.rows[position] = row
-                self._rewrite()
-                return
-        self.rows.append(row)
-        append(self.path, to_csv([row]))
-
-    def scores(self):
-        """{epoch: (top1, top5)} on the validation split; the mean over the candidates where an epoch has several."""
-        epochs = {}
-        for row in self.rows:
-            if row["split"] == "val" and row["top1"] is not None:
-                epochs.setdefault(row["epoch"], {})[row["bits"]] = (row["top1"], row["top5"] or 0.0)
-        return {epoch: summarize(candidates) for epoch, candidates in epochs.items()}
-
-    def _rewrite(self):
-        write_atomically(self.path, (",".join(COLUMNS) + "\n" + to_csv(self.rows)).encode())
-
-
-def summarize(candidates):
-    """One (top1, top5) from {bits: (top1, top5)}: of the whole model, else the mean over the bit-widths."""
-    for label in ("", "mean"):
-        if label in candidates:
-            return candidates[label]
-    chosen = [score for label, score in candidates.items() if label.isdecimal()] or list(candidates.values())
-    return tuple(sum(column) / len(chosen) for column in zip(*chosen, strict=True))
-
-
-def to_csv(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    for row in rows:
-        writer.writerow({**row, **{name: "" if row[name] is None else f"{row[name]:.8g}" for name in FIGURES}})
-    return text.getvalue()
-
-
-def read_metrics(path):
-    """Read metrics.csv.
-
-    Returns:
-        (whether there is a file with its header, the rows, the number of lines that could not be read).
-
-    Raises:
-        UserError: where the file is something else, which must not be overwritten.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return False, [], 0
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the file ({error.strerror})") from None
-    header = ",".join(COLUMNS)
-    first, _, rest = text.partition("\n")
-    if "\n" not in text and header.startswith(text):  # the very first write was cut short
-        return False, [], 0
-    if first.rstrip("\r") != header:
-        raise UserError(f"{path}: not a metrics file (expected the header {header}, found {first[:60]!r})")
-    lines = rest.splitlines(keepends=True)
-    rows = [row for row in map(parse_row, lines) if row is not None]
-    return True, rows, len(lines) - len(rows)
-
-
-def parse_row(line):
-    """The row in a line of metrics.csv, or None where the line is torn."""
-    try:
-        values = next(csv.reader([line]))
-        if not line.endswith("\n") or len(values) != len(COLUMNS) or values[1] not in SPLITS:
-            return None
-        figures = {name: float(value) if value else None for name, value in zip(FIGURES, values[3:], strict=True)}
-        return {"epoch": int(values[0]), "split": values[1], "bits": values[2], **figures}
-    except (ValueError, StopIteration, csv.Error):
-        return None
 
 
 class Scoreboard:
@@ -401,93 +286,3 @@ class Scoreboard:
 def comparable(number):
     """NaN compares with nothing and would leave the order to chance."""
     return -math.inf if math.isnan(number) else number
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# wandb. Nothing here asks a question, and nothing here stops a training that has begun.
-
-
-def choose_wandb(config):
-    """Decide, without writing anything, whether and how a run is sent to wandb.
-
-    Returns:
-        (the wandb module or None, 'online', 'offline' or 'disabled', a remark for the log or '').
-
-    Raises:
-        UserError: where the mode that the configuration asks for cannot be had.
-    """
-    mode = config.mode
-    if mode == "auto":
-        mode = WANDB_MODE_VARIABLE.get(os.environ.get("WANDB_MODE", "").lower(), "auto")
-    if mode == "disabled":
-        return None, mode, ""
-    wandb, problem = import_wandb()
-    if wandb is None:
-        if config.mode != "auto":
-            raise UserError(f"wandb.mode: {config.mode!r} needs the package wandb ({problem}): pip install wandb, "
-                            "or set wandb.mode to auto or disabled")
-        return None, "disabled", f"no wandb ({problem}; pip install wandb)"
-    if mode == "offline" or has_credentials(wandb):
-        return wandb, "offline" if mode == "offline" else "online", ""
-    if config.mode == "online":
-        raise UserError("wandb.mode: 'online' needs an API key: run `wandb login`, set WANDB_API_KEY, "
-                        "or set wandb.mode to auto or offline")
-    return wandb, "offline", "wandb keeps the run offline (no API key configured)"
-
-
-def import_wandb():
-    """Return (the wandb module, '') or (None, why not)."""
-    try:
-        import wandb
-    except Exception as error:  # a package broken by its dependencies fails in many ways
-        return None, "not installed" if isinstance(error, ModuleNotFoundError) else reason(error)
-    # A folder called wandb in the working directory imports as an empty package.
-    return (wandb, "") if hasattr(wandb, "init") else (None, "not installed")
-
-
-def has_credentials(wandb):
-    """Whether a key for the wandb server is configured: by environment, wandb's settings, or a netrc file."""
-    try:
-        # Silent from here on: finding a key is announced on stderr otherwise.
-        settings = wandb.setup(wandb.Settings(silent=True)).settings
-        named = settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-        return bool(named) or in_netrc(urlsplit(settings.base_url).netloc)
-    except Exception:  # settings that wandb cannot read will do no better when the run starts
-        return False
-
-
-def in_netrc(host):
-    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    paths = [Path(path).expanduser() for path in candidates if path]
-    path = paths[0] if os.environ.get("NETRC") else next((path for path in paths if path.exists()), None)
-    try:
-        entry = netrc.netrc(path).authenticators(host) if path else None
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(entry and entry[2])
-
-
-def start_wandb(wandb, mode, folder, config, wandb_id, log):
-    """Start or continue the wandb run, offline where the server is out of reach; None where that fails too."""
-    for attempt in [mode, "offline"] if mode == "online" else ["offline"]:
-        try:
-            run = init_wandb(wandb, attempt, folder, config, wandb_id)
-        except Exception as error:
-            log(f"wandb does not start {attempt}: {reason(error)}")
-            continue
-        log(f"wandb: {attempt}, run {run.id}" + (f", {run.url}" if attempt == "online" and run.url else ""))
-        return run
-    return None
-
-
-def init_wandb(wandb, mode, folder, config, wandb_id):
-    wanted = {"silent": True, "console": "off", "init_timeout": WANDB_INIT_TIMEOUT,
-              "finish_timeout": WANDB_FINISH_TIMEOUT, "finish_timeout_raises": True}
-    # Older releases of wandb lack some of the settings.
-    settings = wandb.Settings(**{name: value for name, value in wanted.items() if hasattr(wandb.Settings(), name)})
-    run = wandb.init(mode=mode, dir=str(folder), id=wandb_id, name=config.name, config=to_plain(config),
-                     resume="allow" if wandb_id and mode == "online" else None, project=config.wandb.project,
-                     entity=config.wandb.entity, tags=config.wandb.tags, settings=settings)
-    run.define_metric("epoch")
-    run.define_metric("*", step_metric="epoch")
-    return run

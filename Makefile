@@ -44,4 +44,4 @@ sync:
 	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
 
 clean:
-	rm -rf $(addsuffix /results,$(STAGES)) demo_results
+	rm -rf $(addsuffix /results,$(STAGES))

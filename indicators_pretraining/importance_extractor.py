@@ -1,9 +1,11 @@
 """Extract the importance indicators from a checkpoint: python importance_extractor.py CHECKPOINT --output FILE.pkl"""
 
 import math
+import os
 
 from util.checkpoint import load_checkpoint
 from util.command import Parser
+from util.config import check_bits
 from util.errors import UserError, user_errors_on_one_line
 from util.exchange import strip_prefix, write_indicators
 
@@ -25,9 +27,12 @@ def extract(checkpoint, source, bits=None):
     Raises:
         UserError: naming the layer whose step size is missing, not finite or not positive.
     """
+    if bits and checkpoint.get("bits") and list(bits) != checkpoint["bits"]:
+        raise UserError(f"--b: found {list(bits)}, but {source} was trained at {checkpoint['bits']}")
     bits = checkpoint.get("bits") or bits
     if not bits:
         raise UserError(f"{source}: does not say its candidate bit-widths; give them by --b, in the order of training")
+    check_bits("--b", bits)
     steps = checkpoint["state_dict"]
     names = list(checkpoint.get("layers") or [name.removesuffix(".quan_w_fn.s") for name in steps
                                               if name.endswith(".quan_w_fn.s")])
@@ -43,8 +48,8 @@ def extract(checkpoint, source, bits=None):
 def _indicators(steps, quantizer, bits, source):
     """{bit: indicator} of one quantizer."""
     tensor, ready = steps.get(f"{quantizer}.s"), steps.get(f"{quantizer}.init_state")
-    if tensor is None or len(tensor) != len(bits):
-        found = "nothing" if tensor is None else f"{len(tensor)} step sizes"
+    if tensor is None or tensor.dim() == 0 or len(tensor) != len(bits):
+        found = "nothing" if tensor is None else f"{tensor.numel()} step sizes"
         raise UserError(f"{source}: {quantizer}: found {found}, expected one step size per candidate {list(bits)}")
     row = {}
     for index, bit in enumerate(bits):
@@ -78,6 +83,8 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
+    if os.path.exists(options.output) and os.path.samefile(options.output, options.checkpoint):
+        raise UserError(f"--output: {options.output} is the checkpoint itself")
     content = extract(load_checkpoint(options.checkpoint), options.checkpoint, options.b)
     rising = not_growing(content)
     if rising:

@@ -6,7 +6,14 @@ from torch import nn
 
 from model import create_model, load_weights
 from model.layer_table import trace
-from quan.utils import BitSwitch, joint_modules, replace_module_by_names, searchable_layers, step_quantizers
+from quan.utils import (
+    BitSwitch,
+    freeze_weights,
+    joint_modules,
+    replace_module_by_names,
+    searchable_layers,
+    set_batch_parts,
+)
 from util import distributed
 from util.checkpoint import load_checkpoint
 
@@ -14,12 +21,12 @@ from util.checkpoint import load_checkpoint
 @dataclass(frozen=True)
 class JointNetwork:
     """A network with quantized layers for all candidates, the switch between them, the facts about it that travel in
-    its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms), and the names of layers left alone."""
+    its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms), and a remark on what is left alone, or ''."""
 
     model: nn.Module
     switch: BitSwitch
     facts: dict
-    unreached: list
+    remark: str
 
 
 def build_network(config, num_classes, input_size, fresh, device):
@@ -42,17 +49,8 @@ def build_network(config, num_classes, input_size, fresh, device):
     facts = describe_network(config, model, graph, num_classes, input_size)
     model.to(device)
     distributed.broadcast_model(model)
-    return JointNetwork(model, switch, facts, graph.unreached)
-
-
-def freeze_weights(model):
-    """Leave only step sizes and normalization layers to be trained."""
-    normalization = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-    trained = {id(quantizer.s) for quantizer in step_quantizers(model).values()}
-    trained |= {id(parameter) for module in model.modules() if isinstance(module, normalization)
-                for parameter in module.parameters()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+    set_batch_parts(model, distributed.world_size())
+    return JointNetwork(model, switch, facts, graph.describe_uncounted())
 
 
 def describe_network(config, model, graph, num_classes, input_size):

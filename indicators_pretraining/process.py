@@ -76,7 +76,7 @@ def train_one_epoch(model, switch, loader, optimizer, config, epoch, monitor):
             monitor.step(epoch + 1, step + 1, steps, loss=widest["loss"], top1=widest["top1"])
     distributed.average_batchnorm_statistics(model)
     for candidate, value in metrics.items():
-        monitor.epoch(epoch + 1, "train", {**value.result(), "lr": optimizer.param_groups[0]["lr"],
+        monitor.epoch(epoch + 1, "train", {**value.checked_result(epoch), "lr": optimizer.param_groups[0]["lr"],
                                            "seconds": time.time() - begun}, bits=candidate)
 
 
@@ -105,17 +105,16 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         monitor.log(f"continuing after epoch {start.epoch}")
     if start.changed:
         monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
-    if network.unreached:
-        monitor.log(f"not quantized, since no forward pass reaches them: {', '.join(network.unreached)}")
+    if network.remark:
+        monitor.log(network.remark)
     last = config.epochs + config.cooldown_epochs
     for epoch in range(start.epoch, last):
         train_one_epoch(model, switch, loaders.train, optimizer, config, epoch, monitor)
-        top1 = top5 = None
+        is_best = False
         if (epoch + 1) % config.val_cycle == 0 or epoch + 1 == last:
-            top1, top5 = validate(model, switch, loaders.val, epoch + 1, monitor)
-        is_best = top1 is not None and top1 > best
-        best = top1 if is_best else best
-        state = training_state(model, optimizer, epoch + 1, {"top1": best, "top5": top5}, config, monitor)
+            scores = validate(model, switch, loaders.val, epoch + 1, monitor)
+            is_best, best = scores[0] > best[0], max(best, scores, key=lambda pair: pair[0])
+        state = training_state(model, optimizer, epoch + 1, best, config, monitor)
         if distributed.is_main():
             folder.save({**state, **network.facts}, is_best)
 
@@ -165,4 +164,4 @@ def dry_run(network, loaders, optimizer, config):
               f"{loaders.val.images} validation images",
               *(f"loss at {candidate} bits: {value.result()['loss']:.4f}" for candidate, value in metrics.items())]
     if distributed.is_main():
-        print("\n".join([*report, "dry run: nothing was written"]))
+        print("\n".join([*report, *filter(None, [network.remark]), "dry run: nothing was written"]))

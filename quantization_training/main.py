@@ -13,7 +13,7 @@ from util.command import parse_training_arguments
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
-from util.monitor import Monitor, write_args
+from util.monitor import open_monitor
 from util.optim import create_optimizer
 
 
@@ -27,25 +27,23 @@ def main(arguments=None):
 
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
-    path, checkpoint = find_run(config, folder)
+    found = find_run(config, folder)
     num_classes, input_size = describe_data(config.dataloader)
-    network = build_network(config, num_classes, input_size, checkpoint, device)
+    network = build_network(config, num_classes, input_size, found and found.content, device)
     criterion = process.create_criterion(config, create_teacher(config, num_classes, device))
     optimizer = create_optimizer(network.model, config)
-    start = restore(checkpoint, path, network.model, optimizer, config)
+    start = restore(found, network.model, optimizer, config)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
-                             distributed.barrier, distributed.is_local_main())
+                             distributed.barrier, distributed.is_local_main(), evaluation_only=config.eval)
     process.check_accumulation(loaders, config)
     if is_dry_run:
         process.dry_run(network, loaders, criterion, optimizer, config)
     elif config.eval:
-        process.evaluate_only(network, loaders, path)
+        process.evaluate_only(network, loaders, found.path)
     elif is_finished(start.epoch, config, folder):
         announce_finished(folder, config)
     else:
-        with Monitor(folder.path, config, distributed.is_main(), start.wandb_id, start.epoch,
-                     distributed.describe_device(device), distributed.world_size()) as monitor:
-            distributed.on_main(write_args, folder.path, config)
+        with open_monitor(folder, config, start, device) as monitor:
             process.finetune(network, loaders, criterion, optimizer, config, monitor, folder, start)
             process.final_evaluation(network, loaders, config, monitor, folder)
 

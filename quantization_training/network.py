@@ -6,23 +6,35 @@ from torch import nn
 
 from model import create_model, load_weights
 from model.layer_table import trace
+from model.weights import set_tensors
 from policy import Policy, resolve_policy
 from quan.cost import full_precision_cost, policy_cost
 from quan.quantizer import LsqQuan
 from quan.transfer import choose_candidates
-from quan.utils import policy_modules, replace_module_by_names, searchable_layers, set_batch_parts
+from quan.utils import (
+    bits_in_use,
+    freeze_weights,
+    policy_modules,
+    replace_module_by_names,
+    searchable_layers,
+    set_batch_parts,
+)
 from util import distributed
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
+IMAGENET_CLASSES = 1000
+
 
 @dataclass(frozen=True)
 class PolicyNetwork:
-    """A network at a policy's bits, or in full precision; the facts about it that travel in its checkpoint; its cost."""
+    """A network at a policy's bits, or in full precision; the facts about it that travel in its checkpoint; its cost; and
+    a remark on what is left alone, or ''."""
 
     model: nn.Module
     facts: dict
     cost: dict
+    remark: str
 
 
 def build_network(config, num_classes, input_size, checkpoint, device):
@@ -42,16 +54,18 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         cost = full_precision_cost(graph.layers)
     else:
         policy = quantize(model, graph, config, checkpoint)
-        cost = policy_cost(graph.layers, policy.weight_bits, policy.act_bits)
+        cost = policy_cost(graph.layers, *bits_in_use(model))
         facts.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits, signed=policy.signed)
         if fresh and config.init_from:
             start_from_joint_training(model, policy, config)
     if checkpoint is not None:
         check_same_bits(checkpoint, facts)
+    if config.freeze_weights:
+        freeze_weights(model)
     model.to(device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
-    return PolicyNetwork(model, facts, cost)
+    return PolicyNetwork(model, facts, cost, graph.describe_uncounted())
 
 
 def create_dense(arch, num_classes, pre_trained):
@@ -66,18 +80,21 @@ def quantize(model, graph, config, checkpoint):
     """Put quantized layers at the policy's bits into the network; return the policy, completed by the signs in use."""
     names = searchable_layers(graph, config.quan.excepts)
     policy = resolve_policy(config, names, checkpoint)
-    signed = signs_of_joint_training(config) or policy.signed
+    signed = known_signs(config, checkpoint) or policy.signed
     modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, config.sat)
     replace_module_by_names(model, modules)
     return Policy(policy.weight_bits, policy.act_bits,
                   {name: model.get_submodule(name).quan_a_fn.signed for name in names})
 
 
-def signs_of_joint_training(config):
-    """{layer: whether its activations are signed}, as the checkpoint of init_from says; {} without one."""
-    if not config.init_from or config.eval:
+def known_signs(config, checkpoint):
+    """{layer: whether its activations are signed}, as the checkpoint of this run or of init_from says; {} without one."""
+    if checkpoint is not None:
+        return checkpoint.get("signed", {})
+    if not config.init_from:
         return {}
-    return {name: row["signed"]["act"] for name, row in load_checkpoint(config.init_from).get("layers", {}).items()}
+    return {name: row["signed"]["act"] for name, row in load_checkpoint(config.init_from).get("layers", {}).items()
+            if isinstance(row, dict) and isinstance(row.get("signed"), dict)}
 
 
 def start_from_joint_training(model, policy, config):
@@ -97,7 +114,7 @@ def start_from_joint_training(model, policy, config):
     for name in own.keys() - state.keys():
         if ".quan_" not in name:
             raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
-    model.load_state_dict(state, strict=False)
+    set_tensors(model, state)
     for name, module in model.named_modules():
         quantizer = getattr(module, "quan_w_fn", None)
         if isinstance(quantizer, LsqQuan) and f"{name}.quan_w_fn.s" not in state:
@@ -108,6 +125,8 @@ def check_same_bits(checkpoint, facts):
     """Refuse a checkpoint that was trained at other bits than the configuration asks for."""
     for key in ("weight_bits", "act_bits"):
         trained, wanted = checkpoint.get(key), facts.get(key)
+        if "bits" in checkpoint:
+            raise UserError("resume.path: it is a checkpoint of indicators_pretraining, which init_from takes")
         if trained is None and wanted is None:
             continue
         if trained is None and "version" not in checkpoint:  # a checkpoint of LIMPQ does not say its bits
@@ -127,5 +146,13 @@ def create_teacher(config, num_classes, device):
     teacher = config.distillation.teacher
     if teacher is None or config.eval:
         return None
-    model = create_dense(config.arch, num_classes, True if teacher == "pre_trained" else teacher)
+    if teacher == "pre_trained":
+        if num_classes != IMAGENET_CLASSES:
+            raise UserError(f"distillation.teacher: torchvision's networks know {IMAGENET_CLASSES} classes, the data have "
+                            f"{num_classes}; give a checkpoint that was trained on them")
+        model = create_model(config.arch, num_classes, pre_trained=True)
+    else:
+        model = create_model(config.arch, num_classes)
+        if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
+            raise UserError(f"distillation.teacher: {teacher} has another number of classes than the data ({num_classes})")
     return model.eval().requires_grad_(False).to(device)

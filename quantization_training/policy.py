@@ -29,7 +29,10 @@ def resolve_policy(config, names, checkpoint=None):
     if config.policy:
         return _from_file(config, names)
     if config.weight_bits is None and config.act_bits is None and checkpoint and "weight_bits" in checkpoint:
-        return Policy(checkpoint["weight_bits"], checkpoint["act_bits"], checkpoint["signed"])
+        if set(names) != checkpoint["weight_bits"].keys() or set(names) != checkpoint["act_bits"].keys():
+            raise UserError("quan.excepts: the checkpoint was trained with other exceptions; its searched layers are "
+                            f"{', '.join(list(checkpoint['weight_bits'])[:3])}, ...")
+        return Policy(checkpoint["weight_bits"], checkpoint["act_bits"], {})
     return Policy(_spread("weight_bits", config.weight_bits, names), _spread("act_bits", config.act_bits, names), {})
 
 

@@ -79,7 +79,7 @@ def train_one_epoch(model, loader, criterion, optimizer, config, epoch, monitor)
             figures = metrics.result()
             monitor.step(epoch + 1, step + 1, steps, loss=figures["loss"], top1=figures["top1"])
     distributed.average_batchnorm_statistics(model)
-    monitor.epoch(epoch + 1, "train", {**metrics.result(), "lr": optimizer.param_groups[0]["lr"],
+    monitor.epoch(epoch + 1, "train", {**metrics.checked_result(epoch), "lr": optimizer.param_groups[0]["lr"],
                                        "seconds": time.time() - begun})
 
 
@@ -111,7 +111,7 @@ def calibrate_batchnorm(model, loader):
 
 def check_accumulation(loaders, config):
     """Refuse to accumulate more batches than an epoch has."""
-    if len(loaders.train) < config.accumulation:
+    if not config.eval and len(loaders.train) < config.accumulation:
         raise UserError(f"accumulation: found {config.accumulation}, an epoch has {len(loaders.train)} batches only")
 
 
@@ -126,16 +126,17 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
     model, best = network.model, start.best
     if start.epoch:
         monitor.log(f"continuing after epoch {start.epoch}")
+    if network.remark:
+        monitor.log(network.remark)
     if start.changed:
         monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
     for epoch in range(start.epoch, config.epochs + config.cooldown_epochs):
         train_one_epoch(model, loaders.train, criterion, optimizer, config, epoch, monitor)
-        top1 = top5 = None
+        is_best = False
         if is_validated(epoch, config):
-            top1, top5 = validate(model, loaders, config, epoch, monitor)
-        is_best = top1 is not None and top1 > best
-        best = top1 if is_best else best
-        state = training_state(model, optimizer, epoch + 1, {"top1": best, "top5": top5}, config, monitor)
+            scores = validate(model, loaders, config, epoch, monitor)
+            is_best, best = scores[0] > best[0], max(best, scores, key=lambda pair: pair[0])
+        state = training_state(model, optimizer, epoch + 1, best, config, monitor)
         if distributed.is_main():
             folder.save({**state, **network.facts}, is_best)
 
@@ -190,4 +191,5 @@ def dry_run(network, loaders, criterion, optimizer, config):
               f"BitOPs {cost['gbitops']:.3f} G ({cost['gbitops_exact']:.3f} G by exact output sizes)\n"
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
               f"{loaders.val.images} validation and {loaders.test.images} test images\n"
-              f"loss of the first step: {metrics.result()['loss']:.4f}\ndry run: nothing was written")
+              f"loss of the first step: {metrics.result()['loss']:.4f}\n"
+              f"{network.remark + chr(10) if network.remark else ''}dry run: nothing was written")

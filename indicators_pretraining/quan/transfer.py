@@ -29,7 +29,7 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source):
         if module.endswith((".quan_w_fn", ".quan_a_fn")):
             layer, _, kind = module.rpartition(".")
             wanted = (weight_bits if kind == "quan_w_fn" else act_bits).get(layer)
-            if wanted is None or len(tensor) == 1:  # an excepted layer at bits of its own
+            if wanted is None:  # an excepted layer at bits of its own
                 chosen[name] = tensor
             else:
                 index = _index(bits, wanted, layer, source)

@@ -144,6 +144,25 @@ def set_batch_parts(model, parts):
             quantizer.batch_parts = parts
 
 
+def bits_in_use(model):
+    """({layer: weight bits}, {layer: activation bits}) of the layers that are quantized at one bit-width."""
+    used = ({}, {})
+    for name, quantizer in step_quantizers(model).items():
+        layer, _, kind = name.rpartition(".")
+        used[kind == "quan_a_fn"][layer] = quantizer.bits[0]
+    return used
+
+
+def freeze_weights(model):
+    """Leave only step sizes and normalization layers to be trained."""
+    normalization = (BATCHNORM, nn.LayerNorm, nn.GroupNorm)
+    trained = {id(quantizer.s) for quantizer in step_quantizers(model).values()}
+    trained |= {id(parameter) for module in model.modules() if isinstance(module, normalization)
+                for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
 class BitSwitch:
     """Switches a jointly trained network between its candidates.
 

@@ -1,6 +1,6 @@
 """What a newcomer gets wrong: one clear line on stderr, exit status 2, nothing written."""
 
-import os
+import pathlib
 
 import pytest
 import torch
@@ -30,15 +30,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def contents():
+    """{path: bytes} of every file below the current folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in pathlib.Path().rglob("*")}
+
+
 def complaint(capsys, command, *arguments):
     """The one line a command says to stderr when it refuses; the folder stays as it was."""
-    before = sorted(os.listdir())
+    before = contents()
     with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
         command(list(arguments))
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
-    assert sorted(os.listdir()) == before, "something was written"
+    assert contents() == before, "something was written"
     return said.err
 
 
@@ -65,6 +70,49 @@ def complaint(capsys, command, *arguments):
 ])
 def test_training(folder, capsys, arguments, message):
     assert message in complaint(capsys, main.main, *arguments)
+
+
+def test_another_run_is_not_overwritten_and_a_lean_start_goes_on(folder, capsys):
+    main.main(["config.yaml"])
+    main.main(["config.yaml", "name=lean", "resume.path=out/run/run_checkpoint.pth.tar", "resume.lean=true", "lr=0.02"])
+    capsys.readouterr()
+    main.main(["config.yaml", "name=lean", "resume.path=out/run/run_checkpoint.pth.tar", "resume.lean=true", "lr=0.02"])
+    assert "this run is finished" in capsys.readouterr().out
+    assert "would be overwritten" in complaint(capsys, main.main, "config.yaml", "name=lean",
+                                               "resume.path=out/run/run_checkpoint.pth.tar")
+
+
+def test_evaluation_with_other_quantizers_than_in_training(folder, capsys):
+    main.main(["config.yaml"])
+    capsys.readouterr()
+    said = complaint(capsys, main.main, "config.yaml", "eval=true", "quan.act.all_positive=false")
+    assert "was trained with another quan.act.all_positive" in said
+    main.main(["config.yaml", "eval=true", "dataloader.batch_size=5000"])
+    assert "at 2 bits: loss" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys):
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml", "lr=1e30"])
+    assert stop.value.code == 2 and "the loss of epoch 1 is not finite; lower lr" in capsys.readouterr().err
+    assert not (folder / "out/run/run_checkpoint.pth.tar").exists()
+
+
+def test_batches_of_one_image_meet_batchnorm(folder, capsys):
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml", "dataloader.batch_size=1", "arch=mobilenetv1", "quan.excepts=", "dataloader.input_size=32"])
+    assert stop.value.code == 2
+    assert "dataloader.batch_size: a BatchNorm met a single value per channel" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_in_one_line(folder, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "run", interrupted)
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml"])
+    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_truncated_checkpoint_is_not_continued(folder, capsys):
@@ -103,6 +151,11 @@ def test_extraction_from_what_is_no_checkpoint(folder, capsys, content):
     with open("c", "wb") as file:
         file.write(whole[:len(whole) // 2] if content == "cut" else content)
     assert "c: " in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+
+
+def test_extraction_never_overwrites_its_checkpoint(folder, capsys):
+    save_checkpoint("c", {"state_dict": {"a.quan_w_fn.s": torch.ones(1), "a.quan_a_fn.s": torch.ones(1)}, "bits": [4]})
+    assert "is the checkpoint itself" in complaint(capsys, importance_extractor.main, "c", "--output", "c")
 
 
 def test_extraction_from_a_checkpoint_of_another_stage(folder, capsys):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torchvision.models import resnet50
 
+from model.weights import load_state
 from network import build_network
 from process import joint_step
 from schema import IndicatorsConfig
-from util.checkpoint import RunFolder, find_checkpoint, load_checkpoint, load_state, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig
+from util.checkpoint import RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
+from util.config import ExceptionConfig, QuanConfig, ResumeConfig
 from util.distributed import random_states, set_random_states
 from util.errors import UserError
 from util.exchange import write_atomically
@@ -104,6 +105,13 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="no state_dict"):
         load_checkpoint(str(path))
+    for entry in ({"version": "1.0"}, {"epoch": None}, {"config": "x"}, {"bits": 4}, {"layers": []}):
+        torch.save({"state_dict": {}, **entry}, path)
+        with pytest.raises(UserError, match=f"c.pth.tar: {next(iter(entry))}: found"):
+            load_checkpoint(str(path))
+    torch.save({"state_dict": {"a": 3}}, path)
+    with pytest.raises(UserError, match="names and tensors only"):
+        load_checkpoint(str(path))
     torch.save({"state_dict": {}, "version": 99}, path)
     with pytest.raises(UserError, match="newer version"):
         load_checkpoint(str(path))
@@ -135,18 +143,23 @@ def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def test_which_checkpoint_resume_path_stands_for(tmp_path):
-    def config(path="auto", evaluate=False):
-        from util.config import ResumeConfig
-        return IndicatorsConfig(name="n", output_dir=str(tmp_path), resume=ResumeConfig(path=path), eval=evaluate)
+    def config(path="auto", evaluate=False, lean=False):
+        resume = ResumeConfig(path=path, lean=lean)
+        return IndicatorsConfig(name="n", output_dir=str(tmp_path), resume=resume, eval=evaluate)
 
     folder = RunFolder.of(config())
-    assert find_checkpoint(config(), folder) is None and find_checkpoint(config("none"), folder) is None
+    assert find_checkpoint(config(), folder) == find_checkpoint(config("none"), folder) == (None, False)
+    assert find_checkpoint(config("other"), folder) == ("other", False)
+    assert find_checkpoint(config("other", lean=True), folder) == ("other", True)
     for wrong in (config(evaluate=True), config("none", evaluate=True)):
         with pytest.raises(UserError, match="resume.path"):
             find_checkpoint(wrong, folder)
     folder.save({"state_dict": {}}, is_best=True)
-    assert find_checkpoint(config(), folder) == folder.last == str(tmp_path / "n" / "n_checkpoint.pth.tar")
-    assert find_checkpoint(config(evaluate=True), folder) == folder.best == str(tmp_path / "n" / "n_best.pth.tar")
-    assert find_checkpoint(config("other"), folder) == "other"
-    with pytest.raises(UserError, match="holds a run"):
-        find_checkpoint(config("none"), folder)
+    assert find_checkpoint(config(), folder) == (str(tmp_path / "n" / "n_checkpoint.pth.tar"), False)
+    assert find_checkpoint(config(evaluate=True), folder) == (str(tmp_path / "n" / "n_best.pth.tar"), True)
+    assert find_checkpoint(config("other", evaluate=True), folder) == ("other", True)
+    assert find_checkpoint(config(folder.best), folder) == (folder.best, False)
+    assert find_checkpoint(config("other", lean=True), folder) == (folder.last, False)  # it has started from there
+    for wrong in (config("none"), config("other")):
+        with pytest.raises(UserError, match="holds a run"):
+            find_checkpoint(wrong, folder)

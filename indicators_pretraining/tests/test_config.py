@@ -93,6 +93,9 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path):
     ("quan: {excepts: {conv1: {weight: {bits: 4}}}}", "quan.excepts.conv1.weight.bits: unknown key; did you mean 'bit'?"),
     ("quan: {weight: {all_positive: true}}", "quan.weight.all_positive: weights are always signed"),
     ("name: a/b", "name: 'a/b' cannot name a folder"),
+    ('name: "a\\0b"', "cannot name a folder"),
+    (f"name: {'n' * 300}", "cannot name a folder"),
+    ("seed: 99999999999999999999999", "seed: found 99999999999999999999999, allowed is at least 0 and at most"),
     ("warmup_epochs: 20", "warmup_epochs: found 20"),
     ("min_lr: 1", "min_lr: found 1"),
     ("fp_model: true", "fp_model: full-precision networks are trained in quantization_training"),
@@ -111,6 +114,29 @@ def test_what_is_wrong_is_named_with_its_file(tmp_path, text, message):
 def test_a_flood_of_aliases_is_refused(tmp_path):
     lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     with pytest.raises(UserError, match="aliases"):
+        read(tmp_path, "\n".join(lines))
+
+
+def test_an_alias_is_a_value_of_its_own(tmp_path):
+    text = "quan: {excepts: {conv1: &blank {weight: {bit: }}, fc: *blank}}"
+    config = read(tmp_path, text, "quan.excepts.fc.weight.bit=4")
+    assert config.quan.excepts["fc"].weight.bit == 4 and config.quan.excepts["conv1"].weight.bit is None
+
+
+def test_a_name_with_dots_stands_in_quotes(tmp_path):
+    config = read(tmp_path, "epochs: 1", 'quan.excepts."layer1.0.conv1".weight.bit=4')
+    assert config.quan.excepts["layer1.0.conv1"].weight.bit == 4
+
+
+def test_activations_are_unsigned_unless_said_otherwise(tmp_path):
+    assert read(tmp_path, "epochs: 1").quan.act.all_positive
+    assert read(tmp_path, "quan: {act: {mode: lsq}}").quan.act.all_positive
+    assert not read(tmp_path, "quan: {act: {all_positive: false}}").quan.act.all_positive
+
+
+def test_aliases_that_multiply_are_refused(tmp_path):
+    lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 45)]
+    with pytest.raises(UserError, match="more than 100000 values"):
         read(tmp_path, "\n".join(lines))
 
 

@@ -112,4 +112,8 @@ def test_bits_come_from_the_checkpoint_and_only_else_from_the_command_line():
     with pytest.raises(UserError, match="--b"):
         extract(bare, "c")
     assert list(extract(bare, "c", [8, 3])["weight"]["a"]) == [8, 3]
-    assert list(extract(checkpoint(), "c", [8, 3])["weight"]["a"]) == [4, 2]
+    assert list(extract(checkpoint(), "c", [4, 2])["weight"]["a"]) == [4, 2]
+    with pytest.raises(UserError, match=r"--b: found \[8, 3\], but c was trained at \[4, 2\]"):
+        extract(checkpoint(), "c", [8, 3])
+    with pytest.raises(UserError, match="--b: found"):
+        extract(bare, "c", [4, 4])

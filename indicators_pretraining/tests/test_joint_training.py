@@ -10,8 +10,15 @@ from torch import nn
 
 import process
 from model.layer_table import trace
-from network import build_network, freeze_weights
-from quan.utils import BitSwitch, joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
+from network import build_network
+from quan.utils import (
+    BitSwitch,
+    freeze_weights,
+    joint_modules,
+    replace_module_by_names,
+    set_batch_parts,
+    step_quantizers,
+)
 from schema import IndicatorsConfig
 from util import distributed
 from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
@@ -176,12 +183,12 @@ def test_the_widest_candidate_answers_first_in_distillation_only():
 
 
 def joined_gradients(parts, own_images, own_target):
-    """{name: gradient} of a joint step on a net without BatchNorm, averaged over ranks, and the random policy drawn."""
+    """{name: gradient} of a joint step on a net without BatchNorm, as its optimizer sees it, and the policy drawn."""
     model, switch = jointly_quantized(batchnorm=False)
     set_batch_parts(model, parts)
     chosen = process.random_policy(list(switch.layers), switch.bits, 5, 0, 0)
-    process.joint_gradients(model, switch, own_images, own_target, nn.CrossEntropyLoss(), chosen)
-    distributed.average_gradients(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    process.joint_step(model, switch, own_images, own_target, nn.CrossEntropyLoss(), optimizer, chosen)
     return {name: parameter.grad for name, parameter in model.named_parameters()}, chosen, \
         {name: quantizer.s.detach().clone() for name, quantizer in step_quantizers(model).items()}
 
@@ -196,6 +203,7 @@ def one_rank(rank, folder):
     bn.running_mean.fill_(rank)
     bn.running_var.fill_(3 + 2 * rank)
     distributed.average_batchnorm_statistics(bn)
+    parts = {quantizer.batch_parts for name, quantizer in step_quantizers(network.model).items() if "quan_a_fn" in name}
     weights = distributed.gather_objects({"conv": network.model.layer1[0].conv1.weight.detach().clone()})
     try:
         distributed.on_main(refuse)
@@ -203,7 +211,7 @@ def one_rank(rank, folder):
     except UserError as error:
         message = str(error)
     torch.save((result, torch.equal(weights[0]["conv"], weights[1]["conv"]), message,
-                [bn.running_mean.tolist(), bn.running_var.tolist()]), f"{folder}/{rank}.pt")
+                [bn.running_mean.tolist(), bn.running_var.tolist(), parts]), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -217,7 +225,7 @@ def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
     gradients, chosen, steps = joined_gradients(1, *batch())
     for (got, drawn, initial), same_weights, message, statistics in results:
         assert drawn == chosen and same_weights and message == "only rank 0 looked"
-        assert statistics == [[0.5, 0.5], [4, 4]]
+        assert statistics == [[0.5, 0.5], [4, 4], {2}]
         assert got.keys() == gradients.keys() and any(name.endswith("quan_a_fn.s") for name in got)
         for name, value in steps.items():
             torch.testing.assert_close(initial[name], value, rtol=1e-6, atol=0)

@@ -77,7 +77,8 @@ class Loaders:
     val_is_test: bool
 
 
-def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None):
+def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None,
+                   evaluation_only=False):
     """Read the dataset and build its loaders.
 
     Args:
@@ -87,6 +88,7 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
         device: where batches are wanted.
         barrier: returns when all processes have called it; used while one of them downloads.
         downloads: whether this process downloads missing files (one per machine should); default: rank 0 does.
+        evaluation_only: nothing is going to be trained, so too few images for a training batch do no harm.
 
     Returns:
         Loaders
@@ -99,7 +101,7 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
     data = read_dataset(config, rank == 0 if downloads is None else downloads, barrier)
     train_set, test_set = data.train.to(device), data.test.to(device)
     train, val = split_training_images(data.train.labels, config, seed)
-    steps = count_training_steps(len(train), config.batch_size, world_size)
+    steps = 0 if evaluation_only else count_training_steps(len(train), config.batch_size, world_size)
     batches = folder_batches if isinstance(train_set.images, np.ndarray) else memory_batches
 
     def loader(images, plan, augment=False, keep_workers=True):

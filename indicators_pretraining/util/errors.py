@@ -6,6 +6,9 @@ import os
 import sys
 
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
+PIPE_STATUS = 141  # 128 + SIGPIPE
+SINGLE_VALUE = "Expected more than 1 value per channel"  # how torch begins to say it
 
 
 class UserError(ValueError):
@@ -26,7 +29,7 @@ def reason(error):
 
 @contextlib.contextmanager
 def user_errors_on_one_line():
-    """Turn a UserError into one line on stderr and exit status 2.
+    """Turn a UserError into one line on stderr and exit status 2, and Ctrl-C into one line and 130.
 
     Every process of a multi-process run meets the same error; one process per machine prints it.
     """
@@ -36,3 +39,16 @@ def user_errors_on_one_line():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)
+    except ValueError as error:
+        if SINGLE_VALUE not in str(error):
+            raise
+        print("error: dataloader.batch_size: a BatchNorm met a single value per channel; take larger batches or larger "
+              "images (calibration_images counts too)", file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+    except BrokenPipeError:  # what read our output is gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_STATUS)
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("stopped from the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED_STATUS)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from util import distributed
 from util.checkpoint import FORMAT_VERSION
 from util.config import to_plain
 from util.errors import UserError, reason
@@ -69,8 +70,7 @@ class Monitor:
         self._log_path = folder / f"{config.name}.log"
         for line in describe_start(device_name, world_size):
             self.log(line)
-        # An evaluation adds to the history of the run whose folder it uses and cuts nothing off it.
-        self._metrics = MetricsFile(folder / "metrics.csv", math.inf if config.eval else resumed_epoch, self.log)
+        self._metrics = MetricsFile(folder / "metrics.csv", resumed_epoch, self.log)
         self._scoreboard = Scoreboard(config.log.num_best_scores, self._metrics.scores())
         if remark:
             self.log(remark)
@@ -211,6 +211,25 @@ class Monitor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text.
+
+
+def open_monitor(folder, config, start, device):
+    """The Monitor of a training run; every rank meets the UserError that rank 0 meets.
+
+    Args:
+        folder: the RunFolder.
+        start: the Start of the run.
+        device: the torch.device.
+    """
+    opened = []
+
+    def open_on_main():
+        write_args(folder.path, config)
+        opened.append(Monitor(folder.path, config, True, start.wandb_id, start.epoch, distributed.describe_device(device),
+                              distributed.world_size()))
+
+    distributed.on_main(open_on_main)
+    return opened[0] if opened else Monitor(folder.path, config, False, start.wandb_id)
 
 
 def describe_start(device_name, world_size):

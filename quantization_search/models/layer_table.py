@@ -39,11 +39,25 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Graph:
-    """Layers in the order in which they are first called, and the BatchNorms with the one layer before each (or None)."""
+    """What trace() found.
+
+    layers: {name: LayerCall} in the order in which they are first called. batchnorms: {name: the one layer before it,
+    or None}. uncounted: {name: elements} of matrices that belong to neither, such as the projections inside attention
+    and layers that no forward pass reaches; they are not quantized, and count in neither size nor MACs.
+    """
 
     layers: dict
     batchnorms: dict
-    unreached: list
+    uncounted: dict
+
+    def describe_uncounted(self):
+        """A line about what is left alone, or '' where there is nothing."""
+        if not self.uncounted:
+            return ""
+        names = list(self.uncounted)
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return (f"left in full precision, counted neither in size nor in BitOPs: {sum(self.uncounted.values()):,} weights "
+                f"({shown})")
 
 
 class _Lineage(TorchFunctionMode):
@@ -107,8 +121,9 @@ def trace(model, input_size):
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             raise UserError(f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
                             "change arch or dataloader.input_size") from None
-    unreached = [name for name, module in twin.named_modules() if type(module) in QUANTIZABLE and name not in calls]
-    return Graph(calls, batchnorms, unreached)
+    uncounted = {name: parameter.numel() for name, parameter in twin.named_parameters()
+                 if parameter.dim() >= 2 and name.rpartition(".")[0] not in calls}
+    return Graph(calls, batchnorms, uncounted)
 
 
 def _note_layer(name, calls, lineage):

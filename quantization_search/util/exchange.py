@@ -121,6 +121,10 @@ def read_policy(path):
         for name, bit in zip(names, policy[key], strict=True):
             if type(bit) is not int or not 2 <= bit <= 8:
                 raise UserError(f"{path}: {key}: {name}: found {str(bit)[:20]!r}, expected a bit-width from 2 to 8")
+    signed = policy.get("act_signed")
+    if signed is not None and (not isinstance(signed, list) or len(signed) != len(names)
+                               or not all(isinstance(sign, bool) for sign in signed)):
+        raise UserError(f"{path}: act_signed: expected true or false for each of the {len(names)} layers")
     return policy
 
 

@@ -1,16 +1,17 @@
 """Networks by name: torchvision's classification models and the architectures that torchvision lacks."""
 
+import re
 import warnings
-
-from torch import nn
 
 from util.errors import UserError, nearest, reason
 
 from .mobilenetv1 import mobilenetv1
 from .resnet_cifar import resnet20
+from .weights import load_weights
 
 OWN_MODELS = {"mobilenetv1": mobilenetv1, "resnet20": resnet20}
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
+OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # norm.1 in the published files is norm1 today
 
 
 def list_architectures():
@@ -40,18 +41,19 @@ def create_model(arch, num_classes, pre_trained=False):
         if pre_trained:
             raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
         return OWN_MODELS[arch](num_classes)
-    model = _torchvision_model(arch, num_classes, transform_input=pre_trained)
+    model = _torchvision_model(arch, num_classes)
     if pre_trained:
         load_weights(model, _torchvision_weights(arch), f"torchvision's {arch}")
     return model
 
 
-def _torchvision_model(arch, num_classes, transform_input):
+def _torchvision_model(arch, num_classes):
     from torchvision import models
 
     options = {"num_classes": num_classes}
-    if arch in AUXILIARY_HEADS:  # their second classifiers serve full-precision training only
-        options.update(aux_logits=False, init_weights=True, transform_input=transform_input)
+    if arch in AUXILIARY_HEADS:
+        # Their second classifiers serve full-precision training only; the published weights expect inputs transformed.
+        options.update(aux_logits=False, init_weights=True, transform_input=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return models.get_model(arch, weights=None, **options)
@@ -66,45 +68,8 @@ def _torchvision_weights(arch):
     if weights is None:
         raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
+        state = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # URL, proxy, disk and hash errors come as many types
         raise UserError(f"pre_trained: cannot download {weights.url} ({reason(error)}); put the file into "
                         "$TORCH_HOME/hub/checkpoints (~/.cache/torch/hub/checkpoints), or give its path") from None
-
-
-def classifier_name(model):
-    """The name of the last convolution or linear layer, which gives the outputs."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
-
-
-def load_weights(model, state_dict, source):
-    """Load full-precision weights into a full-precision model, by name.
-
-    The classifier may have another number of outputs; it then keeps its fresh parameters. Auxiliary classifiers in
-    the file are passed over. Everything else has to fit.
-
-    Returns:
-        the names of the parameters that were not taken from the file.
-
-    Raises:
-        UserError: naming the source and the first tensor that is missing, extra or of another shape.
-    """
-    own = model.state_dict()
-    head = classifier_name(model)
-    taken = {}
-    for name, tensor in state_dict.items():
-        if name.split(".")[0].lower().startswith("aux"):
-            continue
-        if name not in own:
-            hint = "; it is a quantized checkpoint, which init_from takes" if "quan_w_fn" in name else nearest(name, own)
-            raise UserError(f"{source}: the tensor {name} is not part of this network{hint}")
-        if own[name].shape == tensor.shape:
-            taken[name] = tensor
-        elif name.rpartition(".")[0] != head:
-            raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, this network's is {list(own[name].shape)}")
-    missing = [name for name in own if name not in taken]
-    for name in missing:
-        if name.rpartition(".")[0] != head and not name.endswith("num_batches_tracked"):
-            raise UserError(f"{source}: the tensor {name} of this network is missing in the file")
-    model.load_state_dict(taken, strict=False)
-    return missing
+    return {OLD_DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in state.items()}

@@ -10,7 +10,7 @@ def policy_cost(layers, weight_bits, act_bits):
 
     Args:
         layers: {name: LayerCall} of all layers.
-        weight_bits, act_bits: {name: bit} of the searched layers; the others count with 8 and 8 bits.
+        weight_bits, act_bits: {name: bit}; layers that are not named count with 8 bits.
 
     Returns:
         {'size_mb', 'ratio', 'gbitops', 'gbitops_exact'}: MB are 2^20 bytes, the ratio is against 32-bit weights,

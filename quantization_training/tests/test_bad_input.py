@@ -1,6 +1,6 @@
 """What a newcomer gets wrong: one clear line on stderr, exit status 2, nothing written."""
 
-import os
+import pathlib
 
 import pytest
 import torch
@@ -28,15 +28,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def contents():
+    """{path: bytes} of every file below the current folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in pathlib.Path().rglob("*")}
+
+
 def complaint(capsys, *arguments):
     """The one line the command says to stderr when it refuses; the folder stays as it was."""
-    before = sorted(os.listdir())
+    before = contents()
     with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
         main.main(["config.yaml", *arguments])
     said = capsys.readouterr()
     assert stop.value.code == 2
     assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
-    assert sorted(os.listdir()) == before, "something was written"
+    assert contents() == before, "something was written"
     return said.err
 
 
@@ -64,6 +69,22 @@ def test_a_policy_of_another_network(folder, capsys):
     assert "policy.yaml: the policy is for resnet18, but arch is resnet20" in complaint(capsys, "policy=policy.yaml")
 
 
+def test_evaluation_under_other_quantizers_or_exceptions(folder, capsys):
+    main.main(["config.yaml", "weight_bits=3", "act_bits=3"])
+    capsys.readouterr()
+    for change, key in (("sat=false", "sat"), ("quan.excepts.fc.weight.bit=2", "quan.excepts.fc"),
+                        ("quan.excepts=", "quan.excepts")):
+        assert f"was trained with another {key}" in complaint(capsys, "eval=true", change)
+    main.main(["config.yaml", "eval=true", "accumulation=99", "dataloader.batch_size=5000"])
+    assert "top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signs", [5, [True], "yes", [1, 0]])
+def test_a_policy_with_signs_that_are_none(folder, capsys, signs):
+    write_policy("policy.yaml", {"layer_name": ["a", "b"], "weight_bits": [3, 3], "act_bits": [3, 3], "act_signed": signs})
+    assert "policy.yaml: act_signed: expected true or false" in complaint(capsys, "policy=policy.yaml")
+
+
 def test_checkpoints_of_other_runs(folder, capsys):
     main.main(["config.yaml", "fp_model=true"])
     capsys.readouterr()
@@ -73,6 +94,9 @@ def test_checkpoints_of_other_runs(folder, capsys):
     said = complaint(capsys, f"init_from={dense}", "weight_bits=3", "act_bits=3", "name=other")
     assert "not a checkpoint of indicators_pretraining" in said
     save_checkpoint("joint", {"state_dict": {"layer1.0.conv1.quan_w_fn.s": torch.ones(2)}, "arch": "resnet20"})
+    save_checkpoint("stage1", {"state_dict": {}, "arch": "resnet20", "bits": [4, 2]})
+    assert "it is a checkpoint of indicators_pretraining" in complaint(
+        capsys, "resume.path=stage1", "weight_bits=3", "act_bits=3", "name=other")
     assert "which init_from takes" in complaint(capsys, "pre_trained=joint", "fp_model=true", "name=other")
     with open(dense, "rb") as file:
         whole = file.read()

@@ -1,9 +1,11 @@
 """Fine-tuning: policies by name and by order, the start from stage 1, calibration, accumulation, and what is reported."""
 
 import copy
+import types
 
 import pytest
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
 import yaml
 from torch import nn
@@ -11,13 +13,14 @@ from torch import nn
 import process
 from model import create_model
 from model.layer_table import trace
-from network import build_network, check_same_bits
+from model.weights import load_state
+from network import build_network, check_same_bits, create_teacher
 from policy import resolve_policy
 from quan.transfer import choose_candidates
-from quan.utils import joint_modules, replace_module_by_names, step_quantizers
+from quan.utils import joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
 from schema import DistillationConfig, FinetuneConfig
-from util.checkpoint import load_checkpoint, load_state, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
 from util.errors import UserError
 from util.exchange import write_policy
 from util.metrics import evaluate
@@ -46,7 +49,7 @@ def batches(count, size=8, seed=0):
             for _ in range(count)]
 
 
-def bits_in_use(model):
+def bits_of_quantizers(model):
     return {name: quantizer.bits[0] for name, quantizer in step_quantizers(model).items()}
 
 
@@ -59,15 +62,15 @@ def test_a_policy_file_is_matched_by_name_and_pasted_lists_by_order(tmp_path):
                         "weight_bits": [weight_bits[i] for i in order], "act_bits": [4] * len(names)})
     by_name = network(policy=path, weight_bits=None, act_bits=None)
     by_order = network(weight_bits=weight_bits, act_bits=[4] * len(names))
-    assert bits_in_use(by_name.model) == bits_in_use(by_order.model)
+    assert bits_of_quantizers(by_name.model) == bits_of_quantizers(by_order.model)
     assert by_name.facts["weight_bits"] == dict(zip(names, weight_bits, strict=True))
-    used = bits_in_use(by_name.model)
+    used = bits_of_quantizers(by_name.model)
     assert used["conv1.quan_w_fn"] == 8 and "conv1.quan_a_fn" not in used
     assert used["fc.quan_w_fn"] == used["fc.quan_a_fn"] == 8
 
 
 def test_one_number_is_a_uniform_policy():
-    used = bits_in_use(network(weight_bits=5, act_bits=2).model)
+    used = bits_of_quantizers(network(weight_bits=5, act_bits=2).model)
     assert {used[f"{name}.quan_w_fn"] for name in layer_names()} == {5}
     assert {used[f"{name}.quan_a_fn"] for name in layer_names()} == {2}
 
@@ -218,6 +221,104 @@ def test_calibration_gives_the_mean_statistics_of_all_batches_and_puts_momentum_
                for name, parameter in model.named_parameters())
 
 
+class Silent:
+    """A monitor that keeps nothing."""
+
+    def epoch(self, *arguments):
+        pass
+
+    scores = save_plots = epoch
+
+
+class Batches(list):
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+def test_validation_calibrates_a_quantized_network_on_the_number_of_images_asked_for():
+    asked = []
+
+    def calibration(images):
+        asked.append(Batches(batches(2)))
+        return asked[-1]
+
+    loaders = types.SimpleNamespace(val=batches(1, seed=5), calibration=calibration)
+    for changes, calibrated in (({}, True), ({"calibration_images": 0}, False),
+                                ({"fp_model": True, "weight_bits": None, "act_bits": None}, False)):
+        model = network(**changes).model
+        model.train()(batches(1)[0][0])
+        model.bn1.running_mean.fill_(7)
+        process.validate(model, loaders, config(**changes), 3, Silent())
+        assert (model.bn1.running_mean.max() < 7) == calibrated
+    assert len(asked) == 1 and asked[0].epoch == 3
+
+
+def test_only_steps_and_normalization_learn_with_frozen_weights():
+    model = network(freeze_weights=True).model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(name.endswith(".s") or "bn" in name for name in trained)
+
+
+def test_excepted_layers_cost_the_bits_that_they_have():
+    eight = network().cost
+    entry = ExceptionConfig(weight=ExceptedQuantizerConfig(bit=2), act=ExceptedQuantizerConfig(bit=2))
+    two = network(quan=QuanConfig(excepts={**EXCEPTS, "fc": entry})).cost
+    assert (eight["size_mb"] - two["size_mb"]) * 8 * 2**20 == pytest.approx(640 * 6)
+    assert (eight["gbitops"] - two["gbitops"]) * 1e9 == pytest.approx(640 * 60)
+
+
+def test_signs_come_from_the_checkpoint_before_anything_else():
+    facts = network().facts
+    signed = {**facts, "signed": dict.fromkeys(facts["signed"], True), "version": 1}
+    assert all(network(checkpoint=signed).facts["signed"].values())
+    assert all(network(checkpoint=signed, init_from="a file that is gone").facts["signed"].values())
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    path = str(tmp_path / "teacher")
+    save_checkpoint(path, {"state_dict": create_model("resnet20", 7).state_dict()})
+    with pytest.raises(UserError, match="distillation.teacher: .* another number of classes"):
+        create_teacher(config(distillation=DistillationConfig(teacher=path)), 10, CPU)
+    with pytest.raises(UserError, match="distillation.teacher: torchvision's networks know 1000 classes"):
+        create_teacher(config(distillation=DistillationConfig(teacher="pre_trained")), 10, CPU)
+    save_checkpoint(path, {"state_dict": create_model("resnet20", 10).state_dict()})
+    teacher = create_teacher(config(distillation=DistillationConfig(teacher=path)), 10, CPU)
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def small_step(parts, images, target):
+    """{name: gradient} of a training step on a quantized net without BatchNorm, as its optimizer sees it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    modules = joint_modules(model, trace(model, 8), QuanConfig(excepts={"0": ExceptionConfig()}), [4])
+    replace_module_by_names(model, modules)
+    set_batch_parts(model, parts)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    process.training_step(model.train(), [(images, target)], process.create_criterion(config()), optimizer,
+                          process.Metrics(CPU))
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def one_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    images, target = batches(1)[0]
+    parts = {quantizer.batch_parts for name, quantizer in step_quantizers(network(accumulation=3).model).items()
+             if name.endswith("quan_a_fn")}
+    torch.save((small_step(2, images[rank::2], target[rank::2]), parts), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one_on_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    expected = small_step(1, *batches(1)[0])
+    for rank in range(2):
+        gradients, parts = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert parts == {6}  # two ranks times three accumulated batches
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_momentum_and_mode_are_put_back_when_calibration_fails():
     model = network(fp_model=True).model.train()
     with pytest.raises(RuntimeError):
@@ -236,7 +337,6 @@ def test_accumulated_batches_give_the_gradients_of_one_large_batch():
     split = copy.deepcopy(joined)
     for quantizer in step_quantizers(split).values():
         quantizer.batch_parts = 1
-    from quan.utils import set_batch_parts
     set_batch_parts(split, 2)
     criterion = process.create_criterion(config())
     for model, parts in ((joined, [(images, target)]), (split, [(images[:4], target[:4]), (images[4:], target[4:])])):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import yaml
 
+from model.weights import load_state
 from util import distributed
-from util.config import differing_keys, to_plain
+from util.config import describe, differing_keys, to_plain
 from util.errors import UserError, reason
 from util.exchange import strip_prefix, write_atomically
 
@@ -18,6 +19,10 @@ HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "datalo
                  "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
+MODEL_KEYS = ("sat", "quan.")
+IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
+ENTRY_TYPES = {"version": int, "epoch": int, "arch": str, "config": dict, "extras": dict, "optimizer": dict, "bits": list,
+               "weight_bits": dict, "act_bits": dict, "signed": dict, "layers": dict, "fixed": dict, "batchnorms": dict}
 
 
 def save_checkpoint(path, checkpoint):
@@ -51,23 +56,20 @@ def load_checkpoint(path):
         content = {"state_dict": content}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint (it has no state_dict)")
-    if content.get("version", 0) > FORMAT_VERSION:
-        raise UserError(f"{path}: written by a newer version of this project (format {content['version']})")
+    check_plain(content, path)
     content["state_dict"] = {strip_prefix(name): tensor for name, tensor in content["state_dict"].items()}
     return content
 
 
-def load_state(model, state_dict, source):
-    """Load a state_dict whose names and shapes have to be just those of the model."""
-    own = model.state_dict()
-    for name in own.keys() - state_dict.keys():
-        raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
-    for name, tensor in state_dict.items():
-        if name not in own:
-            raise UserError(f"{source}: the tensor {name} is not part of this network")
-        if tensor.shape != own[name].shape:
-            raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, this network's is {list(own[name].shape)}")
-    model.load_state_dict(state_dict)
+def check_plain(content, path):
+    """Refuse a checkpoint whose entries are not of the types that they have to be."""
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content["state_dict"].items()):
+        raise UserError(f"{path}: state_dict: expected names and tensors only")
+    for key, kind in ENTRY_TYPES.items():
+        if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
+            raise UserError(f"{path}: {key}: found {describe(content[key])}, not what a checkpoint holds there")
+    if content.get("version", 0) > FORMAT_VERSION:
+        raise UserError(f"{path}: written by a newer version of this project (format {content['version']})")
 
 
 @dataclass(frozen=True)
@@ -105,66 +107,111 @@ class RunFolder:
 
 
 def find_checkpoint(config, folder):
-    """The path that resume.path stands for, or None where a run starts afresh.
+    """What resume.path stands for.
 
-    `auto` is the run folder's own checkpoint, for evaluation its best one; `none` refuses a folder that holds a run.
+    `auto` is the run folder's own checkpoint, for evaluation its best one; `none` refuses a folder that holds a run. A
+    path names where a run starts; where it has started already, it goes on from its own checkpoint with resume.lean,
+    and otherwise the path has to lie in the same folder.
+
+    Returns:
+        (path or None where a run starts afresh, whether only the weights are taken).
     """
-    wanted = config.resume.path
+    wanted, own = config.resume.path, os.path.exists(folder.last)
+    if config.eval:
+        return _find_for_evaluation(config, folder), True
     if wanted == "auto":
-        names = (folder.best, folder.last) if config.eval else (folder.last,)
-        found = next((path for path in names if os.path.exists(path)), None)
-        if config.eval and not found:
-            raise UserError(f"resume.path: nothing to evaluate in {folder.path}; name a checkpoint")
-        return found
+        return (folder.last if own else None), False
     if wanted == "none":
-        if config.eval:
-            raise UserError("resume.path: found none, but eval needs a checkpoint; name one")
-        if os.path.exists(folder.last):
+        if own:
             raise UserError(f"resume.path: found none, but {folder.path} holds a run; take another name, or remove it")
-        return None
-    return wanted
+        return None, False
+    if not own:
+        return wanted, config.resume.lean
+    if config.resume.lean:
+        return folder.last, False
+    if os.path.realpath(os.path.dirname(wanted)) != os.path.realpath(folder.path):
+        raise UserError(f"resume.path: found {wanted}, but {folder.path} holds a run, which would be overwritten; "
+                        "take another name, or auto")
+    return wanted, False
+
+
+def _find_for_evaluation(config, folder):
+    wanted = config.resume.path
+    if wanted == "none":
+        raise UserError("resume.path: found none, but eval needs a checkpoint; name one")
+    if wanted != "auto":
+        return wanted
+    found = next((path for path in (folder.best, folder.last) if os.path.exists(path)), None)
+    if not found:
+        raise UserError(f"resume.path: nothing to evaluate in {folder.path}; name a checkpoint")
+    return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that a run starts from: its path, its content, and whether only its weights are taken."""
+
+    path: str
+    content: dict
+    lean: bool
 
 
 def find_run(config, folder):
-    """(path, checkpoint) of what resume.path names, read once by rank 0; (None, None) where a run starts afresh."""
-    path = distributed.on_main(find_checkpoint, config, folder)
-    return path, distributed.on_main(load_checkpoint, path) if path else None
+    """What resume.path names, looked for and read once, by rank 0; None where a run starts afresh.
+
+    Raises:
+        UserError: where there is no such checkpoint, or it is one of another network.
+    """
+    path, lean = distributed.on_main(find_checkpoint, config, folder)
+    if path is None:
+        return None
+    content = distributed.on_main(load_checkpoint, path)
+    if content.get("arch", config.arch) != config.arch:
+        raise UserError(f"{path}: holds {content['arch']}, but arch is {config.arch}")
+    if config.eval and "config" in content:
+        check_same_model(content["config"], to_plain(config), path)
+    return Found(path, content, lean)
+
+
+def check_same_model(trained, wanted, path):
+    """Refuse to evaluate a checkpoint with other quantizers than it was trained with."""
+    keys = [key for key in differing_keys(trained, wanted) if key.startswith(MODEL_KEYS) and key not in IDLE_MODEL_KEYS]
+    if keys:
+        raise UserError(f"{path}: was trained with another {', '.join(keys)}; put these back")
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: epochs completed, best top-1 so far, its wandb run, schedule keys that have changed."""
+    """Where a run begins: epochs completed, (top-1, top-5) of the best one, its wandb run, schedule keys that changed."""
 
     epoch: int = 0
-    best: float = -1.0
+    best: tuple = (-1.0, -1.0)
     wandb_id: str | None = None
     changed: tuple = ()
 
 
-def restore(checkpoint, path, model, optimizer, config):
-    """Load a checkpoint, if there is one, into a model; and unless resume.lean or eval is set, continue its run.
+def restore(found, model, optimizer, config):
+    """Load a checkpoint, if there is one, into a model; and unless only its weights are taken, continue its run.
 
     Returns:
         the Start.
 
     Raises:
-        UserError: where the checkpoint is of another network, or of a run that differs in what matters.
+        UserError: where the checkpoint does not fit the network, or is of a run that differs in what matters.
     """
-    if checkpoint is None:
+    if found is None:
         return Start()
-    if checkpoint.get("arch", config.arch) != config.arch:
-        raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {config.arch}")
-    if config.eval or config.resume.lean:
-        load_state(model, checkpoint["state_dict"], path)
+    changed = [] if found.lean else check_continues(found.content, config, found.path)
+    load_state(model, found.content["state_dict"], found.path)
+    if found.lean:
         return Start()
-    changed = check_continues(checkpoint, config, path)
-    load_state(model, checkpoint["state_dict"], path)
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        distributed.set_random_states(checkpoint["random_states"])
+        optimizer.load_state_dict(found.content["optimizer"])
+        distributed.set_random_states(found.content["random_states"])
+        return Start(found.content["epoch"], (float(found.content["extras"]["top1"]), float(found.content["extras"]["top5"])),
+                     found.content.get("wandb_id"), tuple(changed))
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path}: its optimizer or random states do not fit this run ({reason(error)})") from None
-    return Start(checkpoint["epoch"], checkpoint["extras"]["top1"], checkpoint.get("wandb_id"), tuple(changed))
+        raise UserError(f"{found.path}: what it holds does not fit this run ({reason(error)})") from None
 
 
 def check_continues(checkpoint, config, path):
@@ -184,16 +231,22 @@ def check_continues(checkpoint, config, path):
     return keys
 
 
-def training_state(model, optimizer, epoch, extras, config, monitor):
-    """What every stage's checkpoint holds: enough to continue the run and to rebuild the model."""
-    return {"epoch": epoch, "arch": config.arch, "state_dict": model.state_dict(), "extras": extras,
+def training_state(model, optimizer, epoch, best, config, monitor):
+    """What every stage's checkpoint holds: enough to continue the run and to rebuild the model.
+
+    Args:
+        epoch: epochs completed.
+        best: (top-1, top-5) of the best epoch so far.
+    """
+    return {"epoch": epoch, "arch": config.arch, "state_dict": model.state_dict(),
+            "extras": {"top1": best[0], "top5": best[1]},
             "optimizer": optimizer.state_dict(), "random_states": distributed.random_states(),
             "config": to_plain(config), "wandb_id": monitor.wandb_id}
 
 
 def is_finished(epoch, config, folder):
     """Whether `epoch` completed epochs are all that the configuration asks for, and their results are written."""
-    return epoch >= config.epochs + config.cooldown_epochs and os.path.exists(folder.summary)
+    return epoch >= config.epochs + config.cooldown_epochs and distributed.on_main(os.path.exists, folder.summary)
 
 
 def announce_finished(folder, config):

@@ -5,7 +5,9 @@ A schema is a frozen dataclass. Its fields say what exists, of which type, with 
 """
 
 import dataclasses
+import itertools
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ import yaml
 from util.errors import UserError, nearest
 
 MAX_ALIASES = 100
+MAX_VALUES = 100_000
+MAX_NAME = 150
+KEY_WORDS = re.compile(r'"[^"]*"|[^."]+')
 
 
 def bounded(default, low=None, high=None, above=None, below=None):
@@ -74,6 +79,11 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True)
+class ActQuantizerConfig(QuantizerConfig):
+    all_positive: bool = True
+
+
+@dataclass(frozen=True)
 class ExceptedQuantizerConfig:
     bit: int | None = bounded(None, low=2, high=8)
     all_positive: bool | None = None
@@ -87,7 +97,7 @@ class ExceptionConfig:
 
 @dataclass(frozen=True)
 class QuanConfig:
-    act: QuantizerConfig = QuantizerConfig(all_positive=True)
+    act: ActQuantizerConfig = ActQuantizerConfig()
     weight: QuantizerConfig = QuantizerConfig()
     excepts: dict[str, ExceptionConfig] = field(default_factory=dict)
 
@@ -98,7 +108,7 @@ class RunConfig:
 
     name: str = "run"
     output_dir: str = "results"
-    seed: int = bounded(0, low=0)
+    seed: int = bounded(0, low=0, high=2**31)
     training_device: Literal["auto", "gpu", "cpu"] = "auto"
     gpu: typing.Any = None
     arch: str = "resnet50"
@@ -132,8 +142,8 @@ class RunConfig:
     act_bits: int | list[int] | None = None
 
     def __post_init__(self):
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise UserError(f"name: {self.name!r} cannot name a folder")
+        if not self.name.isprintable() or "/" in self.name or self.name in ("", ".", "..") or len(self.name) > MAX_NAME:
+            raise UserError(f"name: {describe(self.name)} cannot name a folder")
         for statistic in ("mean", "std"):
             values = getattr(self.dataloader, statistic)
             if values is not None and (len(values) != 3 or (statistic == "std" and min(values) <= 0)):
@@ -161,19 +171,21 @@ def load_config(schema, paths, overrides=()):
     Args:
         schema: a frozen dataclass type.
         paths: YAML files; at least one.
-        overrides: strings such as "dataloader.batch_size=32"; the value is read as YAML.
+        overrides: strings such as "dataloader.batch_size=32"; the value is read as YAML. A word with dots of its own
+            stands in quotes: quan.excepts."layer1.0.conv1".weight.bit=8.
 
     Raises:
         UserError: naming the file, the key, what was found and what is allowed.
     """
     merged, origin = {}, {}
     for path in paths:
-        merge(merged, read_yaml(path), origin, path)
+        merge(merged, unshared(read_yaml(path), path), origin, path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r}: expected dotted.key=value")
-        merge(merged, nest(key.split("."), parse_yaml(value, f"override {override!r}")), origin, "command line")
+        words = [word.strip('"') for word in KEY_WORDS.findall(key)]
+        merge(merged, nest(words, parse_yaml(value, f"override {override!r}")), origin, "command line")
     return build(schema, merged, "", Origin(paths[0], origin))
 
 
@@ -224,6 +236,18 @@ def parse_yaml(text, where):
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}:{line} not valid YAML ({problem})") from None
+
+
+def unshared(value, where, count=None):
+    """A copy in which every alias has become a value of its own."""
+    count = count if count is not None else itertools.count()
+    if next(count) > MAX_VALUES:
+        raise UserError(f"{where}: not a configuration (more than {MAX_VALUES} values)")
+    if isinstance(value, dict):
+        return {key: unshared(element, where, count) for key, element in value.items()}
+    if isinstance(value, list):
+        return [unshared(element, where, count) for element in value]
+    return value
 
 
 def merge(base, extra, origin, source, prefix=""):

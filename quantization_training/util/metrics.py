@@ -1,11 +1,13 @@
 """Loss, top-1 and top-5, summed where the data are and read once."""
 
 import contextlib
+import math
 
 import torch
 import torch.nn.functional as F
 
 from util.distributed import sum_over_ranks
+from util.errors import UserError
 
 
 class Metrics:
@@ -25,6 +27,15 @@ class Metrics:
         """Mean loss, top-1 and top-5 in percent over all ranks."""
         loss, top1, top5, images = sum_over_ranks(self.sums.clone()).tolist()
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+
+
+    def checked_result(self, epoch):
+        """The same; a loss that is not finite ends the run."""
+        figures = self.result()
+        if not math.isfinite(figures["loss"]):
+            raise UserError(f"the loss of epoch {epoch + 1} is not finite; lower lr, or add warmup_epochs "
+                            "(the checkpoint of the epoch before is kept)")
+        return figures
 
 
 @contextlib.contextmanager

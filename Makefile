@@ -1,4 +1,5 @@
 # make demo: the whole way on UCI digits, in minutes       make test: all tests       make lint: the linter
+# make bench: times of the search     make sync: copy what the stages share     make clean: remove all results
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
-.PHONY: demo test lint sync clean environment
+.PHONY: demo test lint bench sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -33,6 +34,9 @@ test: $(READY)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
+
+bench: $(READY)
+	cd quantization_search && $(RUN) bench.py
 
 sync:
 	rm -rf quantization_training/model quantization_training/quan quantization_training/util

@@ -8,10 +8,11 @@ No files, no printing.
 
 import itertools
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from solver import Budget, NoPolicy, least_total, minimise
+from solver import Budget, NoPolicy, SolverError, least_total, minimise
 
 BITS_PER_MB = 8 * 2**20
 BITOPS_PER_G = 10**9
@@ -19,6 +20,7 @@ FULL_PRECISION_BITS = 32
 FIXED_BITS = 8
 SOLVED = "Optimal", "Optimal Solution Found"
 ZERO_GAP = 1e-12
+CONFLICT_SECONDS = 10  # for each constraint of a conflict, to find the least it could take
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Constraint:
-    """sum of use[layer][pair chosen] <= bound.
+    """The sum of use[layer][pair chosen] <= bound; with `largest`, the largest of them instead of the sum.
 
-    use and bound are integers in the smallest unit, such as bits. For people, (amount + offset) / per_unit is printed,
-    in `unit`; the offset is what the fixed layers add.
+    use, bound and offset are integers in the smallest unit, such as bits. For people, (amount + offset) / per_unit is
+    printed, in `unit`; the offset is what the fixed layers add (with `largest`: what they take, a part of the amount).
+    key: the option that asked for it. whole: what the option's number divides or multiplies, where it is not in
+    `unit`: the full-precision bits for cr, the MACs of the searched layers for bops.
     """
 
     name: str
@@ -49,12 +53,25 @@ class Constraint:
     unit: str
     per_unit: int
     offset: int = 0
+    largest: bool = False
+    key: str = ""
+    whole: int = 0
 
     def shown(self, amount):
-        return (amount + self.offset) / self.per_unit
+        return float(self.exactly(amount))
+
+    def exactly(self, amount):
+        """What is printed for an amount, as a Fraction."""
+        return Fraction(amount + (0 if self.largest else self.offset), self.per_unit)
 
     def amount(self, chosen):
-        return sum(row[pair] for row, pair in zip(self.use, chosen, strict=True))
+        used = [row[pair] for row, pair in zip(self.use, chosen, strict=True)]
+        return max(self.offset, *used) if self.largest else sum(used)
+
+    def relaxed(self, factor):
+        """The same constraint with `factor` times as much of what is printed."""
+        return replace(self, bound=math.floor(self.exactly(self.bound) * factor * self.per_unit)
+                       - (0 if self.largest else self.offset))
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,9 @@ class Problem:
     """Layers, the pairs each may take, what each pair costs, and the constraints on all of them together.
 
     pairs, costs, penalties and the tables in ties and constraints are all indexed [layer][pair]; pairs stand in
-    descending order. costs and penalties are Fractions.
+    descending order. costs and penalties are Fractions. allowed: for each layer the indices of the pairs it may take,
+    ascending. groups: tuples of layer indices that share one pair, in the order of their first layers; every layer is in
+    one. By default all pairs are allowed, and each layer chooses for itself.
     """
 
     names: list
@@ -71,6 +90,14 @@ class Problem:
     penalties: list
     ties: list
     constraints: list
+    allowed: list | None = None
+    groups: list | None = None
+
+    def choices(self):
+        """(layers of a group, indices of the pairs they may take together) of every group."""
+        allowed = self.allowed or [range(len(pairs)) for pairs in self.pairs]
+        for group in self.groups or [(layer,) for layer in range(len(self.names))]:
+            yield group, [pair for pair in allowed[group[0]] if all(pair in allowed[layer] for layer in group)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +105,8 @@ class Solution:
     """A policy, what it costs exactly, and how well it is known to be the best.
 
     proven: no policy is better, and none ties and comes first; every one that could was compared exactly.
-    gap: relative gap left, 0.0 where proven; None where the solver reports none.
+    gap: relative gap of the objective that is left, 0.0 where none is; None where it is not known.
+    penalty_gap: the same of the penalty; where it is not 0, the objective is the best found at that penalty.
     """
 
     chosen: list
@@ -89,22 +117,26 @@ class Solution:
     proven: bool
     solver_status: str | None
     gap: float | None
+    penalty_gap: float | None = 0.0
 
     @property
     def optimal(self):
         """Proven, or solved without a gap by a solver that says so itself."""
-        return self.proven or (self.solver_status in SOLVED and self.gap is not None and self.gap <= ZERO_GAP)
+        closed = all(gap is not None and gap <= ZERO_GAP for gap in (self.gap, self.penalty_gap))
+        return self.proven or (self.solver_status in SOLVED and closed)
 
 
 class Infeasible(Exception):
     """No policy keeps the constraints.
 
-    conflict: list of (constraint, smallest amount it could take while the others named here hold).
+    conflict: list of (constraint, smallest amount it could take), None for an amount that was not found in time.
+    together: whether each of them could be kept alone, and the amounts are those beside the others named here.
     """
 
-    def __init__(self, conflict):
+    def __init__(self, conflict, together=False):
         super().__init__("no policy keeps " + " and ".join(constraint.name for constraint, _ in conflict))
         self.conflict = conflict
+        self.together = together
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,21 +153,61 @@ def erased(indicators, bits):
     return [bit for larger, bit in itertools.pairwise(bits) if indicators[bit] < indicators[larger]]
 
 
-def make_problem(layers, bits, alpha, constraints):
+def isotonic(indicators, bits):
+    """The nearest sequence, in least squares, that does not fall as bits shrink; by pooling adjacent violators.
+
+    Args:
+        indicators: {bit: value}.
+        bits: the candidates in use, descending.
+
+    Returns:
+        {bit: Fraction}.
+    """
+    pools = []  # (sum, bits) of neighbours that share their mean
+    for bit in bits:
+        total, members = Fraction(indicators[bit]), [bit]
+        while pools and pools[-1][0] * len(members) > total * len(pools[-1][1]):
+            before, earlier = pools.pop()
+            total, members = before + total, earlier + members
+        pools.append((total, members))
+    return {bit: total / len(members) for total, members in pools for bit in members}
+
+
+def make_problem(layers, bits, alpha, constraints, outliers="erase", allowed=None, groups=None):
     """The problem for candidates `bits`, descending, with alpha (a Fraction >= 0) as the weight of the weights.
 
     An erased candidate adds its penalty (alpha for a weight indicator, 1 for an activation indicator) and nothing else.
+
+    Args:
+        outliers: "erase" the candidates that `erased` finds, make the sequences "isotonic", or "keep" them as they are.
+        allowed, groups: as in Problem.
     """
     pairs = list(itertools.product(bits, bits))
     costs, penalties = [], []
     for layer in layers:
-        weight_erased, act_erased = erased(layer.weight, bits), erased(layer.act, bits)
-        weight = {bit: 0 if bit in weight_erased else alpha * Fraction(layer.weight[bit]) for bit in bits}
-        act = {bit: 0 if bit in act_erased else Fraction(layer.act[bit]) for bit in bits}
-        costs.append([act[a] + weight[w] for w, a in pairs])
+        (weight, weight_erased), (act, act_erased) = (
+            _costs_of(indicators, bits, outliers) for indicators in (layer.weight, layer.act))
+        costs.append([act[a] + alpha * weight[w] for w, a in pairs])
         penalties.append([(a in act_erased) + alpha * (w in weight_erased) for w, a in pairs])
     return Problem([layer.name for layer in layers], [pairs] * len(layers), costs, penalties,
-                   [bitops_use(layers, bits), size_use(layers, bits)], constraints)
+                   [bitops_use(layers, bits), size_use(layers, bits)], constraints, allowed, groups)
+
+
+def _costs_of(indicators, bits, outliers):
+    """({bit: cost}, the erased bits)."""
+    if outliers == "isotonic":
+        return isotonic(indicators, bits), []
+    gone = erased(indicators, bits) if outliers == "erase" else []
+    return {bit: Fraction(0 if bit in gone else indicators[bit]) for bit in bits}, gone
+
+
+def join(count, ties):
+    """Groups of layer indices for Problem: each of `ties` belongs together, and what overlaps is one group."""
+    first = list(range(count))
+    for tie in ties:
+        joined = {first[layer] for layer in tie}
+        first = [min(joined) if root in joined else root for root in first]
+    return [tuple(layer for layer in range(count) if first[layer] == root) for root in sorted(set(first))]
 
 
 def bitops_use(layers, bits):
@@ -150,69 +222,163 @@ def size_use(layers, bits):
 
 def size_constraint(layers, bits, fixed_params, ratio):
     """sum n[i]*j*x + 8*n_fixed <= 32 * (all n) / ratio, the ratio a Fraction > 0."""
-    total = sum(layer.params for layer in layers) + fixed_params
+    full = FULL_PRECISION_BITS * (sum(layer.params for layer in layers) + fixed_params)
     fixed = FIXED_BITS * fixed_params
-    bound = math.floor(Fraction(FULL_PRECISION_BITS * total) / ratio) - fixed
-    return Constraint("size", size_use(layers, bits), bound, "MB", BITS_PER_MB, fixed)
+    return Constraint("size", size_use(layers, bits), math.floor(full / ratio) - fixed, "MB", BITS_PER_MB, fixed,
+                      key="cr", whole=full)
 
 
 def bitops_constraint(layers, bits, weight_bits, act_bits):
     """sum macs[i]*j*k*x <= sum macs[i]*wb*ab over the searched layers, wb and ab Fractions > 0."""
-    bound = math.floor(sum(layer.macs for layer in layers) * weight_bits * act_bits)
-    return Constraint("BitOPs", bitops_use(layers, bits), bound, "G", BITOPS_PER_G)
+    macs = sum(layer.macs for layer in layers)
+    return Constraint("BitOPs", bitops_use(layers, bits), math.floor(macs * weight_bits * act_bits), "G", BITOPS_PER_G,
+                      key="bops", whole=macs)
+
+
+def size_budget(layers, bits, fixed_params, megabytes):
+    """Weight storage of the whole network, fixed layers included, in MB of 2^20 bytes."""
+    fixed = FIXED_BITS * fixed_params
+    return Constraint("size budget", size_use(layers, bits), math.floor(megabytes * BITS_PER_MB) - fixed, "MB",
+                      BITS_PER_MB, fixed, key="size_budget")
+
+
+def bitops_budget(layers, bits, fixed_macs, giga):
+    """BitOPs of the whole network, the fixed layers at 8 x 8 bits included, in G."""
+    fixed = FIXED_BITS**2 * fixed_macs
+    return Constraint("BitOPs budget", bitops_use(layers, bits), math.floor(giga * BITOPS_PER_G) - fixed, "G",
+                      BITOPS_PER_G, fixed, key="bops_budget")
+
+
+def mean_bits_budget(layers, bits, kind, mean):
+    """Mean bits over the searched layers, of the weights (kind "weight") or the activations ("act")."""
+    name, key = {"weight": ("mean weight bits", "avg_wb"), "act": ("mean activation bits", "avg_ab")}[kind]
+    use = [pair[kind == "act"] for pair in itertools.product(bits, bits)]
+    return Constraint(name, [use] * len(layers), math.floor(mean * len(layers)), "bits", len(layers), key=key)
+
+
+def memory_budget(elements, fixed_elements, bits, kind, megabytes):
+    """Memory of the layers' inputs at their activation bits: of the largest one, or of all together ("summed").
+
+    Args:
+        elements, fixed_elements: per image, one number for each searched and each fixed layer; fixed ones take 8 bits.
+    """
+    use = [[count * a for _, a in itertools.product(bits, bits)] for count in elements]
+    fixed = [FIXED_BITS * count for count in fixed_elements]
+    largest = kind == "largest"
+    offset = max(fixed, default=0) if largest else sum(fixed)
+    bound = math.floor(megabytes * BITS_PER_MB) - (0 if largest else offset)
+    return Constraint(f"{kind} activation memory", use, bound, "MB", BITS_PER_MB, offset, largest, "act_mem")
+
+
+def latency_budget(times, fixed_time, milliseconds):
+    """Sum of the times of all layers.
+
+    Args:
+        times: [layer][pair] in ms, Fractions; a pair that may not be taken has 0. fixed_time: of the fixed layers.
+        milliseconds: the limit, a Fraction.
+    """
+    unit = math.lcm(Fraction(fixed_time).denominator, *(Fraction(value).denominator for row in times for value in row))
+    fixed = int(fixed_time * unit)
+    return Constraint("latency", [[int(value * unit) for value in row] for row in times],
+                      math.floor(milliseconds * unit) - fixed, "ms", unit, fixed, key="latency_budget")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Solving it.
 
 
-def solve(problem, solver=None):
+@dataclass(frozen=True)
+class _Chooser:
+    """The choices of a problem as the solver sees them: one row per group, and only the options still possible.
+
+    options: (layers of the group, indices of its pairs) of each group.
+    """
+
+    options: list
+
+    def within(self, constraint):
+        """Without the options that break a constraint on the largest use."""
+        if constraint.offset > constraint.bound:
+            raise NoPolicy
+        return self.keep(lambda layer, pair: constraint.use[layer][pair] <= constraint.bound)
+
+    def keep(self, fits):
+        """Only the options that fit every layer of their group."""
+        options = [(group, [pair for pair in pairs if all(fits(layer, pair) for layer in group)])
+                   for group, pairs in self.options]
+        if not all(pairs for _, pairs in options):
+            raise NoPolicy
+        return _Chooser(options)
+
+    def table(self, rows):
+        """[group][option], summed over the layers of each group."""
+        return [[sum(rows[layer][pair] for layer in group) for pair in pairs] for group, pairs in self.options]
+
+    def budgets(self, constraints):
+        return [Budget(self.table(constraint.use), constraint.bound)
+                for constraint in constraints if not constraint.largest]
+
+    def chosen(self, answer):
+        """The pair of each layer."""
+        pairs = {layer: pairs[option] for (group, pairs), option in zip(self.options, answer.chosen, strict=True)
+                 for layer in group}
+        return [pairs[layer] for layer in sorted(pairs)]
+
+
+def _chooser(problem, constraints):
+    """The choices that keep every constraint on a largest use among these."""
+    chooser = _Chooser(list(problem.choices()))
+    for constraint in constraints:
+        if constraint.largest:
+            chooser = chooser.within(constraint)
+    return chooser
+
+
+def solve(problem, solver=None, time_limit=None):
     """The policy of least penalty, then least objective, then first in the order of ties.
 
     Args:
         solver: the name in PuLP of a solver that has to be asked; by default HiGHS, where it is needed.
+        time_limit: seconds after which the best policy known is returned, with the gap that is left.
 
     Raises:
         Infeasible: when the constraints cannot be kept together.
-        SolverError: when the solver is missing or fails.
+        SolverError: when the solver is missing or fails, or no policy was found in time.
     """
-    budgets = [Budget(constraint.use, constraint.bound) for constraint in problem.constraints]
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     try:
-        answer, chosen = _solve_without_erased(problem, budgets, solver)
+        chooser = _chooser(problem, problem.constraints)
+        try:
+            return _solve_without_erased(problem, chooser, solver, deadline)
+        except NoPolicy:
+            return _solve_with_least_penalty(problem, chooser, solver, deadline)
     except NoPolicy:
-        answer, chosen = _solve_with_least_penalty(problem, budgets, solver)
-    return _recosted(problem, answer, chosen)
+        raise Infeasible(*_conflict(problem, solver)) from None
 
 
-def _solve_without_erased(problem, budgets, solver):
+def _solve_without_erased(problem, chooser, solver, deadline):
     """Penalty 0 is the least there can be, so where it is possible the erased candidates need not be looked at."""
-    free = [[pair for pair, penalty in enumerate(row) if penalty == 0] for row in problem.penalties]
-    if not all(free):
-        raise NoPolicy
-
-    def pick(table):
-        return [[row[pair] for pair in kept] for row, kept in zip(table, free, strict=True)]
-
-    answer = minimise(pick(problem.costs), [Budget(pick(budget.use), budget.bound) for budget in budgets],
-                      [pick(table) for table in problem.ties], solver)
-    return answer, [kept[option] for kept, option in zip(free, answer.chosen, strict=True)]
+    return _minimised(problem, chooser.keep(lambda layer, pair: problem.penalties[layer][pair] == 0), [], solver, deadline)
 
 
-def _solve_with_least_penalty(problem, budgets, solver):
+def _solve_with_least_penalty(problem, chooser, solver, deadline):
     """First the least penalty in all, then the least cost among the policies that pay no more."""
     unit = math.lcm(*(Fraction(value).denominator for row in problem.penalties for value in row))
-    penalties = [[int(value * unit) for value in row] for row in problem.penalties]
+    penalties = chooser.table([[int(value * unit) for value in row] for row in problem.penalties])
     if not any(map(any, penalties)):
-        raise Infeasible(_conflict(problem, solver))
-    try:
-        least = least_total(penalties, budgets, solver)
-    except NoPolicy:
-        raise Infeasible(_conflict(problem, solver)) from None
-    answer = minimise(problem.costs, [*budgets, Budget(penalties, least)], problem.ties, solver)
-    return answer, answer.chosen
+        raise NoPolicy
+    least, answer = least_total(penalties, chooser.budgets(problem.constraints), solver, deadline)
+    return _minimised(problem, chooser, [Budget(penalties, least)], solver, deadline, answer)
 
 
-def _recosted(problem, answer, chosen):
+def _minimised(problem, chooser, more, solver, deadline, before=None):
+    """The policy of least objective. more: further budgets; before: the answer that they come from."""
+    answer = minimise(chooser.table(problem.costs), chooser.budgets(problem.constraints) + more,
+                      [chooser.table(table) for table in problem.ties], solver, deadline)
+    return _recosted(problem, answer, chooser.chosen(answer), before)
+
+
+def _recosted(problem, answer, chosen, before):
     """The solution with its cost and every constraint worked out anew from the problem, in exact arithmetic."""
     for constraint in problem.constraints:
         assert constraint.amount(chosen) <= constraint.bound, f"the policy breaks the {constraint.name} constraint"
@@ -221,24 +387,53 @@ def _recosted(problem, answer, chosen):
         chosen, [w for w, _ in pairs], [a for _, a in pairs],
         Fraction(sum(row[pair] for row, pair in zip(problem.penalties, chosen, strict=True))),
         Fraction(sum(row[pair] for row, pair in zip(problem.costs, chosen, strict=True))),
-        answer.proven, answer.solver_status, 0.0 if answer.proven else answer.gap)
+        answer.proven and (before is None or before.proven), answer.solver_status, answer.gap,
+        0.0 if before is None else before.gap)
 
 
 def _conflict(problem, solver):
-    """The fewest constraints that cannot hold together, each with the least it could take beside the others named."""
+    """(conflict, together) of Infeasible, for the fewest constraints that cannot hold together."""
     constraints = problem.constraints
     for count in range(1, len(constraints) + 1):
         conflict = []
         for group in itertools.combinations(constraints, count):
-            least = [_least_amount(constraint, group, solver) for constraint in group]
-            if any(amount > constraint.bound for amount, constraint in zip(least, group, strict=True)):
-                named = {constraint.name for constraint, _ in conflict}
-                conflict += [pair for pair in zip(group, least, strict=True) if pair[0].name not in named]
+            least = [_least_amount(problem, constraint, group, solver) for constraint in group]
+            if count == len(constraints) or any(amount is not None and amount > constraint.bound
+                                                for amount, constraint in zip(least, group, strict=True)):
+                conflict += zip(group, least, strict=True)
+                if count > 1:  # one pair at a time: what each could take holds beside the other one only
+                    break
         if conflict:
-            return conflict
-    raise AssertionError("the constraints can be kept")
+            return conflict, count > 1
+    raise AssertionError("there are no constraints to break")
 
 
-def _least_amount(constraint, group, solver):
-    others = [Budget(other.use, other.bound) for other in group if other is not constraint]
-    return least_total(constraint.use, others, solver)
+def _least_amount(problem, constraint, group, solver):
+    """The least of `constraint` while the others of the group hold, or None where that was not found in time."""
+    others = [other for other in group if other is not constraint]
+    deadline = time.monotonic() + CONFLICT_SECONDS
+    try:
+        if constraint.largest:
+            return _least_largest(problem, constraint, others, solver, deadline)
+        chooser = _chooser(problem, others)
+        least, answer = least_total(chooser.table(constraint.use), chooser.budgets(others), solver, deadline)
+        return least if answer.proven else None
+    except SolverError:
+        return None
+
+
+def _least_largest(problem, constraint, others, solver, deadline):
+    """The smallest of the values there are at which the others can still be kept, by halving."""
+    values = sorted({max(value, constraint.offset) for row in constraint.use for value in row})
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            chooser = _chooser(problem, [*others, replace(constraint, bound=values[middle])])
+            budgets = chooser.budgets(others)
+            if budgets:
+                least_total(chooser.table([[0] * len(row) for row in constraint.use]), budgets, solver, deadline)
+            high = middle
+        except NoPolicy:
+            low = middle + 1
+    return values[low]

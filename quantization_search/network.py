@@ -1,14 +1,17 @@
 """The layers to be searched and the fixed ones, from the table in an indicators file or from the model itself."""
 
+import json
 import math
+import os
 from dataclasses import dataclass
 
 from util.config import describe
 from util.errors import UserError, nearest
 
 DEFAULT_ARCH = "resnet50"
-DEFAULT_INPUT_SIZE = 224
-DEFAULT_CLASSES = 1000
+INPUT_SIZE, CLASSES = 224, 1000  # of ImageNet
+CIFAR = {"resnet20": (32, 10)}  # networks for smaller images: input size and classes
+TABLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tables.json")
 LARGEST_COUNT = 10**15
 COUNTS = ("groups", "macs_published", "macs_exact", "params", "act_elements")
 
@@ -94,14 +97,29 @@ def _check_ends(path, rows, others):
 
 
 def _rows_of_model(path, indicators, arch):
-    from models import create_model  # builds on torch, which takes seconds to import
-    from models.layer_table import trace
-
-    size = indicators.get("input_size") or DEFAULT_INPUT_SIZE
+    usual, classes = CIFAR.get(arch, (INPUT_SIZE, CLASSES))
+    size = indicators.get("input_size") or usual
     if type(size) is not int or not 1 <= size <= 4096:
         raise UserError(f"{path}: input_size: found {describe(size)}, expected the height and width of an image")
+    rows = read_tables().get(arch, {}) if size == usual else {}
+    return rows or trace_rows(arch, size, classes)
+
+
+def read_tables():
+    """{arch: {layer: Row}} of the networks whose tables lie in the repository, at their usual input size."""
+    with open(TABLES, encoding="utf-8") as file:
+        content = json.load(file)
+    return {arch: {name: Row(**dict(zip(content["columns"], values, strict=True))) for name, values in rows.items()}
+            for arch, rows in content["networks"].items()}
+
+
+def trace_rows(arch, size, classes):
+    """{layer: Row} from the network itself, which takes seconds."""
+    from models import create_model  # builds on torch
+    from models.layer_table import trace
+
     try:
-        graph = trace(create_model(arch, DEFAULT_CLASSES), size)
+        graph = trace(create_model(arch, classes), size)
     except UserError as error:
         raise UserError(f"model: {str(error).removeprefix('arch: ')}") from None
     return {name: Row(**call.as_row()) for name, call in graph.layers.items()}

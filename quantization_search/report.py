@@ -2,9 +2,24 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ilp import BITOPS_PER_G, BITS_PER_MB, FIXED_BITS, FULL_PRECISION_BITS, erased
 from network import Network
+
+RULES = {"erase": "and are taken only where nothing else fits", "keep": "and are kept as they are",
+         "isotonic": "and give way to the nearest sequence that never is"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A layer's bits, and what part of the network's size and of its BitOPs by the published count it takes."""
+
+    macs: int
+    weight_bits: int
+    act_bits: int
+    size: float
+    bitops: float
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,14 @@ class Costs:
         layers = len(self.network.rows)
         return sum(self.solution.weight_bits) / layers, sum(self.solution.act_bits) / layers
 
+    def shares(self):
+        """{layer: Share} of every layer, the searched ones first."""
+        size, bitops = self.size(), self.bitops("published")
+        return {name: Share(row.macs_published, weight_bits, act_bits, row.params * weight_bits / size,
+                            row.macs_published * weight_bits * act_bits / bitops)
+                for name, (row, weight_bits, act_bits) in zip([*self.network.rows, *self.network.fixed], self.assigned(),
+                                                              strict=True)}
+
     def as_plain(self):
         weight_bits, act_bits = self.mean_bits()
         return {"size_mb": self.size() / BITS_PER_MB, "compression_ratio": self.full_size() / self.size(),
@@ -46,7 +69,7 @@ class Costs:
                 "mean_weight_bits": weight_bits, "mean_act_bits": act_bits}
 
 
-def print_indicators(layers, bits):
+def print_indicators(layers, bits, outliers="erase"):
     """Say which indicators look wrong: not positive, or smaller than that of the next larger candidate."""
     for kind in ("weight", "act"):
         rows = {layer.name: getattr(layer, kind) for layer in layers}
@@ -55,7 +78,7 @@ def print_indicators(layers, bits):
         falling = {name: erased(row, bits) for name, row in rows.items()}
         _print_suspects(f"of {total} {kind} indicators are not positive", low)
         _print_suspects(f"of {total} {kind} indicators are smaller than with more bits, "
-                        "and are taken only where nothing else fits", falling)
+                        f"{RULES[outliers]}", falling)
 
 
 def _print_suspects(what, found):
@@ -86,36 +109,68 @@ def describe_proof(solution, solver=None):
     said = f"; {solver or 'HiGHS'} says {solution.solver_status}" if solution.solver_status else ""
     if solution.proven:
         return f"optimal, gap 0: every policy that could be better or tie was compared exactly{said}"
-    gap = "of unknown size" if solution.gap is None else f"{solution.gap:.3g}"
     if solution.optimal:
-        return f"optimal within the solver's tolerances, ties not compared{said}, gap {gap}"
-    return f"not proven to be optimal{said}, gap {gap}"
+        return f"optimal within the solver's tolerances, ties not compared{said}, gap 0"
+    at_penalty = "" if solution.penalty_gap == 0 else f" at this penalty, whose own gap is {_gap(solution.penalty_gap)}"
+    return f"not proven to be optimal{said}, gap {_gap(solution.gap)}{at_penalty}"
+
+
+def _gap(gap):
+    return "of unknown size" if gap is None else f"{gap:.3g}"
 
 
 def print_layers(costs):
     """One line per layer: bits, MACs by the published count, and its shares of size and BitOPs."""
-    names = [*costs.network.rows, *costs.network.fixed]
-    width = max(map(len, [*names, "layer"]))
+    shares = costs.shares()
+    width = max(map(len, [*shares, "layer"]))
     print(f"{'layer':{width}}   w   a        MACs    size  BitOPs")
-    size, bitops = costs.size(), costs.bitops("published")
-    for name, (row, weight_bits, act_bits) in zip(names, costs.assigned(), strict=True):
-        print(f"{name:{width}} {weight_bits:3d} {act_bits:3d} {row.macs_published:11d} "
-              f"{row.params * weight_bits / size:7.2%} {row.macs_published * weight_bits * act_bits / bitops:7.2%}"
-              + ("  fixed" if name in costs.network.fixed else ""))
+    for name, share in shares.items():
+        print(f"{name:{width}} {share.weight_bits:3d} {share.act_bits:3d} {share.macs:11d} "
+              f"{share.size:7.2%} {share.bitops:7.2%}" + ("  fixed" if name in costs.network.fixed else ""))
 
 
-def describe_conflict(conflict):
+def print_shadow_prices(solution, prices):
+    """What 1% more of each constraint would gain: penalty first, as the search weighs it."""
+    for constraint, relaxed in prices:
+        fall = float(solution.objective - relaxed.objective)
+        penalty = solution.penalty - relaxed.penalty
+        print(f"1% more {constraint.name}: the objective {'falls' if fall >= 0 else 'rises'} by {abs(fall):.9f}"
+              + (f", the penalty falls by {float(penalty):g}" if penalty else "")
+              + ("" if solution.optimal and relaxed.optimal else ", not proven"))
+
+
+def headline(network, costs):
+    return (f"{network.arch}: {costs.size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.size():.2f} times smaller, "
+            f"{costs.bitops('published') / BITOPS_PER_G:.3f} G BitOPs")
+
+
+def describe_conflict(conflict, together):
     """For each constraint that cannot be kept: what was asked and the smallest value it could take."""
-    alone = len(conflict) == 1
-    return "; ".join(
-        f"{constraint.name} takes at least {_rounded_up(constraint.shown(least))} {constraint.unit}"
-        f"{'' if alone else ' beside the others'}, asked is at most {constraint.shown(constraint.bound):.6g} "
-        f"{constraint.unit}" for constraint, least in conflict)
+    return "; ".join(_describe_least(constraint, least, together) for constraint, least in conflict)
 
 
-def _rounded_up(value):
-    """Six significant digits, never less than the value, so that what is printed can be asked for."""
+def _describe_least(constraint, least, together):
+    bound = f"asked is at most {float(constraint.exactly(constraint.bound)):.6g} {constraint.unit}"
+    if least is None:
+        return f"the least that {constraint.name} takes beside the others was not found in time, {bound}"
+    value = constraint.exactly(least)
+    return (f"{constraint.name} takes at least {rounded(value)} {constraint.unit}{_as_asked(constraint, least)}"
+            f"{' beside the others' if together else ''}, {bound}")
+
+
+def _as_asked(constraint, least):
+    """The same in the number of the option, where that is another one."""
+    if constraint.key == "cr" and least + constraint.offset > 0:
+        return f" (cr at most {rounded(Fraction(constraint.whole, least + constraint.offset), up=False)})"
+    if constraint.key == "bops":
+        return f" (wb times ab at least {rounded(Fraction(least, constraint.whole))})"
+    return ""
+
+
+def rounded(value, up=True):
+    """Six significant digits of a Fraction, never less than the value (or never more), so that it can be asked for."""
     if value == 0:
         return "0"
-    step = 10.0 ** (math.floor(math.log10(abs(value))) - 5)
-    return f"{math.ceil(value / step) * step:.6g}"
+    step = Fraction(10) ** (math.floor(math.log10(abs(value))) - 5)
+    whole = math.ceil(value / step) if up else math.floor(value / step)
+    return f"{float(whole * step):.6g}"

@@ -9,24 +9,32 @@ Here the answer is settled in three steps:
    exceeds what that policy has above the bound are in no better one and are left out.
 2. A sweep over the layers visits every policy that is not worse than the best one known, merging those that use the
    same amounts. It compares whole numbers of any length, so gains below any tolerance and ties are decided exactly.
-   Where it ends, the answer is proven, whatever a solver says.
+   Where it ends, the answer is proven, whatever a solver says. Its work is bounded.
 3. Where that would be long, or a solver is asked for by name, what remains is handed to a mixed-integer solver first,
-   whose own status and gap are kept.
+   whose own status and gap are kept. Where its answer cannot be proven by a second sweep, the gap to the better of the
+   solver's bound and that of the relaxation goes with it.
 """
 
 import contextlib
 import heapq
 import math
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 
-SHORT_SWEEP = 200_000  # steps after which a solver is asked first
+SHORT_SWEEP = 1_500_000  # steps after which a solver is asked first
 LONG_SWEEP = 4_000_000  # steps after which the solver's word is all there is
+FIRST_PART = 0.3  # of the allowance, divided by the layers, is tried first, and then widened
+GROWTH, SLOW_GROWTH, LEAST_GROWTH = 1.6, 1.15, 1.03
+LARGEST_SHARE = 0.4  # of all steps, for one sweep
+CHEAP_SWEEP = 100  # steps; while sweeps are that short, the allowance grows fast
 BEAM_WIDTH = 24
 BEAM_OPTIONS = 5
 LARGEST_ROW = 10**9  # beyond this, HiGHS's absolute tolerance of 1e-9 is finer than a double can hold
 ROUNDING = 1e-13  # bound on the relative rounding error of a sum of doubles over all layers, with a wide margin
 CLEAR_GAIN = 1e-5  # of the largest cost in the program
+OBJECTIVE_SCALE = 1e6  # HiGHS passes over gains below about 1e-6
+SHORTEST_RUN = 0.01  # seconds; a limit of 0 means none to some solvers
 OPTIMAL = ("Optimal", "Optimal Solution Found")
 INFEASIBLE = "Infeasible"
 STRICT = {"gapRel": 0.0, "gapAbs": 0.0, "threads": 1, "mip_feasibility_tolerance": 1e-9}
@@ -46,7 +54,7 @@ class _TooLong(Exception):
 
 @dataclass(frozen=True)
 class Budget:
-    """sum of use[layer][option chosen] <= bound, all integers."""
+    """sum of use[layer][option chosen] <= bound, all integers, use never negative."""
 
     use: list
     bound: int
@@ -58,7 +66,7 @@ class Answer:
 
     proven: every policy that could be better, or tied, was compared exactly.
     solver_status: what the solver said of its own run; None where it was not needed.
-    gap: relative gap that the solver reported; None where it reports none.
+    gap: 0.0 where proven or where a solver reports none left; else the relative distance to the best bound known.
     """
 
     chosen: list
@@ -67,7 +75,7 @@ class Answer:
     gap: float | None
 
 
-def minimise(costs, budgets, ties=(), solver=None):
+def minimise(costs, budgets, ties=(), solver=None, deadline=math.inf):
     """Choose one option per layer so that the total cost is least and every budget is kept.
 
     Args:
@@ -76,28 +84,27 @@ def minimise(costs, budgets, ties=(), solver=None):
         ties: integer tables [layer][option]; between equal costs the least total of the first table wins, then of the
             second, and so on; at last the lower option index in the first layer that differs.
         solver: the name in PuLP of a solver that has to be asked; None asks HiGHS, and only where that is needed.
+        deadline: the moment, by time.monotonic(), after which the best policy known is returned unproven.
 
     Raises:
         NoPolicy: when the budgets cannot be kept together.
-        SolverError: when the solver is missing or fails.
+        SolverError: when the solver is missing, fails, or finds no policy in time.
     """
-    return _settle(_Program(costs, budgets, ties), solver, gain=0.0)
+    return _settle(_Program(costs, budgets, ties), solver, 0.0, deadline)
 
 
-def least_total(costs, budgets, solver=None):
-    """The least total cost inside the budgets, exactly, without caring which policy reaches it.
+def least_total(costs, budgets, solver=None, deadline=math.inf):
+    """The least total cost inside the budgets, without caring which policy reaches it, and the Answer that has it.
 
     Raises:
         NoPolicy, SolverError: as minimise does.
     """
     program = _Program(costs, budgets, ())
-    answer = _settle(program, solver, gain=program.smallest_gain)
-    if not answer.proven:
-        raise SolverError("the least value could not be proven")
-    return sum(row[option] for row, option in zip(costs, answer.chosen, strict=True))
+    answer = _settle(program, solver, program.smallest_gain, deadline)
+    return sum(row[option] for row, option in zip(costs, answer.chosen, strict=True)), answer
 
 
-def _settle(program, solver, gain):
+def _settle(program, solver, gain, deadline):
     """The three steps. Policies that are better by less than `gain` are not looked for; with 0, all that tie are."""
     program.drop_impossible()
     program.drop_dominated()
@@ -107,8 +114,8 @@ def _settle(program, solver, gain):
         program.drop_worse_than(known)
         if solver is None and (gain < CLEAR_GAIN or program.allowance(known, gain) < 0):
             with contextlib.suppress(_TooLong):
-                return Answer(program.best(known, gain, SHORT_SWEEP), True, None, None)
-    chosen, status, gap = _solve_mixed_integer(program, solver or "HiGHS")
+                return Answer(program.best(known, gain, SHORT_SWEEP, deadline), True, None, 0.0)
+    chosen, status, gap, bound = _solve_mixed_integer(program, solver or "HiGHS", deadline)
     if known is None and status == INFEASIBLE:
         raise NoPolicy
     if chosen is not None and (known is None or program.key(chosen) < program.key(known)):
@@ -117,11 +124,12 @@ def _settle(program, solver, gain):
     if known is None:
         raise SolverError(f"{solver or 'HiGHS'} gave no usable answer ({status})")
     if gain > CLEAR_GAIN and chosen is not None and status in OPTIMAL and not gap:
-        return Answer(known, True, status, gap)  # no gain so large can hide behind the solver's tolerances
+        return Answer(known, True, status, 0.0)  # no gain so large can hide behind the solver's tolerances
     try:
-        return Answer(program.best(known, gain, LONG_SWEEP), True, status, gap)
+        return Answer(program.best(known, gain, LONG_SWEEP, deadline), True, status, 0.0)
     except _TooLong:
-        return Answer(known, False, status, gap)
+        closed = status in OPTIMAL and gap == 0
+        return Answer(known, False, status, 0.0 if closed else program.gap(known, bound))
 
 
 class _Program:
@@ -136,14 +144,16 @@ class _Program:
         self.options = [list(range(len(row))) for row in costs]
         self.base = max(map(len, costs))
         self.keys = _ordered_keys(costs, ties, self.base)
-        self.costs, self.smallest_gain = _normalized(costs)
+        self.costs, self.smallest_gain, self.base_cost = _normalized(costs)
         self.rows, self.bounds = [], []
         for budget in budgets:
             divisor = math.gcd(*(value for row in budget.use for value in row)) or 1
             self.rows.append([[value // divisor for value in row] for row in budget.use])
             self.bounds.append(budget.bound // divisor)
         self.multipliers = [0.0] * len(self.rows)
+        self._lay_out_fields()
         self.regrets = self.costs
+        self.work = 0  # steps of the last sweep
 
     def key(self, chosen):
         return sum(self.keys[layer][option] for layer, option in zip(self.layers, chosen, strict=True))
@@ -168,6 +178,16 @@ class _Program:
         self.rows = [self.rows[k] for k in binding]
         self.bounds = [self.bounds[k] for k in binding]
         self.multipliers = [0.0] * len(binding)
+        self._lay_out_fields()
+
+    def _lay_out_fields(self):
+        """(shift, mask) of each budget's field in a packed integer; the guard is the highest bit of every field."""
+        self.fields, self.guard, shift = [], 0, 0
+        for row, bound in zip(self.rows, self.bounds, strict=True):
+            length = (max(bound, 0) + max(map(max, row))).bit_length()
+            self.fields.append((shift, (1 << length) - 1))
+            self.guard += 1 << (shift + length)
+            shift += length + 1
 
     def drop_dominated(self):
         """Leave out an option where another of its layer comes first in the order and uses no more of any budget."""
@@ -201,19 +221,45 @@ class _Program:
         self.options = [[option for option in self.options[layer] if self.regrets[layer][option] <= allowance]
                         for layer in self.layers]
 
-    def best(self, known, gain, limit):
+    def best(self, known, gain, limit, deadline=math.inf):
         """The first policy in the order of keys, or `known` where none is better by `gain`.
 
-        What is found within a smaller allowance is better than everything beyond it, so small ones are tried first.
+        What is found within a smaller allowance is better than everything beyond it, so small ones are tried first, and
+        smaller steps where one turns out too wide.
+
+        Raises:
+            _TooLong: when `limit` steps in all, or the deadline, were reached.
         """
         allowance = self.allowance(known, gain)
-        for part in (0.2, 0.3, 0.45, 0.67, 1):
-            best = self.sweep(part * allowance, limit) if allowance >= 0 else None
+        if allowance < 0:
+            return known
+        tried, growth, left = min(1.0, FIRST_PART / len(self.costs)), GROWTH, limit
+        while tried < 1:
+            part = min(1.0, tried * growth)
+            try:
+                best = self.sweep(part * allowance, min(left, limit * LARGEST_SHARE), deadline=deadline)
+            except _TooLong:
+                growth, left = math.sqrt(growth), left - self.work
+                if left <= 0 or growth < LEAST_GROWTH or time.monotonic() > deadline:
+                    raise
+                continue
             if best is not None:
                 return best
+            tried, left = part, left - self.work
+            growth = min(growth, GROWTH if self.work < CHEAP_SWEEP else SLOW_GROWTH)
         return known
 
-    def sweep(self, allowance, limit=math.inf, width=None):
+    def gap(self, known, bound):
+        """How far `known` may be from the best, relative to its cost; None where that cost is 0.
+
+        Args:
+            bound: a lower bound on the total of self.costs, beside the one of the relaxation.
+        """
+        cost = math.fsum(self.costs[layer][option] for layer, option in zip(self.layers, known, strict=True))
+        whole = abs(cost + self.base_cost)
+        return max(0.0, cost - max(bound, self.lower_bound - self.rounding)) / whole if whole else None
+
+    def sweep(self, allowance, limit=math.inf, width=None, deadline=math.inf):
         """Visit all policies within the allowance, layer by layer, and return the first in the order of keys.
 
         Two partial policies that have used the same amounts have the same futures, so only the better one is followed.
@@ -223,79 +269,102 @@ class _Program:
             allowance: as allowance() gives it.
             limit: number of steps, one for each option of each partial policy.
             width: follow only so many partial policies of least regret, and few options; this proves nothing.
+            deadline: by time.monotonic().
 
         Returns:
             the options chosen, or None where there is no such policy.
 
         Raises:
-            _TooLong: when the limit was reached.
+            _TooLong: when the limit or the deadline was reached.
         """
-        steps, work = self._steps(width), 0
-        states = {(0,) * len(self.rows): (0.0, 0)}
-        for options, floors, ceilings in steps:
-            work += len(states) * len(options)
-            if work > limit:
+        steps, self.work = self._steps(width, allowance), 0
+        states = {0: (0.0, 0)}
+        for options, floors, ceiling in steps:
+            if min(ceiling, default=0) < 0:
+                return None
+            if self.work + len(states) * len(options) > limit or time.monotonic() > deadline:
                 raise _TooLong
-            states = self._extend(states, options, floors, ceilings, allowance)
+            self.work += len(states) * len(options)
+            states = self._extend(states, options, floors, ceiling, allowance)
             if width is not None and len(states) > width:
                 states = dict(heapq.nsmallest(width, states.items(), key=self._promise))
         return next((self._chosen(key) for _, key in states.values()), None)
 
-    def _extend(self, states, options, floors, ceilings, allowance):
+    def _extend(self, states, options, floors, ceiling, allowance):
+        """The partial policies with one more layer. Amounts are packed; a field's guard bit says which of two is larger."""
         following = {}
-        limits = list(zip(self.multipliers, floors, ceilings, strict=True))
+        guard = self.guard
+        above, below = self._pack(ceiling) + guard, guard - self._pack(floors)
         for used, (regret, key) in states.items():
             for extra, key_part, use in options:
                 total = regret + extra
                 if total > allowance:
                     break  # options come in order of regret
-                after = []
-                for before, more, (price, floor, ceiling) in zip(used, use, limits, strict=True):
-                    amount = before + more
-                    if amount > ceiling:
-                        break
-                    if amount < floor:
-                        total += price * (floor - amount)
-                        amount = floor
-                    after.append(amount)
-                else:
-                    if total <= allowance:
-                        after = tuple(after)
-                        best = following.get(after)
-                        if best is None or key + key_part < best[1]:
-                            following[after] = (total, key + key_part)
+                after = used + use
+                if (above - after) & guard != guard:
+                    continue
+                if (after + below) & guard != guard:
+                    after, total = self._raised(after, total, floors)
+                    if total > allowance:
+                        continue
+                best = following.get(after)
+                if best is None or key + key_part < best[1]:
+                    following[after] = (total, key + key_part)
         return following
 
-    def _steps(self, width):
-        """The layers in the order of the sweep, widest choice first, each with its options and the limits after it."""
-        order = sorted(self.layers, key=self._range, reverse=True)
+    def _raised(self, packed, regret, floors):
+        """Amounts below their floors lifted onto them, and what was lifted, priced, added to the regret."""
+        amounts = []
+        for amount, price, floor in zip(self._unpack(packed), self.multipliers, floors, strict=True):
+            if amount < floor:
+                regret += price * (floor - amount)
+                amount = floor
+            amounts.append(amount)
+        return self._pack(amounts), regret
+
+    def _pack(self, amounts):
+        """One integer that holds an amount of each budget side by side, so that one addition adds them all."""
+        return sum(amount << shift for amount, (shift, _) in zip(amounts, self.fields, strict=True))
+
+    def _unpack(self, packed):
+        return [packed >> shift & mask for shift, mask in self.fields]
+
+    def _steps(self, width, allowance):
+        """The layers in the order of the sweep, widest choice first, each with its options and the limits after it.
+
+        Options beyond the allowance stay out, which also tightens the limits.
+        """
+        offered = [[option for option in self.options[layer] if self.regrets[layer][option] <= allowance]
+                   for layer in self.layers]
+        order = sorted(self.layers, key=lambda layer: self._range(layer, offered[layer]), reverse=True)
         least, most = [0] * len(self.rows), [0] * len(self.rows)
         steps = []
         for layer in reversed(order):
-            uses = {option: [row[layer][option] for row in self.rows] for option in self.options[layer]}
+            uses = {option: [row[layer][option] for row in self.rows] for option in offered[layer]}
             ranks = {option: (self.regrets[layer][option], self._relative(use)) for option, use in uses.items()}
             options = sorted(uses, key=ranks.__getitem__)[:width and BEAM_OPTIONS]
-            steps.append(([(self.regrets[layer][option], self.keys[layer][option], uses[option]) for option in options],
-                          [bound - value for bound, value in zip(self.bounds, most, strict=True)],
+            steps.append(([(self.regrets[layer][option], self.keys[layer][option], self._pack(uses[option]))
+                           for option in options],
+                          [max(0, bound - value) for bound, value in zip(self.bounds, most, strict=True)],
                           [bound - value for bound, value in zip(self.bounds, least, strict=True)]))
             for k, column in enumerate(zip(*(uses[option] for option in options), strict=True)):
                 least[k] += min(column)
                 most[k] += max(column)
         return steps[::-1]
 
-    def _range(self, layer):
+    def _range(self, layer, options):
         """How much of the costliest budget hangs on the layer: the sweep takes large steps first, fine ones to fill."""
-        if not self.rows:
+        if not self.rows or not options:
             return 0
         _, row = max(zip((price * bound for price, bound in zip(self.multipliers, self.bounds, strict=True)), self.rows,
                          strict=True), key=lambda pair: pair[0])
-        used = [row[layer][option] for option in self.options[layer]]
+        used = [row[layer][option] for option in options]
         return max(used) - min(used)
 
     def _promise(self, state):
         """Least regret first; where regrets tie, as with multipliers of 0, least use of the budgets."""
         used, (regret, _) = state
-        return regret, self._relative(used)
+        return regret, self._relative(self._unpack(used))
 
     def _relative(self, use):
         return sum(amount / (abs(bound) or 1) for amount, bound in zip(use, self.bounds, strict=True))
@@ -322,13 +391,17 @@ def _ordered_keys(costs, ties, base):
 
 
 def _normalized(costs):
-    """Costs as doubles, each layer's least 0 and the largest of all 1; and the least by which two totals can differ."""
+    """Costs as doubles, each layer's least 0 and the largest of all 1.
+
+    Returns:
+        (the costs, the least by which two totals can differ, what the sum of the layers' least came to).
+    """
     denominator = _common_denominator(costs)
     whole = [[int(value * denominator) for value in row] for row in costs]
     above = [[value - min(row) for value in row] for row in whole]
     spread = max(map(max, above)) or 1
     step = math.gcd(*(value for row in above for value in row)) or 1
-    return [[value / spread for value in row] for row in above], step / spread
+    return [[value / spread for value in row] for row in above], step / spread, sum(map(min, whole)) / spread
 
 
 def _common_denominator(costs):
@@ -356,28 +429,32 @@ def _multipliers(program):
     return [max(0.0, -(budget.pi or 0.0)) * _row_scale(program, k) for k, budget in enumerate(budgets)]
 
 
-def _solve_mixed_integer(program, name):
+def _solve_mixed_integer(program, name, deadline=math.inf):
     """Hand the remaining options to the solver.
 
     Returns:
-        (options chosen or None, status in words, relative gap or None). Options come back only where the answer is
-        integral and keeps every budget in exact arithmetic.
+        (options chosen or None, status in words, relative gap or None, lower bound on the cost). Options come back only
+        where the answer is integral and keeps every budget in exact arithmetic.
     """
     import pulp
 
-    problem, variables, _ = _model(program, 1e6, pulp)  # HiGHS passes over gains below about 1e-6
+    problem, variables, _ = _model(program, OBJECTIVE_SCALE, pulp)
+    left = deadline - time.monotonic()
     try:
-        problem.solve(_solver(name, pulp))
+        problem.solve(_solver(name, pulp, None if left == math.inf else max(left, SHORTEST_RUN)))
     except (pulp.PulpError, OSError) as error:
         raise SolverError(f"{name}: {error}") from None
+    bound = -math.inf
     if name == "HiGHS":
         model = problem.solverModel
-        status, gap = model.modelStatusToString(model.getModelStatus()), model.getInfo().mip_gap
+        information = model.getInfo()
+        status, gap = model.modelStatusToString(model.getModelStatus()), information.mip_gap
+        bound = max(bound, information.mip_dual_bound / OBJECTIVE_SCALE)  # which passes over NaN
     else:
         status, gap = pulp.LpSolution[problem.sol_status], None
     if problem.sol_status == pulp.LpSolutionInfeasible:
-        return None, INFEASIBLE, None
-    return _integral(program, variables), status, gap
+        return None, INFEASIBLE, None, bound
+    return _integral(program, variables), status, gap, bound
 
 
 def _integral(program, variables):
@@ -391,12 +468,12 @@ def _integral(program, variables):
     return chosen if program.keeps_budgets(chosen) else None
 
 
-def _solver(name, pulp):
+def _solver(name, pulp, seconds):
     if name == "HiGHS":
-        return pulp.HiGHS(msg=False, **STRICT)
+        return pulp.HiGHS(msg=False, timeLimit=seconds, **STRICT)
     try:
-        return pulp.getSolver(name, msg=False, gapRel=0.0)
-    except TypeError:  # a solver without that option
+        return pulp.getSolver(name, msg=False, gapRel=0.0, timeLimit=seconds)
+    except TypeError:  # a solver without these options
         return pulp.getSolver(name, msg=False)
 
 
@@ -419,6 +496,6 @@ def _model(program, scale, pulp):
         factor = _row_scale(program, k)
         terms = [(variable, factor * use[layer][option])
                  for layer, row in enumerate(variables) for option, variable in row.items()]
-        budgets.append(pulp.LpAffineExpression(terms) <= factor * bound)
+        budgets.append(pulp.LpAffineExpression(terms) <= factor * (bound + 0.5))  # whole numbers: 0.5 admits no more
         problem.addConstraint(budgets[-1], f"budget_{k}")
     return problem, variables, budgets

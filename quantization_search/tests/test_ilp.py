@@ -1,6 +1,8 @@
 """The integer program against every policy there is, on problems small enough to list them."""
 
 import itertools
+import math
+import time
 from fractions import Fraction
 from unittest import mock
 
@@ -156,8 +158,50 @@ def test_an_answer_with_a_gap_is_not_called_optimal(monkeypatch):
     monkeypatch.setattr(solver, "SHORT_SWEEP", 0)
     monkeypatch.setattr(solver, "LONG_SWEEP", 0)
     found = solver._solve_mixed_integer
-    monkeypatch.setattr(solver, "_solve_mixed_integer", lambda *args: (found(*args)[0], "Time limit reached", 0.01))
+    monkeypatch.setattr(solver, "_solve_mixed_integer", lambda *args: (found(*args)[0], "Time limit reached", 0.01, 0.0))
     assert not ilp.solve(make_problem(sized(12), Fraction(2), "9", "3")).optimal
+
+
+def test_a_time_limit_leaves_a_gap_that_holds_the_optimum():
+    problem = make_problem(sized(60), Fraction(2), "9", "3")
+    best = ilp.solve(problem)
+    with mock.patch.object(solver, "_solve_mixed_integer", lambda *args: (None, "Time limit reached", None, -math.inf)):
+        hurried = ilp.solve(problem, time_limit=0)
+    assert best.proven and not hurried.proven and not hurried.optimal
+    assert 0 < hurried.gap < 0.1 and hurried.objective >= best.objective
+    assert float(hurried.objective) * (1 - hurried.gap) <= float(best.objective) * (1 + 1e-12)
+
+
+def test_highs_itself_says_that_it_ran_out_of_time(monkeypatch):
+    """PuLP calls such a run optimal."""
+    monkeypatch.setattr(solver, "SHORTEST_RUN", 1e-6)
+    problem = make_problem(sized(40), Fraction(2), "9", "3")
+    budgets = [solver.Budget(constraint.use, constraint.bound) for constraint in problem.constraints]
+    _, status, _, _ = solver._solve_mixed_integer(solver._Program(problem.costs, budgets, ()), "HiGHS", time.monotonic())
+    assert status == "Time limit reached" and status not in solver.OPTIMAL
+
+
+def test_least_penalties_that_were_not_settled_are_not_called_optimal(monkeypatch):
+    layers = [ilp.Layer(f"layer{i}", {5: 3.0, 4: 2.0, 2: 1.0}, {5: 1.0, 4: 2.0, 2: 3.0}, 1, 1 + i) for i in range(6)]
+    problem = make_problem(layers, Fraction(2), "9", None)
+    exact = ilp.solve(problem)
+    least = ilp.least_total
+    monkeypatch.setattr(ilp, "least_total", lambda *args: (least(*args)[0], solver.Answer([], False, "Time limit", 0.2)))
+    doubtful = ilp.solve(problem)
+    assert exact.optimal and exact.penalty > 0
+    assert doubtful.chosen == exact.chosen and not doubtful.optimal and doubtful.penalty_gap == 0.2
+
+
+def test_many_layers_and_candidates_end_within_bounded_work():
+    bits = [9, 8, 7, 6, 5, 4, 3, 2]
+    layers = [ilp.Layer(f"layer{i}", {bit: (1 + (7 * i) % 11) * 2.0**-bit for bit in bits},
+                        {bit: (1 + (5 * i) % 13) * 3.0**-bit for bit in bits}, 1 + (37 * i) % 101, 1 + (53 * i) % 89)
+              for i in range(200)]
+    constraints = [ilp.size_constraint(layers, bits, 3, Fraction(9)),
+                   ilp.bitops_constraint(layers, bits, Fraction(3), Fraction(3))]
+    begun = time.monotonic()
+    solution = ilp.solve(ilp.make_problem(layers, bits, Fraction(2), constraints), time_limit=5)
+    assert solution.gap < 1e-3 and time.monotonic() - begun < 15
 
 
 def test_an_answer_that_breaks_a_budget_is_not_taken(monkeypatch):

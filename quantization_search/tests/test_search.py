@@ -37,7 +37,7 @@ def found(capsys, *arguments):
 
 @pytest.mark.parametrize("name", ["limpq", "limpqp"])
 def test_published_policy(reference, capsys, tmp_path, name):
-    """The published indicators give the published policy. They carry no table, so the model is built."""
+    """The published indicators give the published policy. They carry no table; the one in the repository is taken."""
     published = yaml.safe_load((reference / "published_policies.yaml").read_text())[name]
     output = tmp_path / "policy.yaml"
     search.main(["--model", "resnet50", "--i", str(reference / f"importance_indicators_resnet50_{name}.pkl"),

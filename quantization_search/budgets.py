@@ -1,0 +1,179 @@
+"""From what was asked to the constraints, pins and ties of the integer program."""
+
+import csv
+import fnmatch
+
+import ilp
+from options import exact
+from util.config import describe
+from util.errors import UserError, nearest
+
+LATENCY_COLUMNS = ["layer", "weight_bits", "act_bits", "ms"]
+LARGEST_TABLE = 64 * 2**20  # bytes
+FIXED_PAIR = (ilp.FIXED_BITS, ilp.FIXED_BITS)
+
+
+def make_constraints(config, layers, bits, network, allowed):
+    """Every budget that is on, as a list of ilp.Constraint.
+
+    Args:
+        allowed: for each layer the indices of the pairs it may take, as find_allowed gives them.
+    """
+    fixed = network.fixed.values()
+    fixed_params = sum(row.params for row in fixed)
+    fixed_macs = sum(getattr(row, f"macs_{config.macs}") for row in fixed)
+    constraints = []
+    if config.ratio:
+        constraints.append(ilp.size_constraint(layers, bits, fixed_params, config.ratio))
+    if config.uniform:
+        constraints.append(ilp.bitops_constraint(layers, bits, config.number("wb"), config.number("ab")))
+    if config.size_budget is not None:
+        constraints.append(ilp.size_budget(layers, bits, fixed_params, config.number("size_budget")))
+    if config.bops_budget is not None:
+        constraints.append(ilp.bitops_budget(layers, bits, fixed_macs, config.number("bops_budget")))
+    for kind, key in (("weight", "avg_wb"), ("act", "avg_ab")):
+        if getattr(config, key) is not None:
+            constraints.append(ilp.mean_bits_budget(layers, bits, kind, config.number(key)))
+    if config.act_mem is not None:
+        constraints.append(ilp.memory_budget([row.act_elements for row in network.rows.values()],
+                                             [row.act_elements for row in fixed], bits, config.act_mem_kind,
+                                             config.number("act_mem")))
+    if config.latency_budget is not None:
+        constraints.append(ilp.latency_budget(*find_times(config.latency, network, pairs_of(bits), allowed),
+                                              config.number("latency_budget")))
+    return constraints
+
+
+def pairs_of(bits):
+    """The pairs (weight bits, activation bits) in the order of ilp.Problem."""
+    return [(w, a) for w in bits for a in bits]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pins and ties.
+
+
+def find_allowed(config, network, bits):
+    """For each layer the indices of the pairs it may take under fix and same_bits."""
+    pairs = pairs_of(bits)
+    pins = _pinned(config.fix, network, bits)
+    allowed = []
+    for name in network.rows:
+        fits = [index for index, (w, a) in enumerate(pairs)
+                if (name not in pins or (w, a) == pins[name][1]) and (w == a or not config.same_bits)]
+        if not fits:
+            pattern, pair = pins[name]
+            raise UserError(f"fix: {pattern} pins {name} to {_written(pair)}, but same_bits asks for equal bits")
+        allowed.append(fits)
+    return allowed
+
+
+def find_groups(config, network, bits, allowed):
+    """Groups of layer indices that share their bits, as ilp.Problem has them."""
+    names = list(network.rows)
+    ties = [sorted({names.index(name) for pattern in patterns for name in matching("tie", pattern, network)})
+            for patterns in config.tie]
+    for patterns, tie in zip(config.tie, ties, strict=True):
+        if len(tie) == 1:
+            raise UserError(f"tie: {' '.join(patterns)} names one layer, {names[tie[0]]}; expected at least two")
+    groups = ilp.join(len(names), ties)
+    pairs = pairs_of(bits)
+    for group in groups:
+        if not set(allowed[group[0]]).intersection(*(allowed[layer] for layer in group)):
+            pinned = {pairs[allowed[layer][0]]: names[layer] for layer in group if len(allowed[layer]) == 1}
+            (one, first), (other, second) = list(pinned.items())[:2]
+            raise UserError(f"tie: {first} and {second} share their bits, but are pinned to {_written(one)} and to "
+                            f"{_written(other)}")
+    return groups
+
+
+def _pinned(fix, network, bits):
+    """{layer: (pattern, (w, a))}."""
+    pins = {}
+    for pattern, pair in fix.items():
+        pair = tuple(pair)
+        for bit in pair:
+            if bit not in bits:
+                raise UserError(f"fix: {pattern}: {bit} is not among the candidates {' '.join(map(str, bits))}")
+        for name in matching("fix", pattern, network):
+            other, before = pins.setdefault(name, (pattern, pair))
+            if before != pair:
+                raise UserError(f"fix: {name} is pinned to {_written(before)} by {other} and to {_written(pair)} by "
+                                f"{pattern}")
+    return pins
+
+
+def _written(pair):
+    return f"{pair[0]},{pair[1]}"
+
+
+def matching(key, pattern, network):
+    """The searched layers that a name or glob pattern stands for."""
+    pattern = pattern.removeprefix("module.")
+    found = [name for name in network.rows if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        held = [name for name in network.fixed if fnmatch.fnmatchcase(name, pattern)]
+        if held:
+            raise UserError(f"{key}: {held[0]} is held at {ilp.FIXED_BITS} bits and is not searched")
+        raise UserError(f"{key}: {pattern} matches no layer{nearest(pattern, network.rows)}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured times.
+
+
+def find_times(path, network, pairs, allowed):
+    """Times in ms, exactly as written.
+
+    Returns:
+        ([layer][pair] of the searched layers, 0 for pairs that may not be taken; the sum over the fixed layers).
+    """
+    table = read_latency(path, network)
+    times = []
+    for name, indices in zip(network.rows, allowed, strict=True):
+        for index in indices:
+            if (name, *pairs[index]) not in table:
+                raise UserError(f"{path}: the row {name},{_written(pairs[index])} is missing")
+        times.append([table[name, *pair] if index in indices else 0 for index, pair in enumerate(pairs)])
+    fixed = [table.get((name, *FIXED_PAIR)) for name in network.fixed]
+    if any(time is not None for time in fixed):
+        for name, time in zip(network.fixed, fixed, strict=True):
+            if time is None:
+                raise UserError(f"{path}: the row {name},{_written(FIXED_PAIR)} is missing; other fixed layers have theirs")
+        return times, sum(fixed)
+    return times, 0
+
+
+def read_latency(path, network):
+    """{(layer, weight bits, activation bits): ms as a Fraction} from a CSV file with a header."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file.read(LARGEST_TABLE).splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot read the table ({getattr(error, 'strerror', None) or 'not text'})") from None
+    if not lines or [word.strip() for word in lines[0]] != LATENCY_COLUMNS:
+        raise UserError(f"{path}: line 1: expected the header {','.join(LATENCY_COLUMNS)}, found "
+                        f"{describe(','.join(lines[0]) if lines else '')}")
+    table = {}
+    for number, words in enumerate(lines[1:], 2):
+        if words:
+            key, milliseconds = _latency_row(f"{path}: line {number}", words, network)
+            if key in table:
+                raise UserError(f"{path}: line {number}: {key[0]},{_written(key[1:])} stands twice")
+            table[key] = milliseconds
+    return table
+
+
+def _latency_row(where, words, network):
+    words = [word.strip() for word in words]
+    if len(words) != len(LATENCY_COLUMNS) or not (words[1].isdecimal() and words[2].isdecimal()):
+        raise UserError(f"{where}: expected a layer, two bit-widths and a time, found {describe(','.join(words))}")
+    name = words[0].removeprefix("module.")
+    if name not in network.rows and name not in network.fixed:
+        raise UserError(f"{where}: {name} is not a layer of {network.arch}"
+                        + nearest(name, [*network.rows, *network.fixed]))
+    milliseconds = exact(f"{where}: ms", words[3])
+    if milliseconds < 0:
+        raise UserError(f"{where}: ms: found {words[3]}, expected 0 or more")
+    return (name, int(words[1]), int(words[2])), milliseconds

@@ -1,0 +1,86 @@
+"""The same search for a range of one budget: a table of what each value costs and gains."""
+
+import csv
+import io
+import os
+import sys
+
+import report
+from ilp import BITOPS_PER_G
+from study import Impossible, make_policy, solve
+from util.exchange import write_atomically, write_policy
+
+COLUMNS = ("status", "gap", "objective", "penalty", "size_mb", "compression_ratio", "bitops_published", "bitops_exact",
+           "mean_weight_bits", "mean_act_bits", "policy")
+INFEASIBLE = "infeasible"
+
+
+def run_sweep(config, study):
+    """Solve every point, then write or print the table, and draw it where asked.
+
+    Raises:
+        Impossible: when not one of the points can be kept.
+    """
+    key, points = config.sweep.partition("=")[0], config.points()
+    rows, first_refusal = [], None
+    for text, point in _with_progress(points):
+        try:
+            rows.append({key: text} | solve_point(config, study, key, text, point))
+        except Impossible as error:
+            first_refusal = first_refusal or error
+            rows.append({key: text, "status": INFEASIBLE})
+    found = [row for row in rows if row["status"] != INFEASIBLE]
+    if not found:
+        raise first_refusal
+    write_table(config, key, rows)
+    if config.plot:
+        draw(config, study, key, found)
+        print(f"picture written to {config.plot}")
+    print(f"{len(found)} of {len(rows)} points can be kept, {sum(row['status'] == 'optimal' for row in found)} of them "
+          "proven to be optimal")
+
+
+def _with_progress(points):
+    if not sys.stderr.isatty():
+        return points
+    from tqdm import tqdm
+
+    return tqdm(points, unit="point")
+
+
+def solve_point(config, study, key, text, point):
+    """One row of the table; its policy file is written where that is asked."""
+    problem = study.problem(point)
+    solution = solve(problem, point)
+    costs = report.Costs(study.network, solution)
+    row = {"status": "optimal" if solution.optimal else "not proven", "gap": solution.gap,
+           "objective": float(solution.objective), "penalty": float(solution.penalty)} | costs.as_plain()
+    if config.sweep_policies:
+        row["policy"] = os.path.join(config.sweep_policies, f"policy_{key}{text}.yaml")
+        write_policy(row["policy"], make_policy(point, study, problem, solution, costs))
+    return row
+
+
+def write_table(config, key, rows):
+    text = io.StringIO()
+    table = csv.DictWriter(text, [key, *COLUMNS], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    path = config.sweep_output or (f"{os.path.splitext(config.output)[0]}_frontier.csv" if config.output else None)
+    if path:
+        write_atomically(path, text.getvalue().encode())
+        print(f"frontier written to {path}")
+    else:
+        print(text.getvalue(), end="")
+
+
+def draw(config, study, key, rows):
+    """The frontier: what each policy achieved against its objective."""
+    from plots import save_frontier_plot
+
+    achieved, label = {"cr": ("compression_ratio", "compression ratio"),
+                       "bops": (f"bitops_{config.macs}", f"BitOPs in G ({config.macs} MACs)")}[key]
+    unit = BITOPS_PER_G if key == "bops" else 1
+    points = [{"x": row[achieved] / unit, "y": row["objective"], "label": row[key]} for row in rows]
+    save_frontier_plot(config.plot, points, label, "objective (importance cost)",
+                       f"{study.network.arch}: {len(points)} policies over {config.sweep}")

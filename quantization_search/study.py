@@ -1,0 +1,108 @@
+"""One search: the indicators file and its network, the problem that a configuration asks for, and its answer."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import ilp
+import report
+from budgets import find_allowed, find_groups, make_constraints
+from network import Network, find_network
+from util.config import check_bits
+from util.errors import UserError
+from util.exchange import read_indicators
+
+
+@dataclass(frozen=True)
+class Study:
+    """What does not change from one budget to the next: network, candidates (descending) and layers."""
+
+    network: Network
+    bits: list
+    layers: list
+
+    @staticmethod
+    def read(config):
+        indicators = read_indicators(config.indicators)
+        bits = find_candidates(config, indicators)
+        network = find_network(config.indicators, indicators, config.model)
+        layers = [ilp.Layer(name, indicators["weight"][name], indicators["act"][name],
+                            getattr(row, f"macs_{config.macs}"), row.params) for name, row in network.rows.items()]
+        return Study(network, bits, layers)
+
+    def problem(self, config):
+        """The integer program that the configuration asks for."""
+        allowed = find_allowed(config, self.network, self.bits)
+        return ilp.make_problem(
+            self.layers, self.bits, config.number("alpha"),
+            make_constraints(config, self.layers, self.bits, self.network, allowed), config.outliers, allowed,
+            find_groups(config, self.network, self.bits, allowed))
+
+
+def find_candidates(config, indicators):
+    """The candidates in descending order; each layer has to have an indicator of each, for weights and activations."""
+    tables = [("weight", indicators["weight"]), ("act", indicators["act"])]
+    rows = [row for _, table in tables for row in table.values()]
+    bits = sorted(config.bits or set(rows[0]).intersection(*rows), reverse=True)
+    for kind, table in tables:
+        for name, row in table.items():
+            for bit in bits:
+                if bit not in row:
+                    raise UserError(f"bits: {bit} is not in {config.indicators}: {kind}: {name} has "
+                                    f"{' '.join(map(str, sorted(row, reverse=True)))}")
+    check_bits("bits", bits)
+    return bits
+
+
+def solve(problem, config):
+    """The solution, or a UserError that says what stands in the way."""
+    from solver import SolverError
+
+    try:
+        return ilp.solve(problem, config.solver, float(config.number("time_limit")))
+    except ilp.Infeasible as error:
+        why = report.describe_conflict(error.conflict, error.together)
+        raise Impossible(f"infeasible: {error}; {why}{_pinned(config)}") from None
+    except SolverError as error:
+        raise UserError(f"solver: {error}") from None
+
+
+class Impossible(UserError):
+    """The budgets cannot be kept together."""
+
+
+def _pinned(config):
+    given = [key.replace("_", "-") for key in ("fix", "tie", "same_bits") if getattr(config, key)]
+    return f"; with {', '.join(given)} as given" if given else ""
+
+
+def make_policy(config, study, problem, solution, costs):
+    """The policy file: lists aligned with layer_name, then what was asked and what it costs."""
+    policy = {"arch": study.network.arch, "layer_name": problem.names,
+              "weight_bits": solution.weight_bits, "act_bits": solution.act_bits}
+    signed = [row.signed["act"] for row in study.network.rows.values() if row.signed is not None]
+    if len(signed) == len(problem.names):
+        policy["act_signed"] = signed
+    return policy | {"candidates": study.bits, "alpha": plain(config.alpha), "constraints": _asked(config),
+                     "cost": costs.as_plain(), "penalty": plain(solution.penalty),
+                     "objective": float(solution.objective), "optimal": solution.optimal}
+
+
+def _asked(config):
+    asked = {"cr": plain(config.ratio), "bops": config.uniform, "wb": plain(config.wb), "ab": plain(config.ab),
+             "macs": config.macs}
+    for key in ("bops_budget", "size_budget", "avg_wb", "avg_ab", "act_mem", "latency_budget"):
+        if getattr(config, key) is not None:
+            asked[key] = plain(getattr(config, key))
+    if config.act_mem is not None:
+        asked["act_mem_kind"] = config.act_mem_kind
+    for key in ("latency", "fix", "tie", "same_bits"):
+        if getattr(config, key):
+            asked[key] = getattr(config, key)
+    if config.outliers != "erase":
+        asked["outliers"] = config.outliers
+    return asked
+
+
+def plain(number):
+    number = Fraction(str(number))
+    return int(number) if number.denominator == 1 else float(number)

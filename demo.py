@@ -14,6 +14,7 @@ PRETRAINING, SEARCH, TRAINING = "indicators_pretraining", "quantization_search",
 JOINT = "results/resnet20_digits/resnet20_digits_checkpoint.pth.tar"
 INDICATORS = "results/resnet20_digits/importance_indicators_resnet20_digits.pkl"
 POLICY = "results/policy_resnet20_digits_w3a3.yaml"
+PICTURE = "results/policy_resnet20_digits_w3a3.png"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ STEPS = [
     Step("extract them", PRETRAINING, ["importance_extractor.py", JOINT, "--output", INDICATORS], INDICATORS),
     Step("search a policy at the cost of uniform W3A3", SEARCH,
          ["search.py", "--model", "resnet20", "--i", f"../{PRETRAINING}/{INDICATORS}", "--b", "6", "5", "4", "3", "2",
-          "--wb", "3", "--ab", "3", "--cr", "10.59", "--bops", "True", "--output", POLICY], POLICY),
+          "--wb", "3", "--ab", "3", "--cr", "10.59", "--bops", "True", "--output", POLICY, "--plot", PICTURE], POLICY),
     training("fine-tune at the searched policy", TRAINING, "resnet20_digits_w3a3", "finetune_resnet20_digits_w3a3.yaml"),
     training("fine-tune at uniform 3 bits", TRAINING, "resnet20_digits_uniform3",
              "finetune_resnet20_digits_uniform3.yaml"),
@@ -74,7 +75,7 @@ def main():
     for step in STEPS:
         run(step)
     print(f"\nResNet-20 on UCI digits (359 test images, 16x16), {time.time() - begun:.0f} s in all\n\n{table()}\n\n"
-          f"the policy: {SEARCH}/{POLICY}\ntraining curves: */results/*/curves.png\nmake clean removes all of it")
+          f"the policy: {SEARCH}/{POLICY}\nwhere the bits went: {SEARCH}/{PICTURE}\ntraining curves: */results/*/curves.png\nmake clean removes all of it")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def main():
     for step in STEPS:
         run(step)
     print(f"\nResNet-20 on UCI digits (359 test images, 16x16), {time.time() - begun:.0f} s in all\n\n{table()}\n\n"
-          f"the policy: {SEARCH}/{POLICY}\nwhere the bits went: {SEARCH}/{PICTURE}\ntraining curves: */results/*/curves.png\nmake clean removes all of it")
+          f"the policy: {SEARCH}/{POLICY}\nwhere the bits went: {SEARCH}/{PICTURE}\n"
+          "training curves: */results/*/curves.png\nmake clean removes all of it")
 
 
 if __name__ == "__main__":

@@ -82,12 +82,6 @@ def test_a_resumed_run_is_cut_back_to_its_checkpoint(tmp_path, resumed, kept):
     assert csv_lines(tmp_path)[-1] == f"{resumed + 1},train,,0.5,,,,"
 
 
-def test_an_evaluation_cuts_nothing_off_the_run_in_its_folder(tmp_path):
-    watch(tmp_path).epoch(5, "val", {"top1": 50})
-    watch(tmp_path, eval=True).epoch(5, "test", {"top1": 49})
-    assert csv_lines(tmp_path) == [HEADER, "5,val,,,50,,,", "5,test,,,49,,,"]
-
-
 recorded = st.tuples(st.integers(0, 20), st.sampled_from(SPLITS), st.sampled_from(["", "6", "random"]),
                      st.floats(allow_infinity=False, allow_nan=False, width=16))
 

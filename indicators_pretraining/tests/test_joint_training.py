@@ -212,7 +212,7 @@ def one_rank(rank, folder):
         message = str(error)
     torch.save((result, torch.equal(weights[0]["conv"], weights[1]["conv"]), message,
                 [bn.running_mean.tolist(), bn.running_var.tolist(), parts]), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    distributed.leave_process_group()
 
 
 def refuse():

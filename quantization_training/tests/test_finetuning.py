@@ -19,6 +19,7 @@ from policy import resolve_policy
 from quan.transfer import choose_candidates
 from quan.utils import joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
 from schema import DistillationConfig, FinetuneConfig
+from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
 from util.errors import UserError
@@ -306,7 +307,7 @@ def one_rank(rank, folder):
     parts = {quantizer.batch_parts for name, quantizer in step_quantizers(network(accumulation=3).model).items()
              if name.endswith("quan_a_fn")}
     torch.save((small_step(2, images[rank::2], target[rank::2]), parts), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    distributed.leave_process_group()
 
 
 def test_two_processes_take_the_step_of_one_on_the_joined_batch(tmp_path):

@@ -55,8 +55,18 @@ def process_group(training_device):
         dist.init_process_group("gloo")
     try:
         yield device
+        leave_process_group()
     finally:
-        dist.destroy_process_group()
+        if is_distributed():  # an error: the other ranks may be gone, so nothing is waited for
+            dist.destroy_process_group()
+
+
+def leave_process_group():
+    """End the work of this rank together with the others."""
+    # A worker thread of gloo that still frees a tensor of Python's while the interpreter ends aborts the process; while
+    # this barrier waits it gets to it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _device(wanted):

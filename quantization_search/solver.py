@@ -18,9 +18,9 @@ Here the answer is settled in three steps:
 import contextlib
 import heapq
 import math
+import operator
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 
 SHORT_SWEEP = 1_500_000  # steps after which a solver is asked first
 LONG_SWEEP = 4_000_000  # steps after which the solver's word is all there is
@@ -143,8 +143,9 @@ class _Program:
         self.layers = range(len(costs))
         self.options = [list(range(len(row))) for row in costs]
         self.base = max(map(len, costs))
-        self.keys = _ordered_keys(costs, ties, self.base)
-        self.costs, self.smallest_gain, self.base_cost = _normalized(costs)
+        whole = _over_common_denominator(costs)
+        self.keys = _ordered_keys(whole, ties, self.base)
+        self.costs, self.smallest_gain, self.base_cost = _normalized(whole)
         self.rows, self.bounds = [], []
         for budget in budgets:
             divisor = math.gcd(*(value for row in budget.use for value in row)) or 1
@@ -182,6 +183,7 @@ class _Program:
 
     def _lay_out_fields(self):
         """(shift, mask) of each budget's field in a packed integer; the guard is the highest bit of every field."""
+        self.scales = [abs(bound) or 1 for bound in self.bounds]
         self.fields, self.guard, shift = [], 0, 0
         for row, bound in zip(self.rows, self.bounds, strict=True):
             length = (max(bound, 0) + max(map(max, row))).bit_length()
@@ -195,7 +197,7 @@ class _Program:
             kept, uses = [], []
             for option in sorted(self.options[layer], key=self.keys[layer].__getitem__):
                 use = [row[layer][option] for row in self.rows]
-                if not any(all(a <= b for a, b in zip(other, use, strict=True)) for other in uses):
+                if not any(all(map(operator.le, other, use)) for other in uses):
                     kept.append(option)
                     uses.append(use)
             self.options[layer] = kept
@@ -203,8 +205,10 @@ class _Program:
     def price(self, multipliers):
         """Set the multipliers, and with them the regret of every option and the lower bound on the total cost."""
         self.multipliers = multipliers
-        priced = [[cost + sum(price * row[layer][option] for price, row in zip(multipliers, self.rows, strict=True))
-                   for option, cost in enumerate(costs)] for layer, costs in enumerate(self.costs)]
+        priced = [list(costs) for costs in self.costs]
+        for price, row in zip(multipliers, self.rows, strict=True):
+            priced = [[value + price * use for value, use in zip(values, uses, strict=True)]
+                      for values, uses in zip(priced, row, strict=True)]
         least = [min(priced[layer][option] for option in self.options[layer]) for layer in self.layers]
         spent = [price * bound for price, bound in zip(multipliers, self.bounds, strict=True)]
         self.regrets = [[value - low for value in values] for values, low in zip(priced, least, strict=True)]
@@ -367,7 +371,7 @@ class _Program:
         return regret, self._relative(self._unpack(used))
 
     def _relative(self, use):
-        return sum(amount / (abs(bound) or 1) for amount, bound in zip(use, self.bounds, strict=True))
+        return sum(map(operator.truediv, use, self.scales))
 
     def _chosen(self, key):
         digits = []
@@ -377,35 +381,33 @@ class _Program:
         return digits[::-1]
 
 
-def _ordered_keys(costs, ties, base):
-    """One integer per option whose sums compare like (cost, ties..., option indices)."""
-    denominator = _common_denominator(costs)
-    keys = [[int(value * denominator) for value in row] for row in costs]
+def _ordered_keys(keys, ties, base):
+    """One integer per option whose sums compare like (cost, ties..., option indices); `keys` are integer costs."""
     for table in ties:
         radix = sum(map(max, table)) - sum(map(min, table)) + 1
         keys = [[key * radix + value - min(values) for key, value in zip(row, values, strict=True)]
                 for row, values in zip(keys, table, strict=True)]
-    place = base ** len(costs)
-    return [[key * place + option * base ** (len(costs) - 1 - layer) for option, key in enumerate(row)]
+    place = base ** len(keys)
+    return [[key * place + option * base ** (len(keys) - 1 - layer) for option, key in enumerate(row)]
             for layer, row in enumerate(keys)]
 
 
-def _normalized(costs):
-    """Costs as doubles, each layer's least 0 and the largest of all 1.
+def _normalized(whole):
+    """Integer costs as doubles, each layer's least 0 and the largest of all 1.
 
     Returns:
         (the costs, the least by which two totals can differ, what the sum of the layers' least came to).
     """
-    denominator = _common_denominator(costs)
-    whole = [[int(value * denominator) for value in row] for row in costs]
     above = [[value - min(row) for value in row] for row in whole]
     spread = max(map(max, above)) or 1
     step = math.gcd(*(value for row in above for value in row)) or 1
     return [[value / spread for value in row] for row in above], step / spread, sum(map(min, whole)) / spread
 
 
-def _common_denominator(costs):
-    return math.lcm(*(Fraction(value).denominator for row in costs for value in row))
+def _over_common_denominator(costs):
+    """The numerators of exact costs (int or Fraction) over their common denominator."""
+    denominator = math.lcm(*(value.denominator for row in costs for value in row))
+    return [[value.numerator * (denominator // value.denominator) for value in row] for row in costs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

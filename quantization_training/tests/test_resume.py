@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import main
+from util import distributed
 from util.checkpoint import RunFolder
 
 CONFIG = """
@@ -16,6 +17,15 @@ quan: {act: {all_positive: true}, excepts: {conv1: , bn1: , fc: }}
 epochs: 3
 lr: 0.05
 """
+
+
+def test_batchnorm_statistics_are_averaged_over_ranks_after_every_epoch_and_every_calibration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    calls = []
+    monkeypatch.setattr(distributed, "average_batchnorm_statistics", calls.append)
+    main.main(["config.yaml", "epochs=2"])
+    assert len(calls) == 4
 
 
 class Stopped(Exception):

@@ -22,6 +22,7 @@ from quan.utils import (
 from util import distributed
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
+from util.exchange import read_policy
 
 IMAGENET_CLASSES = 1000
 
@@ -47,6 +48,8 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         device: where the network is to live.
     """
     fresh = checkpoint is None
+    if config.policy:
+        read_policy(config.policy)  # before anything is downloaded for it
     model = create_dense(config.arch, num_classes, config.pre_trained if fresh else False)
     graph = trace(model, input_size)
     facts = {"num_classes": num_classes, "input_size": input_size}

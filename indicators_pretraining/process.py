@@ -9,6 +9,7 @@ from quan.utils import keep_steps_positive
 from util import distributed
 from util.checkpoint import training_state
 from util.metrics import Metrics, evaluate
+from util.monitor import log_start
 from util.optim import learning_rate, set_learning_rate
 from util.sampling import Stream, generator
 
@@ -101,12 +102,7 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         start: the Start of this run.
     """
     model, switch, best = network.model, network.switch, start.best
-    if start.epoch:
-        monitor.log(f"continuing after epoch {start.epoch}")
-    if start.changed:
-        monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
-    if network.remark:
-        monitor.log(network.remark)
+    log_start(monitor, start, network.remark)
     last = config.epochs + config.cooldown_epochs
     for epoch in range(start.epoch, last):
         train_one_epoch(model, switch, loaders.train, optimizer, config, epoch, monitor)

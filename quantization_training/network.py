@@ -6,7 +6,7 @@ from torch import nn
 
 from model import create_model, load_weights
 from model.layer_table import trace
-from model.weights import set_tensors
+from model.weights import load_state
 from policy import Policy, resolve_policy
 from quan.cost import full_precision_cost, policy_cost
 from quan.quantizer import LsqQuan
@@ -20,7 +20,7 @@ from quan.utils import (
     set_batch_parts,
 )
 from util import distributed
-from util.checkpoint import load_checkpoint
+from util.checkpoint import check_arch, load_checkpoint
 from util.errors import UserError
 from util.exchange import read_policy
 
@@ -48,19 +48,20 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         device: where the network is to live.
     """
     fresh = checkpoint is None
-    if config.policy:
-        read_policy(config.policy)  # before anything is downloaded for it
+    # Small files that may be wrong come before anything is downloaded.
+    policy_file = read_policy(config.policy) if config.policy else None
+    joint = load_checkpoint(config.init_from) if fresh and config.init_from else None
     model = create_dense(config.arch, num_classes, config.pre_trained if fresh else False)
     graph = trace(model, input_size)
     facts = {"num_classes": num_classes, "input_size": input_size}
     if config.fp_model:
         cost = full_precision_cost(graph.layers)
     else:
-        policy = quantize(model, graph, config, checkpoint)
+        policy = quantize(model, graph, config, policy_file, checkpoint or joint)
         cost = policy_cost(graph.layers, *bits_in_use(model))
         facts.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits, signed=policy.signed)
-        if fresh and config.init_from:
-            start_from_joint_training(model, policy, config)
+        if joint is not None:
+            start_from_joint_training(model, policy, joint, config)
     if checkpoint is not None:
         check_same_bits(checkpoint, facts)
     if config.freeze_weights:
@@ -79,45 +80,39 @@ def create_dense(arch, num_classes, pre_trained):
     return model
 
 
-def quantize(model, graph, config, checkpoint):
-    """Put quantized layers at the policy's bits into the network; return the policy, completed by the signs in use."""
+def quantize(model, graph, config, policy_file, checkpoint):
+    """Put quantized layers at the policy's bits into the network; return the policy, completed by the signs in use.
+
+    Args:
+        policy_file: the content of config.policy, or None.
+        checkpoint: the one that is loaded into the network, of this stage or of stage 1, or None.
+    """
     names = searchable_layers(graph, config.quan.excepts)
-    policy = resolve_policy(config, names, checkpoint)
-    signed = known_signs(config, checkpoint) or policy.signed
+    policy = resolve_policy(config, names, policy_file, checkpoint)
+    signed = known_signs(checkpoint or {}) or policy.signed
     modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, config.sat)
     replace_module_by_names(model, modules)
     return Policy(policy.weight_bits, policy.act_bits,
                   {name: model.get_submodule(name).quan_a_fn.signed for name in names})
 
 
-def known_signs(config, checkpoint):
-    """{layer: whether its activations are signed}, as the checkpoint of this run or of init_from says; {} without one."""
-    if checkpoint is not None:
-        return checkpoint.get("signed", {})
-    if not config.init_from:
-        return {}
-    return {name: row["signed"]["act"] for name, row in load_checkpoint(config.init_from).get("layers", {}).items()
+def known_signs(checkpoint):
+    """{layer: whether its activations are signed}, as a checkpoint of this stage or of stage 1 says; {} without one."""
+    if "signed" in checkpoint:
+        return checkpoint["signed"]
+    return {name: row["signed"]["act"] for name, row in checkpoint.get("layers", {}).items()
             if isinstance(row, dict) and isinstance(row.get("signed"), dict)}
 
 
-def start_from_joint_training(model, policy, config):
+def start_from_joint_training(model, policy, checkpoint, config):
     """Load the weights, and the step sizes and BatchNorms of the chosen bits, from a stage-1 checkpoint.
 
     Quantizers that stage 1 does not have, those of the excepted layers, start from the weights that were loaded.
     """
     source = config.init_from
-    checkpoint = load_checkpoint(source)
-    if checkpoint.get("arch", config.arch) != config.arch:
-        raise UserError(f"{source}: holds {checkpoint['arch']}, but arch is {config.arch}")
+    check_arch(checkpoint, config.arch, source)
     state = choose_candidates(checkpoint, policy.weight_bits, policy.act_bits, source)
-    own = model.state_dict()
-    for name, tensor in state.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise UserError(f"{source}: the tensor {name} does not fit this network")
-    for name in own.keys() - state.keys():
-        if ".quan_" not in name:
-            raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
-    set_tensors(model, state)
+    load_state(model, state, source, may_lack=lambda name: ".quan_" in name)
     for name, module in model.named_modules():
         quantizer = getattr(module, "quan_w_fn", None)
         if isinstance(quantizer, LsqQuan) and f"{name}.quan_w_fn.s" not in state:
@@ -126,10 +121,10 @@ def start_from_joint_training(model, policy, config):
 
 def check_same_bits(checkpoint, facts):
     """Refuse a checkpoint that was trained at other bits than the configuration asks for."""
+    if "bits" in checkpoint:
+        raise UserError("resume.path: it is a checkpoint of indicators_pretraining, which init_from takes")
     for key in ("weight_bits", "act_bits"):
         trained, wanted = checkpoint.get(key), facts.get(key)
-        if "bits" in checkpoint:
-            raise UserError("resume.path: it is a checkpoint of indicators_pretraining, which init_from takes")
         if trained is None and wanted is None:
             continue
         if trained is None and "version" not in checkpoint:  # a checkpoint of LIMPQ does not say its bits

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from util.errors import UserError, nearest
-from util.exchange import read_policy
 
 
 @dataclass(frozen=True)
@@ -15,19 +14,20 @@ class Policy:
     signed: dict
 
 
-def resolve_policy(config, names, checkpoint=None):
+def resolve_policy(config, names, policy_file=None, checkpoint=None):
     """The policy that a configuration asks for.
 
     Args:
         config: the FinetuneConfig.
         names: the searchable layers, in network order.
+        policy_file: the content of config.policy, as read_policy gives it.
         checkpoint: for evaluation without a policy in the configuration, the checkpoint that carries one.
 
     Raises:
         UserError: where the policy is one of another network.
     """
-    if config.policy:
-        return _from_file(config, names)
+    if policy_file is not None:
+        return _from_file(config, names, policy_file)
     if config.weight_bits is None and config.act_bits is None and checkpoint and "weight_bits" in checkpoint:
         if set(names) != checkpoint["weight_bits"].keys() or set(names) != checkpoint["act_bits"].keys():
             raise UserError("quan.excepts: the checkpoint was trained with other exceptions; its searched layers are "
@@ -36,8 +36,8 @@ def resolve_policy(config, names, checkpoint=None):
     return Policy(_spread("weight_bits", config.weight_bits, names), _spread("act_bits", config.act_bits, names), {})
 
 
-def _from_file(config, names):
-    content, path = read_policy(config.policy), config.policy
+def _from_file(config, names, content):
+    path = config.policy
     if content.get("arch", config.arch) != config.arch:
         raise UserError(f"{path}: the policy is for {content['arch']}, but arch is {config.arch}")
     layers = content["layer_name"]

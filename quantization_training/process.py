@@ -11,6 +11,7 @@ from util import distributed
 from util.checkpoint import training_state
 from util.errors import UserError
 from util.metrics import Metrics, evaluate, evaluation_mode
+from util.monitor import log_start
 from util.optim import learning_rate, set_learning_rate
 
 ALWAYS_VALIDATED = 15  # the last epochs, each of which is validated
@@ -124,12 +125,7 @@ def is_validated(epoch, config):
 def finetune(network, loaders, criterion, optimizer, config, monitor, folder, start):
     """Train to the last epoch, calibrating and validating where due; write a checkpoint after each epoch."""
     model, best = network.model, start.best
-    if start.epoch:
-        monitor.log(f"continuing after epoch {start.epoch}")
-    if network.remark:
-        monitor.log(network.remark)
-    if start.changed:
-        monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
+    log_start(monitor, start, network.remark)
     for epoch in range(start.epoch, config.epochs + config.cooldown_epochs):
         train_one_epoch(model, loaders.train, criterion, optimizer, config, epoch, monitor)
         is_best = False

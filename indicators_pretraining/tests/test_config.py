@@ -140,6 +140,11 @@ def test_aliases_that_multiply_are_refused(tmp_path):
         read(tmp_path, "\n".join(lines))
 
 
+def test_an_alias_of_itself_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not valid YAML"):
+        read(tmp_path, "quan: &loop {excepts: *loop}")
+
+
 @pytest.mark.parametrize("override", ["epochs", "=3", "epoch=3", "dataloader.batch_size=x"])
 def test_a_wrong_override_is_named(tmp_path, override):
     with pytest.raises(UserError) as error:

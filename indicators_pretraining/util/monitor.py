@@ -209,10 +209,6 @@ class Monitor:
             self.log(f"wandb {outcome}: {reason(error)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text.
-
-
 def open_monitor(folder, config, start, device):
     """The Monitor of a training run; every rank meets the UserError that rank 0 meets.
 
@@ -230,6 +226,25 @@ def open_monitor(folder, config, start, device):
 
     distributed.on_main(open_on_main)
     return opened[0] if opened else Monitor(folder.path, config, False, start.wandb_id)
+
+
+def log_start(monitor, start, remark):
+    """Log where a run begins.
+
+    Args:
+        start: its Start.
+        remark: on what is left alone in the network, or ''.
+    """
+    if start.epoch:
+        monitor.log(f"continuing after epoch {start.epoch}")
+    if start.changed:
+        monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
+    if remark:
+        monitor.log(remark)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text.
 
 
 def describe_start(device_name, world_size):

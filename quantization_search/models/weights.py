@@ -17,15 +17,18 @@ def set_tensors(model, tensors):
     model.load_state_dict(state)
 
 
-def load_state(model, state_dict, source):
+def load_state(model, state_dict, source, may_lack=lambda name: False):
     """Load a state_dict whose names and shapes have to be just those of the model.
+
+    Args:
+        may_lack: which names of the model the state_dict may lack; these keep what they hold.
 
     Raises:
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
     """
     own = model.state_dict()
     for name in own:
-        if name not in state_dict:
+        if name not in state_dict and not may_lack(name):
             raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
     for name, tensor in state_dict.items():
         _check_tensor(own, name, tensor, source)

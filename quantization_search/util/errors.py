@@ -36,19 +36,20 @@ def user_errors_on_one_line():
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_STATUS)
+        _stop(f"error: {' '.join(str(error).split())}", USER_ERROR_STATUS)
     except ValueError as error:
         if SINGLE_VALUE not in str(error):
             raise
-        print("error: dataloader.batch_size: a BatchNorm met a single value per channel; take larger batches or larger "
-              "images (calibration_images counts too)", file=sys.stderr)
-        sys.exit(USER_ERROR_STATUS)
+        _stop("error: dataloader.batch_size: a BatchNorm met a single value per channel; take larger batches or larger "
+              "images (calibration_images counts too)", USER_ERROR_STATUS)
     except BrokenPipeError:  # what read our output is gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(PIPE_STATUS)
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("stopped from the keyboard; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(INTERRUPTED_STATUS)
+        _stop("stopped from the keyboard; the same command goes on from the last checkpoint", INTERRUPTED_STATUS)
+
+
+def _stop(line, status):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(status)

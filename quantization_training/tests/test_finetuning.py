@@ -23,7 +23,7 @@ from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
 from util.errors import UserError
-from util.exchange import write_policy
+from util.exchange import read_policy, write_policy
 from util.metrics import evaluate
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_a_policy_of_another_network_is_refused(tmp_path, change, message):
     write_policy(path, {"arch": "resnet20", "weight_bits": [4] * len(names), "act_bits": [4] * len(names),
                         "layer_name": names, **change})
     with pytest.raises(UserError, match="policy.yaml") as error:
-        resolve_policy(config(policy=path, weight_bits=None, act_bits=None), layer_names())
+        resolve_policy(config(policy=path, weight_bits=None, act_bits=None), layer_names(), read_policy(path))
     assert message in str(error.value)
 
 

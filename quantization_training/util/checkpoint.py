@@ -166,11 +166,16 @@ def find_run(config, folder):
     if path is None:
         return None
     content = distributed.on_main(load_checkpoint, path)
-    if content.get("arch", config.arch) != config.arch:
-        raise UserError(f"{path}: holds {content['arch']}, but arch is {config.arch}")
+    check_arch(content, config.arch, path)
     if config.eval and "config" in content:
         check_same_model(content["config"], to_plain(config), path)
     return Found(path, content, lean)
+
+
+def check_arch(checkpoint, arch, path):
+    """Refuse a checkpoint that says it is one of another network."""
+    if checkpoint.get("arch", arch) != arch:
+        raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {arch}")
 
 
 def check_same_model(trained, wanted, path):

@@ -179,7 +179,7 @@ def load_config(schema, paths, overrides=()):
     """
     merged, origin = {}, {}
     for path in paths:
-        merge(merged, unshared(read_yaml(path), path), origin, path)
+        merge(merged, read_yaml(path), origin, path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -230,7 +230,7 @@ class _Loader(yaml.SafeLoader):
 
 def parse_yaml(text, where):
     try:
-        return yaml.load(text, Loader=_Loader)
+        return unshared(yaml.load(text, Loader=_Loader), itertools.count())
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -238,15 +238,14 @@ def parse_yaml(text, where):
         raise UserError(f"{where}:{line} not valid YAML ({problem})") from None
 
 
-def unshared(value, where, count=None):
-    """A copy in which every alias has become a value of its own."""
-    count = count if count is not None else itertools.count()
+def unshared(value, count):
+    """A copy in which every alias has become a value of its own; `count` numbers the values."""
     if next(count) > MAX_VALUES:
-        raise UserError(f"{where}: not a configuration (more than {MAX_VALUES} values)")
+        raise yaml.YAMLError(f"more than {MAX_VALUES} values")
     if isinstance(value, dict):
-        return {key: unshared(element, where, count) for key, element in value.items()}
+        return {key: unshared(element, count) for key, element in value.items()}
     if isinstance(value, list):
-        return [unshared(element, where, count) for element in value]
+        return [unshared(element, count) for element in value]
     return value
 
 

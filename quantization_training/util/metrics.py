@@ -28,7 +28,6 @@ class Metrics:
         loss, top1, top5, images = sum_over_ranks(self.sums.clone()).tolist()
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
 
-
     def checked_result(self, epoch):
         """The same; a loss that is not finite ends the run."""
         figures = self.result()

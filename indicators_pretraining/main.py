@@ -29,9 +29,10 @@ def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
     num_classes, input_size = describe_data(config.dataloader)
-    network = build_network(config, num_classes, input_size, fresh=found is None, device=device)
+    network = build_network(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)
-    start = restore(found, network.model, optimizer, config)
+    start = restore(found, network.model, optimizer, config, harmless=("prune.",))
+    network.pruned.hold(optimizer)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
                              distributed.barrier, distributed.is_local_main(), evaluation_only=config.eval)
     if is_dry_run:

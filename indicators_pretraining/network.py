@@ -1,64 +1,105 @@
-"""The jointly trained network: built from a name, quantized for all candidates, described for later stages."""
+"""The networks of this stage: full-precision and pruned, or quantized for all candidates and described for later stages."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
 from model import create_model, load_weights
-from model.layer_table import trace
+from model.layer_table import Graph, trace
+from model.masks import PrunedParameters, weights_left
 from quan.utils import (
     BitSwitch,
     freeze_weights,
+    init_weight_steps,
     joint_modules,
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
 )
 from util import distributed
-from util.checkpoint import load_checkpoint
+from util.checkpoint import check_arch, load_checkpoint, masks_of
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class DenseNetwork:
+    """A full-precision network, its graph, and what is pruned of it."""
+
+    model: nn.Module
+    graph: Graph
+    pruned: PrunedParameters
 
 
 @dataclass(frozen=True)
 class JointNetwork:
-    """A network with quantized layers for all candidates, the switch between them, the facts about it that travel in
-    its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms), and a remark on what is left alone, or ''."""
+    """A network with quantized layers for all candidates, the switch between them, what is pruned of it, the facts about
+    it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms, masks), and a remark on
+    what is left alone, or ''."""
 
     model: nn.Module
     switch: BitSwitch
+    pruned: PrunedParameters
     facts: dict
     remark: str
 
 
-def build_network(config, num_classes, input_size, fresh, device):
-    """Build the network of a configuration.
+def build_dense(config, num_classes, input_size, found, device):
+    """Build the full-precision network of a configuration; the arguments are those of build_network."""
+    model, masks = create_initial(config, num_classes, found)
+    graph = trace(model, input_size)
+    model.to(device)
+    distributed.broadcast_model(model)
+    return DenseNetwork(model, graph, PrunedParameters(model, masks))
+
+
+def build_network(config, num_classes, input_size, found, device):
+    """Build the jointly trained network of a configuration.
 
     Args:
         config: the IndicatorsConfig.
         num_classes, input_size: of the data.
-        fresh: take pre-trained weights, if configured; False where a checkpoint replaces them anyway.
+        found: the Found checkpoint that is going to be loaded into it, or None; initial weights are then not needed.
         device: where the network is to live.
     """
-    model = create_model(config.arch, num_classes, pre_trained=fresh and config.pre_trained is True)
-    if fresh and isinstance(config.pre_trained, str):
-        load_weights(model, load_checkpoint(config.pre_trained)["state_dict"], config.pre_trained)
+    model, masks = create_initial(config, num_classes, found)
     graph = trace(model, input_size)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits))
+    if masks:
+        init_weight_steps(model, masks)
     if config.freeze_weights:
         freeze_weights(model)
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
-    facts = describe_network(config, model, graph, num_classes, input_size)
+    facts = describe_network(config, model, graph, num_classes, input_size, masks)
     model.to(device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())
-    return JointNetwork(model, switch, facts, graph.describe_uncounted())
+    return JointNetwork(model, switch, PrunedParameters(model, masks), facts, graph.describe_uncounted())
 
 
-def describe_network(config, model, graph, num_classes, input_size):
+def create_initial(config, num_classes, found):
+    """The full-precision network that a run starts from, and its pruning masks; both are those of `found`, if given."""
+    if found is not None:
+        model = create_model(config.arch, num_classes)
+        return model, masks_of(found.content, model, found.path)
+    source = config.init_from or config.pre_trained
+    if not isinstance(source, str):
+        return create_model(config.arch, num_classes, pre_trained=source), {}
+    content, model = load_checkpoint(source), create_model(config.arch, num_classes)
+    if config.init_from:
+        check_arch(content, config.arch, source)
+    has_head = load_weights(model, content["state_dict"], source)
+    if config.init_from and not has_head:
+        raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
+    return model, masks_of(content, model, source)
+
+
+def describe_network(config, model, graph, num_classes, input_size, masks):
     """What later stages need to know of the network."""
-    rows = {name: call.as_row() for name, call in graph.layers.items()}
+    left = weights_left(graph.layers, masks)
+    rows = {name: {**call.as_row(), "sparsity": 1 - left[name] / call.params} for name, call in graph.layers.items()}
     layers = {}
     for name in searchable_layers(graph, config.quan.excepts):
         signed = {"weight": True, "act": model.get_submodule(name).quan_a_fn.signed}
-        layers[name] = {**rows.pop(name), "signed": signed, "sparsity": 0.0}
+        layers[name] = {**rows.pop(name), "signed": signed}
     return {"bits": list(config.target_bits), "num_classes": num_classes, "input_size": input_size,
-            "layers": layers, "fixed": rows, "batchnorms": dict(graph.batchnorms)}
+            "layers": layers, "fixed": rows, "batchnorms": dict(graph.batchnorms), "masks": masks}

@@ -1,7 +1,5 @@
 """Joint training: one network learns the step sizes of all candidate bit-widths together."""
 
-import time
-
 import numpy as np
 from torch import nn
 
@@ -10,8 +8,8 @@ from util import distributed
 from util.checkpoint import training_state
 from util.metrics import Metrics, evaluate
 from util.monitor import log_start
-from util.optim import learning_rate, set_learning_rate
 from util.sampling import Stream, generator
+from util.training import train_epochs, train_one_epoch
 
 RANDOM = "random"
 
@@ -60,25 +58,17 @@ def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_p
     keep_steps_positive(model)
 
 
-def train_one_epoch(model, switch, loader, optimizer, config, epoch, monitor):
+def train_candidates(model, switch, loader, optimizer, config, epoch, monitor):
     """Train for one epoch (the first is 0) and log what each candidate reached in it."""
-    begun, criterion = time.time(), criterion_of(config)
-    model.train()
-    loader.set_epoch(epoch)
+    criterion, layers = criterion_of(config), list(switch.layers)
     metrics = {candidate: Metrics(next(model.parameters()).device) for candidate in [*switch.bits, RANDOM]}
-    steps, layers = len(loader), list(switch.layers)
-    images_per_step = loader.images // steps
-    for step, (images, target) in enumerate(monitor.progress(loader, f"epoch {epoch + 1}", images_per_step, steps)):
-        set_learning_rate(optimizer, learning_rate(config, epoch + step / steps))
+
+    def take_step(batches, step):
+        [(images, target)] = batches
         chosen = random_policy(layers, switch.bits, config.seed, epoch, step)
         joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics)
-        if (step + 1) % config.log.print_freq == 0:
-            widest = metrics[max(switch.bits)].result()
-            monitor.step(epoch + 1, step + 1, steps, loss=widest["loss"], top1=widest["top1"])
-    distributed.average_batchnorm_statistics(model)
-    for candidate, value in metrics.items():
-        monitor.epoch(epoch + 1, "train", {**value.checked_result(epoch), "lr": optimizer.param_groups[0]["lr"],
-                                           "seconds": time.time() - begun}, bits=candidate)
+
+    train_one_epoch(model, loader, optimizer, config, epoch, monitor, metrics, take_step, shown=max(switch.bits))
 
 
 def evaluate_candidates(model, switch, loader):
@@ -101,18 +91,24 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         network: the JointNetwork.
         start: the Start of this run.
     """
-    model, switch, best = network.model, network.switch, start.best
-    log_start(monitor, start, network.remark)
+    model, switch = network.model, network.switch
     last = config.epochs + config.cooldown_epochs
-    for epoch in range(start.epoch, last):
-        train_one_epoch(model, switch, loaders.train, optimizer, config, epoch, monitor)
-        is_best = False
+    log_start(monitor, start, network.remark)
+
+    def run_epoch(epoch):
+        train_candidates(model, switch, loaders.train, optimizer, config, epoch, monitor)
+
+    def validate_where_due(epoch):
         if (epoch + 1) % config.val_cycle == 0 or epoch + 1 == last:
-            scores = validate(model, switch, loaders.val, epoch + 1, monitor)
-            is_best, best = scores[0] > best[0], max(best, scores, key=lambda pair: pair[0])
-        state = training_state(model, optimizer, epoch + 1, best, config, monitor)
+            return validate(model, switch, loaders.val, epoch + 1, monitor)
+        return None
+
+    def save(epochs, best, is_best):
+        state = training_state(model, optimizer, epochs, best, config, monitor)
         if distributed.is_main():
             folder.save({**state, **network.facts}, is_best)
+
+    train_epochs(start.epoch, last, start.best, run_epoch, validate_where_due, save)
 
 
 def validate(model, switch, loader, epoch, monitor):

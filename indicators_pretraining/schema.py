@@ -1,21 +1,118 @@
 """What a configuration file of this stage may say: LIMPQ's keys, and those that are new here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Literal
 
-from util.config import RunConfig
+from util.config import RunConfig, bounded
 from util.errors import UserError
 from util.optim import check_schedule
 
 
 @dataclass(frozen=True)
+class PruneConfig:
+    """Pruning level by level. amount: the share of what is left that each level removes, or a list with one per level.
+    epochs_per_level: by default `epochs`. excepts: by default the first convolution and the last linear layer."""
+
+    method: Literal["rewinding", "iterative", "one_shot"] = "rewinding"
+    type: Literal["unstructured", "structured"] = "unstructured"
+    scope: Literal["global", "layer"] = "global"
+    amount: float | list[float] = bounded(0.2, above=0, below=1)
+    levels: int | None = bounded(None, low=1)
+    target_sparsity: float | None = bounded(None, above=0, below=1)
+    rewind_epoch: int = bounded(0, low=0)
+    epochs_per_level: int | None = bounded(None, low=1)
+    excepts: list[str] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.amount, list):
+            if not self.amount:
+                raise UserError("amount: found an empty list, expected one share per level")
+            for amount in self.amount:
+                if not 0 < amount < 1:
+                    raise UserError(f"amount: found {amount}, allowed is above 0 and below 1")
+        if self.levels is not None and self.target_sparsity is not None:
+            raise UserError("target_sparsity: levels says where to stop already; give one of the two")
+        if isinstance(self.amount, list) and (self.levels or 0) > len(self.amount):
+            raise UserError(f"amount: found {len(self.amount)} shares for {self.levels} levels")
+
+    @property
+    def last_level(self):
+        """The number of the last level, None where a target sparsity ends the run."""
+        if self.target_sparsity is not None or self.method == "one_shot":
+            return None
+        return len(self.amount) if self.levels is None else self.levels
+
+    @property
+    def target(self):
+        """The share to remove in all, None where a number of levels ends the run; exact where it comes from amounts."""
+        if self.target_sparsity is not None:
+            return Fraction(str(self.target_sparsity))
+        if self.method != "one_shot":
+            return None
+        amounts = self.amount[:self.levels] if isinstance(self.amount, list) else [self.amount] * self.levels
+        left = Fraction(1)
+        for amount in amounts:
+            left *= 1 - Fraction(str(amount))
+        return 1 - left
+
+    def amount_of(self, level):
+        """The share of what is left that a level (the first is 1) removes."""
+        if self.method == "one_shot":
+            return 1
+        if not isinstance(self.amount, list):
+            return self.amount
+        if level > len(self.amount):
+            raise UserError(f"prune.amount: its {len(self.amount)} levels end below target_sparsity "
+                            f"({self.target_sparsity:g}); give more, or one number for all levels")
+        return self.amount[level - 1]
+
+
+@dataclass(frozen=True)
 class IndicatorsConfig(RunConfig):
-    """Joint training of all candidate bit-widths. New key: in_place_distillation."""
+    """Joint training of all candidate bit-widths. New keys: in_place_distillation; init_from, a full-precision checkpoint
+    with pruning masks; prune, which only pruning.py reads."""
 
     name: str = "indicators"
     in_place_distillation: bool = False
+    init_from: str | None = None
+    prune: PruneConfig = PruneConfig()
 
     def __post_init__(self):
         super().__post_init__()
         check_schedule(self)
         if self.fp_model:
             raise UserError("fp_model: full-precision networks are trained in quantization_training")
+        if self.init_from and self.pre_trained:
+            raise UserError("init_from: weights come from pre_trained already; give one of the two")
+
+
+@dataclass(frozen=True)
+class PruningConfig(IndicatorsConfig):
+    """The same keys, as pruning.py reads them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        prune = self.prune
+        if prune.levels is None and prune.target_sparsity is None and not isinstance(prune.amount, list):
+            raise UserError("prune.levels: missing; give levels or target_sparsity")
+        if prune.rewind_epoch >= self.epochs_of_level:
+            raise UserError(f"prune.rewind_epoch: found {prune.rewind_epoch}, which is never reached before the end of a "
+                            f"level; allowed is less than {self.epochs_of_level}")
+        if self.eval:
+            raise UserError("eval: pruning.py evaluates each level when it is trained; quantization_training evaluates its "
+                            "checkpoint (fp_model: true, eval: true, resume.path)")
+        if self.resume.path != "auto" or self.resume.lean:
+            raise UserError("resume.path: pruning.py finds its levels itself; leave it auto, and name a start in init_from "
+                            "or pre_trained")
+        if self.freeze_weights:
+            raise UserError("freeze_weights: pruning.py trains the weights; leave it false")
+
+    @property
+    def epochs_of_level(self):
+        return self.prune.epochs_per_level or self.epochs
+
+    def for_levels(self):
+        """The configuration of a level's training: its number of epochs, and a run folder of its own."""
+        prune = replace(self.prune, epochs_per_level=self.epochs_of_level)
+        return replace(self, name=f"{self.name}_pruning", epochs=self.epochs_of_level, prune=prune)

@@ -5,6 +5,7 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 """
 
 import process
+from gradual import create_pruning
 from network import build_network, create_teacher
 from schema import FinetuneConfig
 from util import distributed
@@ -33,6 +34,8 @@ def run(config, device, is_dry_run):
     criterion = process.create_criterion(config, create_teacher(config, num_classes, device))
     optimizer = create_optimizer(network.model, config)
     start = restore(found, network.model, optimizer, config)
+    network.pruned.hold(optimizer)
+    pruning = create_pruning(network, config, found)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
                              distributed.barrier, distributed.is_local_main(), evaluation_only=config.eval)
     process.check_accumulation(loaders, config)
@@ -44,7 +47,7 @@ def run(config, device, is_dry_run):
         announce_finished(folder, config)
     else:
         with open_monitor(folder, config, start, device) as monitor:
-            process.finetune(network, loaders, criterion, optimizer, config, monitor, folder, start)
+            process.finetune(network, loaders, criterion, optimizer, config, monitor, folder, start, pruning)
             process.final_evaluation(network, loaders, config, monitor, folder)
 
 

@@ -5,22 +5,23 @@ from dataclasses import dataclass
 from torch import nn
 
 from model import create_model, load_weights
-from model.layer_table import trace
+from model.layer_table import Graph, trace
+from model.masks import PrunedParameters, weights_left
 from model.weights import load_state
 from policy import Policy, resolve_policy
 from quan.cost import full_precision_cost, policy_cost
-from quan.quantizer import LsqQuan
 from quan.transfer import choose_candidates
 from quan.utils import (
     bits_in_use,
     freeze_weights,
+    init_weight_steps,
     policy_modules,
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
 )
 from util import distributed
-from util.checkpoint import check_arch, load_checkpoint
+from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
 from util.exchange import read_policy
 
@@ -29,13 +30,23 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class PolicyNetwork:
-    """A network at a policy's bits, or in full precision; the facts about it that travel in its checkpoint; its cost; and
-    a remark on what is left alone, or ''."""
+    """A network at a policy's bits, or in full precision; its graph; what is pruned of it; the facts about it that travel
+    in its checkpoint, besides the masks; and a remark on what is left alone, or ''."""
 
     model: nn.Module
+    graph: Graph
+    pruned: PrunedParameters
     facts: dict
-    cost: dict
     remark: str
+
+    @property
+    def cost(self):
+        """Size and BitOPs as quan.cost counts them, sparse where something is pruned."""
+        layers, masks = self.graph.layers, self.pruned.masks
+        left = weights_left(layers, masks) if masks else None
+        if "weight_bits" not in self.facts:
+            return full_precision_cost(layers, left)
+        return policy_cost(layers, *bits_in_use(self.model), left)
 
 
 def build_network(config, num_classes, input_size, checkpoint, device):
@@ -51,17 +62,20 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     # Small files that may be wrong come before anything is downloaded.
     policy_file = read_policy(config.policy) if config.policy else None
     joint = load_checkpoint(config.init_from) if fresh and config.init_from else None
-    model = create_dense(config.arch, num_classes, config.pre_trained if fresh else False)
+    model, masks = create_dense(config.arch, num_classes, config.pre_trained if fresh else False)
+    if checkpoint is not None:
+        masks = masks_of(checkpoint, model, "resume.path")
+    elif joint is not None:
+        masks = masks_of(joint, model, config.init_from)
     graph = trace(model, input_size)
     facts = {"num_classes": num_classes, "input_size": input_size}
-    if config.fp_model:
-        cost = full_precision_cost(graph.layers)
-    else:
+    if not config.fp_model:
         policy = quantize(model, graph, config, policy_file, checkpoint or joint)
-        cost = policy_cost(graph.layers, *bits_in_use(model))
         facts.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits, signed=policy.signed)
+        if masks:
+            init_weight_steps(model, masks)
         if joint is not None:
-            start_from_joint_training(model, policy, joint, config)
+            start_from_joint_training(model, policy, joint, masks, config)
     if checkpoint is not None:
         check_same_bits(checkpoint, facts)
     if config.freeze_weights:
@@ -69,15 +83,20 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     model.to(device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
-    return PolicyNetwork(model, facts, cost, graph.describe_uncounted())
+    return PolicyNetwork(model, graph, PrunedParameters(model, masks), facts, graph.describe_uncounted())
 
 
 def create_dense(arch, num_classes, pre_trained):
-    """A full-precision network; pre_trained is False, True (torchvision's weights) or the path of a checkpoint."""
-    model = create_model(arch, num_classes, pre_trained=pre_trained is True)
-    if isinstance(pre_trained, str):
-        load_weights(model, load_checkpoint(pre_trained)["state_dict"], pre_trained)
-    return model
+    """A full-precision network and its pruning masks.
+
+    Args:
+        pre_trained: False, True (torchvision's weights) or the path of a checkpoint.
+    """
+    if not isinstance(pre_trained, str):
+        return create_model(arch, num_classes, pre_trained=pre_trained), {}
+    content, model = load_checkpoint(pre_trained), create_model(arch, num_classes)
+    load_weights(model, content["state_dict"], pre_trained)
+    return model, masks_of(content, model, pre_trained)
 
 
 def quantize(model, graph, config, policy_file, checkpoint):
@@ -104,19 +123,17 @@ def known_signs(checkpoint):
             if isinstance(row, dict) and isinstance(row.get("signed"), dict)}
 
 
-def start_from_joint_training(model, policy, checkpoint, config):
+def start_from_joint_training(model, policy, checkpoint, masks, config):
     """Load the weights, and the step sizes and BatchNorms of the chosen bits, from a stage-1 checkpoint.
 
-    Quantizers that stage 1 does not have, those of the excepted layers, start from the weights that were loaded.
+    Quantizers that stage 1 does not have, those of the excepted layers, start from the weights that were loaded and are
+    not pruned.
     """
     source = config.init_from
     check_arch(checkpoint, config.arch, source)
     state = choose_candidates(checkpoint, policy.weight_bits, policy.act_bits, source)
     load_state(model, state, source, may_lack=lambda name: ".quan_" in name)
-    for name, module in model.named_modules():
-        quantizer = getattr(module, "quan_w_fn", None)
-        if isinstance(quantizer, LsqQuan) and f"{name}.quan_w_fn.s" not in state:
-            quantizer.init_from_weight(module.weight)
+    init_weight_steps(model, masks, untrained=lambda name: f"{name}.s" not in state)
 
 
 def check_same_bits(checkpoint, facts):

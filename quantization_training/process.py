@@ -1,18 +1,17 @@
 """Fine-tuning at a policy's bits: training, BatchNorm calibration, validation, the final evaluation."""
 
-import time
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from quan.utils import BATCHNORM, keep_steps_positive
+from quan.utils import BATCHNORM
 from util import distributed
 from util.checkpoint import training_state
 from util.errors import UserError
 from util.metrics import Metrics, evaluate, evaluation_mode
 from util.monitor import log_start
-from util.optim import learning_rate, set_learning_rate
+from util.training import grouped, train_epochs, train_one_epoch, training_step
 
 ALWAYS_VALIDATED = 15  # the last epochs, each of which is validated
 
@@ -37,51 +36,16 @@ def create_criterion(config, teacher=None):
     return criterion
 
 
-def training_step(model, batches, criterion, optimizer, metrics):
-    """One optimizer step on the mean loss over batches of equal size, and over ranks.
+def train(model, loader, criterion, optimizer, config, epoch, monitor, pruning=None):
+    """Train for one epoch (the first is 0) and log what it reached; `pruning` is a GradualPruning, or None."""
+    metrics, steps = Metrics(next(model.parameters()).device), len(loader) // config.accumulation
 
-    Args:
-        batches: [(images, target), ...], as many as config.accumulation.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    for images, target in batches:
-        logits = model(images)
-        loss = criterion(logits, images, target)
-        (loss / len(batches)).backward()
-        metrics.update(logits.detach(), target, loss.detach())
-    distributed.average_gradients(model.parameters())
-    optimizer.step()
-    keep_steps_positive(model)
+    def take_step(batches, step):
+        training_step(model, batches, criterion, optimizer, metrics)
+        if pruning is not None:
+            pruning.after_step(epoch, step, steps)
 
-
-def grouped(iterable, size):
-    """Lists of `size` elements; an incomplete last one is left out."""
-    group = []
-    for element in iterable:
-        group.append(element)
-        if len(group) == size:
-            yield group
-            group = []
-
-
-def train_one_epoch(model, loader, criterion, optimizer, config, epoch, monitor):
-    """Train for one epoch (the first is 0) and log what it reached."""
-    begun = time.time()
-    model.train()
-    loader.set_epoch(epoch)
-    metrics = Metrics(next(model.parameters()).device)
-    steps = len(loader) // config.accumulation
-    images_per_step = loader.images // len(loader) * config.accumulation
-    batches = grouped(loader, config.accumulation)
-    for step, group in enumerate(monitor.progress(batches, f"epoch {epoch + 1}", images_per_step, steps)):
-        set_learning_rate(optimizer, learning_rate(config, epoch + step / steps))
-        training_step(model, group, criterion, optimizer, metrics)
-        if (step + 1) % config.log.print_freq == 0:
-            figures = metrics.result()
-            monitor.step(epoch + 1, step + 1, steps, loss=figures["loss"], top1=figures["top1"])
-    distributed.average_batchnorm_statistics(model)
-    monitor.epoch(epoch + 1, "train", {**metrics.checked_result(epoch), "lr": optimizer.param_groups[0]["lr"],
-                                       "seconds": time.time() - begun})
+    train_one_epoch(model, loader, optimizer, config, epoch, monitor, {None: metrics}, take_step, config.accumulation)
 
 
 @contextmanager
@@ -122,19 +86,31 @@ def is_validated(epoch, config):
     return epoch == 0 or (epoch + 1) % config.val_cycle == 0 or epoch >= last - ALWAYS_VALIDATED
 
 
-def finetune(network, loaders, criterion, optimizer, config, monitor, folder, start):
-    """Train to the last epoch, calibrating and validating where due; write a checkpoint after each epoch."""
-    model, best = network.model, start.best
+def finetune(network, loaders, criterion, optimizer, config, monitor, folder, start, pruning=None):
+    """Train to the last epoch, calibrating and validating where due; write a checkpoint after each epoch.
+
+    Args:
+        network: the PolicyNetwork.
+        start: the Start of this run.
+        pruning: a GradualPruning, or None; no epoch is the best one before its target is reached.
+    """
+    model = network.model
     log_start(monitor, start, network.remark)
-    for epoch in range(start.epoch, config.epochs + config.cooldown_epochs):
-        train_one_epoch(model, loaders.train, criterion, optimizer, config, epoch, monitor)
-        is_best = False
-        if is_validated(epoch, config):
-            scores = validate(model, loaders, config, epoch, monitor)
-            is_best, best = scores[0] > best[0], max(best, scores, key=lambda pair: pair[0])
-        state = training_state(model, optimizer, epoch + 1, best, config, monitor)
+
+    def run_epoch(epoch):
+        train(model, loaders.train, criterion, optimizer, config, epoch, monitor, pruning)
+
+    def validate_where_due(epoch):
+        scores = validate(model, loaders, config, epoch, monitor) if is_validated(epoch, config) else None
+        return scores if pruning is None or pruning.is_complete(epoch + 1) else None
+
+    def save(epochs, best, is_best):
+        state = training_state(model, optimizer, epochs, best, config, monitor)
         if distributed.is_main():
-            folder.save({**state, **network.facts}, is_best)
+            folder.save({**state, **network.facts, "masks": network.pruned.masks}, is_best)
+
+    last = config.epochs + config.cooldown_epochs
+    train_epochs(start.epoch, last, start.best, run_epoch, validate_where_due, save)
 
 
 def validate(model, loaders, config, epoch, monitor):
@@ -163,8 +139,19 @@ def final_evaluation(network, loaders, config, monitor, folder):
 def report(figures, cost):
     """Accuracy, size and BitOPs on one line."""
     return (f"loss {figures['loss']:.4f}  top-1 {figures['top1']:.3f}  top-5 {figures['top5']:.3f}  "
-            f"size {cost['size_mb']:.4f} MB ({cost['ratio']:.2f}x smaller than 32 bits)  "
-            f"BitOPs {cost['gbitops']:.3f} G ({cost['gbitops_exact']:.3f} G by exact output sizes)")
+            f"{describe_cost(cost, '  ')}")
+
+
+def describe_cost(cost, separator):
+    """Size and BitOPs; of a pruned network its sparsity, sparse size and effective BitOPs too."""
+    parts = [f"size {cost['size_mb']:.4f} MB ({cost['ratio']:.2f}x smaller than 32 bits)",
+             f"BitOPs {cost['gbitops']:.3f} G ({cost['gbitops_exact']:.3f} G by exact output sizes)"]
+    if "sparsity" in cost:
+        parts += [f"{100 * cost['sparsity']:.2f} % sparse",
+                  f"sparse size {cost['sparse_size_mb']:.4f} MB ({cost['sparse_ratio']:.2f}x smaller in all)",
+                  f"effective BitOPs {cost['gbitops_effective']:.3f} G ({cost['gbitops_effective_exact']:.3f} G by exact "
+                  "output sizes)"]
+    return separator.join(parts)
 
 
 def evaluate_only(network, loaders, path):
@@ -183,8 +170,7 @@ def dry_run(network, loaders, criterion, optimizer, config):
     cost, parameters = network.cost, sum(p.numel() for p in network.model.parameters())
     if distributed.is_main():
         print(f"{config.arch}: {len(network.facts.get('weight_bits', {}))} searched layers, {parameters / 1e6:.3f} M "
-              f"parameters; size {cost['size_mb']:.4f} MB ({cost['ratio']:.2f}x smaller than 32 bits), "
-              f"BitOPs {cost['gbitops']:.3f} G ({cost['gbitops_exact']:.3f} G by exact output sizes)\n"
+              f"parameters; {describe_cost(cost, ', ')}\n"
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
               f"{loaders.val.images} validation and {loaders.test.images} test images\n"
               f"loss of the first step: {metrics.result()['loss']:.4f}\n"

@@ -1,6 +1,7 @@
 """What a configuration file of this stage may say: LIMPQ's keys, and those that are new here."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from util.config import RunConfig, bounded
 from util.errors import UserError
@@ -17,9 +18,23 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class GradualPruneConfig:
+    """Pruning while training goes on, from start_epoch to end_epoch (by default three quarters of `epochs`), every
+    `frequency` steps; off without target_sparsity. excepts: by default the first convolution and the last linear layer."""
+
+    target_sparsity: float | None = bounded(None, above=0, below=1)
+    type: Literal["unstructured", "structured"] = "unstructured"
+    scope: Literal["global", "layer"] = "global"
+    start_epoch: float = bounded(0, low=0)
+    end_epoch: float | None = bounded(None, above=0)
+    frequency: int = bounded(100, low=1)
+    excepts: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tuning at a policy's bits, or full-precision training. New keys: policy, init_from, sat, accumulation,
-    calibration_images, distillation."""
+    calibration_images, distillation, prune."""
 
     name: str = "finetune"
     policy: str | None = None
@@ -28,10 +43,12 @@ class FinetuneConfig(RunConfig):
     accumulation: int = bounded(1, low=1)
     calibration_images: int = bounded(6000, low=0)
     distillation: DistillationConfig = DistillationConfig()
+    prune: GradualPruneConfig = GradualPruneConfig()
 
     def __post_init__(self):
         super().__post_init__()
         check_schedule(self)
+        self._check_pruning()
         typed = [key for key in ("weight_bits", "act_bits") if getattr(self, key) is not None]
         if self.policy and typed:
             raise UserError(f"{typed[0]}: the bits come from policy already; give one of the two")
@@ -46,3 +63,20 @@ class FinetuneConfig(RunConfig):
             for bit in bits if isinstance(bits, list) else [bits]:
                 if not 2 <= bit <= 8:
                     raise UserError(f"{key}: found {bit}, expected bit-widths from 2 to 8")
+
+    def _check_pruning(self):
+        if self.prune.target_sparsity is None:
+            return
+        last = self.epochs + self.cooldown_epochs
+        if self.prune_until > last:
+            raise UserError(f"prune.end_epoch: found {self.prune_until:g}, allowed is at most the {last} epochs of the run")
+        if self.prune.start_epoch >= self.prune_until:
+            raise UserError(f"prune.start_epoch: found {self.prune.start_epoch:g}, allowed is less than end_epoch "
+                            f"({self.prune_until:g})")
+        if self.freeze_weights:
+            raise UserError("freeze_weights: weights that do not change are not worth ranking; leave it false with prune")
+
+    @property
+    def prune_until(self):
+        """The end, in epochs, of gradual pruning."""
+        return 0.75 * self.epochs if self.prune.end_epoch is None else self.prune.end_epoch

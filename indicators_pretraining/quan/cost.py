@@ -5,31 +5,61 @@ FLOAT_BIT = 32
 MB = 8 * 2**20  # bits in 2^20 bytes
 
 
-def policy_cost(layers, weight_bits, act_bits):
+def policy_cost(layers, weight_bits, act_bits, left=None):
     """Size and BitOPs of a network, as the search counts them.
 
     Args:
         layers: {name: LayerCall} of all layers.
         weight_bits, act_bits: {name: bit}; layers that are not named count with 8 bits.
+        left: {name: number of weights that are not pruned}; None for a dense network.
 
     Returns:
         {'size_mb', 'ratio', 'gbitops', 'gbitops_exact'}: MB are 2^20 bytes, the ratio is against 32-bit weights,
         BitOPs are 1e9 of sum macs * weight bit * activation bit, with the published and with the exact count of MACs.
-        Weights of convolutions and linear layers are counted, normalization and biases are not.
+        Weights of convolutions and linear layers are counted, normalization and biases are not. A pruned network has
+        in addition {'sparsity', 'sparse_size_mb', 'sparse_ratio', 'gbitops_effective', 'gbitops_effective_exact'}: the
+        share of weights that are zero; the size where each layer takes the smaller of its dense size and one bit per
+        weight plus the non-zero ones; BitOPs of the MACs with a non-zero weight.
     """
     bits = {name: (weight_bits.get(name, FIXED_BIT), act_bits.get(name, FIXED_BIT)) for name in layers}
-    return _cost(layers, bits)
+    return _cost(layers, bits, left)
 
 
-def full_precision_cost(layers):
+def full_precision_cost(layers, left=None):
     """The same with 32 bits everywhere."""
-    return _cost(layers, dict.fromkeys(layers, (FLOAT_BIT, FLOAT_BIT)))
+    return _cost(layers, dict.fromkeys(layers, (FLOAT_BIT, FLOAT_BIT)), left)
 
 
-def _cost(layers, bits):
+def nonzero_macs(call, left, macs):
+    """The MACs of a layer with a weight that is not pruned: each weight is used equally often.
+
+    Args:
+        call: the LayerCall.
+        left: number of weights that are not pruned.
+        macs: its MACs by one of the two counts.
+    """
+    return macs * left // call.params
+
+
+def sparse_size(params, left, bit):
+    """Bits that a pruned layer takes: dense, or one bit per weight that says where it is not zero, and these weights."""
+    return min(params * bit, params + left * bit)
+
+
+def _cost(layers, bits, left):
     size = sum(call.params * bits[name][0] for name, call in layers.items())
     whole = sum(call.params * FLOAT_BIT for call in layers.values())
     product = {name: weight * act for name, (weight, act) in bits.items()}
-    return {"size_mb": size / MB, "ratio": whole / size,
+    cost = {"size_mb": size / MB, "ratio": whole / size,
             "gbitops": sum(call.macs_published * product[name] for name, call in layers.items()) / 1e9,
             "gbitops_exact": sum(call.macs_exact * product[name] for name, call in layers.items()) / 1e9}
+    return cost if left is None else cost | _sparse_cost(layers, bits, left, whole)
+
+
+def _sparse_cost(layers, bits, left, whole):
+    size = sum(sparse_size(call.params, left[name], bits[name][0]) for name, call in layers.items())
+    effective = {count: sum(nonzero_macs(call, left[name], getattr(call, f"macs_{count}")) * bits[name][0] * bits[name][1]
+                            for name, call in layers.items()) / 1e9 for count in ("published", "exact")}
+    return {"sparsity": 1 - sum(left.values()) / sum(call.params for call in layers.values()),
+            "sparse_size_mb": size / MB, "sparse_ratio": whole / size,
+            "gbitops_effective": effective["published"], "gbitops_effective_exact": effective["exact"]}

@@ -44,7 +44,7 @@ def test_a_checkpoint_with_limpqs_names_loads(tmp_path):
     torch.save({"epoch": 3, "arch": "resnet50", "state_dict": state, "extras": {}, "optimizer": {}}, tmp_path / "c")
     excepts = {name: ExceptionConfig() for name in ("conv1", "bn1", "fc")}
     config = IndicatorsConfig(arch="resnet50", target_bits=BITS, quan=QuanConfig(excepts=excepts))
-    model = build_network(config, 1000, 64, False, torch.device("cpu")).model
+    model = build_network(config, 1000, 64, None, torch.device("cpu")).model
     load_state(model, load_checkpoint(tmp_path / "c")["state_dict"], "c")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[f"module.{name}"]), name
@@ -53,7 +53,7 @@ def test_a_checkpoint_with_limpqs_names_loads(tmp_path):
 def small(seed=0):
     config = IndicatorsConfig(arch="resnet20", target_bits=[4, 2], seed=seed)
     torch.manual_seed(seed)
-    return build_network(config, 10, 8, True, torch.device("cpu"))
+    return build_network(config, 10, 8, None, torch.device("cpu"))
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path):

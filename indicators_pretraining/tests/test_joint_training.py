@@ -198,7 +198,7 @@ def one_rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     images, target = batch()
     result = joined_gradients(2, images[rank::2], target[rank::2])
-    network = build_network(IndicatorsConfig(arch="resnet20", seed=rank), 10, 16, True, torch.device("cpu"))
+    network = build_network(IndicatorsConfig(arch="resnet20", seed=rank), 10, 16, None, torch.device("cpu"))
     bn = nn.BatchNorm2d(2)
     bn.running_mean.fill_(rank)
     bn.running_var.fill_(3 + 2 * rank)

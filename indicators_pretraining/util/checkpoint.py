@@ -3,11 +3,12 @@
 import io
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import yaml
 
+from model.masks import checked_masks
 from model.weights import load_state
 from util import distributed
 from util.config import describe, differing_keys, to_plain
@@ -22,7 +23,8 @@ SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 ENTRY_TYPES = {"version": int, "epoch": int, "arch": str, "config": dict, "extras": dict, "optimizer": dict, "bits": list,
-               "weight_bits": dict, "act_bits": dict, "signed": dict, "layers": dict, "fixed": dict, "batchnorms": dict}
+               "weight_bits": dict, "act_bits": dict, "signed": dict, "layers": dict, "fixed": dict, "batchnorms": dict,
+               "masks": dict, "level": int, "initial_sparsity": float}
 
 
 def save_checkpoint(path, checkpoint):
@@ -167,7 +169,8 @@ def find_run(config, folder):
         return None
     content = distributed.on_main(load_checkpoint, path)
     check_arch(content, config.arch, path)
-    if config.eval and "config" in content:
+    is_quantized = any(name.endswith(".quan_w_fn.s") for name in content["state_dict"])
+    if config.eval and "config" in content and is_quantized:
         check_same_model(content["config"], to_plain(config), path)
     return Found(path, content, lean)
 
@@ -195,8 +198,16 @@ class Start:
     changed: tuple = ()
 
 
-def restore(found, model, optimizer, config):
+def masks_of(content, model, path):
+    """The pruning masks that a checkpoint carries, {} where it has none; `model` is its full-precision network."""
+    return checked_masks(model, content.get("masks", {}), path)
+
+
+def restore(found, model, optimizer, config, harmless=()):
     """Load a checkpoint, if there is one, into a model; and unless only its weights are taken, continue its run.
+
+    Args:
+        harmless: keys, or beginnings of keys, that may differ besides those that always may.
 
     Returns:
         the Start.
@@ -206,21 +217,30 @@ def restore(found, model, optimizer, config):
     """
     if found is None:
         return Start()
-    changed = [] if found.lean else check_continues(found.content, config, found.path)
-    load_state(model, found.content["state_dict"], found.path)
+    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless)
     if found.lean:
+        load_state(model, found.content["state_dict"], found.path)
         return Start()
+    return replace(load_training_state(found.content, model, optimizer, found.path), changed=tuple(changed))
+
+
+def load_training_state(content, model, optimizer, path):
+    """Put model, optimizer and random generators into the state that a checkpoint holds; return the Start it says."""
+    load_state(model, content["state_dict"], path)
     try:
-        optimizer.load_state_dict(found.content["optimizer"])
-        distributed.set_random_states(found.content["random_states"])
-        return Start(found.content["epoch"], (float(found.content["extras"]["top1"]), float(found.content["extras"]["top5"])),
-                     found.content.get("wandb_id"), tuple(changed))
+        optimizer.load_state_dict(content["optimizer"])
+        distributed.set_random_states(content["random_states"])
+        return Start(content["epoch"], (float(content["extras"]["top1"]), float(content["extras"]["top5"])),
+                     content.get("wandb_id"))
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{found.path}: what it holds does not fit this run ({reason(error)})") from None
+        raise UserError(f"{path}: what it holds does not fit this run ({reason(error)})") from None
 
 
-def check_continues(checkpoint, config, path):
+def check_continues(checkpoint, config, path, harmless=()):
     """Refuse to continue a run whose configuration differs in what matters.
+
+    Args:
+        harmless: keys, or beginnings of keys, that may differ besides those that always may.
 
     Returns:
         the schedule keys that differ; the continued run then does not equal an undisturbed one.
@@ -228,7 +248,7 @@ def check_continues(checkpoint, config, path):
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
     keys = differing_keys(checkpoint["config"], to_plain(config))
-    keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith(HARMLESS_SECTIONS)]
+    keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless))]
     serious = [key for key in keys if key not in SCHEDULE_KEYS]
     if serious:
         raise UserError(f"{path}: the run was started with another {', '.join(serious)}; "

@@ -28,11 +28,11 @@ class Metrics:
         loss, top1, top5, images = sum_over_ranks(self.sums.clone()).tolist()
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
 
-    def checked_result(self, epoch):
+    def checked_result(self, number):
         """The same; a loss that is not finite ends the run."""
         figures = self.result()
         if not math.isfinite(figures["loss"]):
-            raise UserError(f"the loss of epoch {epoch + 1} is not finite; lower lr, or add warmup_epochs "
+            raise UserError(f"the loss of epoch {number} is not finite; lower lr, or add warmup_epochs "
                             "(the checkpoint of the epoch before is kept)")
         return figures
 

@@ -167,6 +167,11 @@ class Monitor:
         self._send({f"{split}/{name}{suffix}": value for name, value in numbers.items()} | {"epoch": int(epoch)})
 
     @on_main
+    def send(self, group, figures):
+        """Send figures that belong to no epoch to wandb, under `group`/."""
+        self._send({f"{group}/{name}": value for name, value in figures.items()})
+
+    @on_main
     def scores(self, epoch, top1, top5):
         """Put an epoch on the scoreboard and log the best epochs so far."""
         self._scoreboard.add(int(epoch), float(top1), float(top5))

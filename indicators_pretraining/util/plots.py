@@ -28,21 +28,32 @@ def save_curves(path, rows, title):
     rows = [row for row in rows if row["split"] in SPLIT_STYLES]
     if not rows:
         return False
-    # The object interface, because pyplot keeps figures and a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.4), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
+    figure = new_figure(title, (11, 4.4))
     colours = colour_labels({row["bits"] for row in rows})
     for axes, (key, name) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         draw_panel(axes, rows, key, name, colours)
     add_legend(figure, colours, [split for split in SPLIT_STYLES if any(row["split"] == split for row in rows)])
-    picture = io.BytesIO()
-    canvas.print_png(picture)
-    write_atomically(path, picture.getvalue())
+    save_figure(figure, path)
     return True
+
+
+def new_figure(title, size):
+    """An empty figure, its size in inches, with a title above."""
+    # The object interface, because pyplot keeps figures and a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def save_figure(figure, path):
+    """Write a figure into a PNG file."""
+    picture = io.BytesIO()
+    figure.canvas.print_png(picture)
+    write_atomically(path, picture.getvalue())
 
 
 def colour_labels(labels):

@@ -137,6 +137,19 @@ def keep_steps_positive(model):
         quantizer.keep_positive()
 
 
+def init_weight_steps(model, masks, untrained=lambda name: True):
+    """Set the initial step sizes of weights anew, from the weights that remain.
+
+    Args:
+        masks: pruning masks, {parameter name: bool tensor}.
+        untrained: which quantizers, by name, have no step size yet; the others are left as they are.
+    """
+    for name, quantizer in step_quantizers(model).items():
+        layer, _, kind = name.rpartition(".")
+        if kind == "quan_w_fn" and untrained(name):
+            quantizer.init_from_weight(model.get_submodule(layer).weight, masks.get(f"{layer}.weight"))
+
+
 def set_batch_parts(model, parts):
     """Tell every activation quantizer in how many equal parts a batch is computed: ranks times accumulated batches."""
     for name, quantizer in step_quantizers(model).items():

@@ -25,6 +25,7 @@ from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, Qu
 from util.errors import UserError
 from util.exchange import read_policy, write_policy
 from util.metrics import evaluate
+from util.training import training_step
 
 CPU = torch.device("cpu")
 EXCEPTS = {name: ExceptionConfig() for name in ("conv1", "bn1", "fc")}
@@ -295,8 +296,7 @@ def small_step(parts, images, target):
     replace_module_by_names(model, modules)
     set_batch_parts(model, parts)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    process.training_step(model.train(), [(images, target)], process.create_criterion(config()), optimizer,
-                          process.Metrics(CPU))
+    training_step(model.train(), [(images, target)], process.create_criterion(config()), optimizer, process.Metrics(CPU))
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -342,7 +342,7 @@ def test_accumulated_batches_give_the_gradients_of_one_large_batch():
     criterion = process.create_criterion(config())
     for model, parts in ((joined, [(images, target)]), (split, [(images[:4], target[:4]), (images[4:], target[4:])])):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        process.training_step(model, parts, criterion, optimizer, process.Metrics(CPU))
+        training_step(model, parts, criterion, optimizer, process.Metrics(CPU))
     for (name, one), two in zip(joined.named_parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 

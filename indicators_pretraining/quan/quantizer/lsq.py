@@ -57,6 +57,16 @@ def lsq(v, s, qn, qp, scale=1.0):
     return _Lsq.apply(v, s, qn, qp, scale)
 
 
+def _statistics(values, kept):
+    """Mean, mean of the absolute values, and unbiased standard deviation of each row; `kept` says which values count."""
+    if kept is None:
+        return values.mean(1), values.abs().mean(1), values.std(1)
+    count = kept.sum(1)
+    mean = (values * kept).sum(1) / count.clamp(min=1)
+    deviation = ((values - mean[:, None]).square() * kept).sum(1) / (count - 1).clamp(min=1)
+    return mean, (values.abs() * kept).sum(1) / count.clamp(min=1), deviation.sqrt()
+
+
 class LsqQuan(Quantizer):
     """LSQ with one learned step size per candidate bit-width.
 
@@ -120,16 +130,21 @@ class LsqQuan(Quantizer):
         self._mark(self.index)
 
     @torch.no_grad()
-    def init_from_weight(self, weight):
-        """Set every step size from a weight of shape [out_channels, ...], as `init` says."""
-        values = weight.detach().flatten(1) if self.s.dim() == 2 else weight.detach().reshape(1, -1)
+    def init_from_weight(self, weight, kept=None):
+        """Set every step size from a weight of shape [out_channels, ...], as `init` says.
+
+        Args:
+            kept: bool tensor of the same shape, True where the weight is not pruned; the others do not count. None: all.
+        """
+        rows = (lambda tensor: tensor.flatten(1)) if self.s.dim() == 2 else (lambda tensor: tensor.reshape(1, -1))
+        values = rows(weight.detach())
+        mean, mean_size, deviation = _statistics(values, None if kept is None else rows(kept.to(weight.device)))
         for index, bit in enumerate(self.bits):
             _, qp = integer_range(bit, self.signed, self.symmetric)
             if self.init == "lsq":
-                step = 2 * values.abs().mean(1) / math.sqrt(qp)
+                step = 2 * mean_size / math.sqrt(qp)
             else:
-                mean, spread = values.mean(1), 3 * values.std(1)
-                step = torch.maximum((mean - spread).abs(), (mean + spread).abs()) / 2 ** (bit - 1)
+                step = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / 2 ** (bit - 1)
             self.s[index] = step.clamp(min=SMALLEST_STEP).reshape(self.s[index].shape)
             self._mark(index)
 

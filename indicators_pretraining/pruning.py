@@ -1,0 +1,56 @@
+"""Prune a network by magnitude, level by level, rewinding to an early state.
+
+python pruning.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]
+python -m torch.distributed.launch --nproc_per_node=N pruning.py CONFIG.yaml
+"""
+
+from dataclasses import replace
+
+import rewinding
+from network import build_dense
+from rewinding import Plan, Pruning, PruningFolder
+from schema import PruningConfig
+from util import distributed
+from util.checkpoint import restore
+from util.command import parse_training_arguments
+from util.config import load_config
+from util.data_loader import create_loaders, describe_data
+from util.errors import user_errors_on_one_line
+from util.monitor import log_start, open_monitor
+from util.optim import create_optimizer
+
+
+def main(arguments=None):
+    configs, overrides, is_dry_run = parse_training_arguments(__doc__, arguments)
+    config = load_config(PruningConfig, configs, overrides).for_levels()
+    with distributed.process_group(config.training_device) as device:
+        distributed.set_seed(config.seed, config.dataloader.deterministic)
+        run(config, device, is_dry_run)
+
+
+def run(config, device, is_dry_run):
+    folder = PruningFolder.of(config)
+    found = folder.find(config)
+    num_classes, input_size = describe_data(config.dataloader)
+    network = build_dense(config, num_classes, input_size, found, device)
+    optimizer = create_optimizer(network.model, config)
+    start = restore(found, network.model, optimizer, config, rewinding.harmless(found))
+    network.pruned.hold(optimizer)
+    plan = Plan(network, config.prune)
+    plan.check(rewinding.level_of(found), network.pruned.masks)
+    loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
+                             distributed.barrier, distributed.is_local_main())
+    if is_dry_run:
+        rewinding.dry_run(network, plan, loaders, optimizer, config)
+    elif rewinding.is_finished(found, plan, config, folder):
+        rewinding.announce_finished(folder)
+    else:
+        completed = rewinding.epochs_before(rewinding.level_of(found), config) + start.epoch
+        with open_monitor(folder, config, replace(start, epoch=completed), device) as monitor:
+            log_start(monitor, replace(start, epoch=completed), "")
+            Pruning(network, plan, loaders, optimizer, config, monitor, folder).run(found, start)
+
+
+if __name__ == "__main__":
+    with user_errors_on_one_line():
+        main()

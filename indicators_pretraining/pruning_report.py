@@ -1,0 +1,106 @@
+"""What pruning came to: a row for each level, as CSV, as a picture of accuracy against sparsity, and as a summary."""
+
+import csv
+import io
+import os
+
+import yaml
+
+from model.masks import weights_left
+from quan.cost import full_precision_cost, nonzero_macs
+from util import distributed
+from util.exchange import write_atomically
+from util.plots import new_figure, save_figure
+
+COLUMNS = ("level", "removed", "sparsity", "loss", "top1", "top5", "size_mb", "sparse_size_mb", "sparse_ratio", "macs",
+           "nonzero_macs")
+PER_LAYER = "sparsity."  # begins the name of a column that belongs to one layer
+
+
+def make_row(level, figures, graph, masks, removed):
+    """The row of a level.
+
+    Args:
+        figures: loss, top1 and top5 (percent) on the test set.
+        graph: the Graph of the network.
+        masks: pruning masks of the level.
+        removed: the share of the prunable weights, or channels, that is removed.
+
+    Returns:
+        {column: value}: sparsity is the share of all weights of convolutions and linear layers that are zero; sizes are
+        those of 32-bit weights in MB (2^20 bytes), dense and with one bit per weight plus the non-zero ones where that is
+        smaller; MACs are exact, of one image. `sparsity.<layer>` is that of one layer.
+    """
+    left = weights_left(graph.layers, masks)
+    cost = full_precision_cost(graph.layers, left)
+    row = {"level": level, "removed": removed, **{key: figures[key] for key in ("loss", "top1", "top5")},
+           **{key: cost[key] for key in ("sparsity", "size_mb", "sparse_size_mb", "sparse_ratio")},
+           "macs": sum(call.macs_exact for call in graph.layers.values()),
+           "nonzero_macs": sum(nonzero_macs(call, left[name], call.macs_exact) for name, call in graph.layers.items())}
+    return row | {f"{PER_LAYER}{name}": 1 - left[name] / call.params for name, call in graph.layers.items()}
+
+
+def columns_of(layers):
+    return [*COLUMNS, *(f"{PER_LAYER}{name}" for name in layers)]
+
+
+def write(folder, title, rows):
+    """Write pruning.csv and pruning.png into the run folder."""
+    layers = [column.removeprefix(PER_LAYER) for column in rows[0] if column.startswith(PER_LAYER)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns_of(layers), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(os.path.join(folder, "pruning.csv"), text.getvalue().encode())
+    draw(os.path.join(folder, "pruning.png"), title, rows)
+
+
+def read(folder, graph):
+    """{level: row} of pruning.csv, without rows that cannot be read; {} where it is missing or another network's."""
+    try:
+        with open(os.path.join(folder, "pruning.csv"), encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != columns_of(graph.layers):
+                return {}
+            rows = [_read_row(row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+    return {row["level"]: row for row in rows if row is not None}
+
+
+def is_complete(folder, graph, last_level):
+    """Whether report and summary are written up to the last level and no further."""
+    return (set(read(folder, graph)) == set(range(last_level + 1))
+            and os.path.exists(os.path.join(folder, "summary.yaml")))
+
+
+def _read_row(texts):
+    whole = ("level", "macs", "nonzero_macs")
+    try:
+        return {column: int(text) if column in whole else float(text) for column, text in texts.items()}
+    except (ValueError, TypeError):
+        return None
+
+
+def summarise(path, config, rows):
+    """Write summary.yaml: the levels without their layers."""
+    if distributed.is_main():
+        levels = [{column: row[column] for column in COLUMNS} for row in rows]
+        facts = {"name": config.name, "arch": config.arch, "epochs_per_level": config.epochs, "levels": levels}
+        write_atomically(path, yaml.safe_dump(facts, sort_keys=False).encode())
+
+
+def draw(path, title, rows):
+    """Draw top-1 on the test set against sparsity, one point per level, into a PNG file."""
+    figure = new_figure(title, (6.4, 4.4))
+    axes = figure.subplots()
+    points = sorted((100 * row["sparsity"], row["top1"]) for row in rows)
+    axes.axhline(rows[0]["top1"], color="0.6", linestyle="--", linewidth=1.2, label="level 0")
+    axes.plot(*zip(*points, strict=True), marker="o", markersize=4.5, color="tab:blue", label="each level")
+    axes.set_xlabel("weights that are zero (%)")
+    axes.set_ylabel("top-1 accuracy on the test set (%)")
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(figure, path)

@@ -1,0 +1,323 @@
+"""Iterative magnitude pruning with rewinding, level by level (Frankle & Carbin, arXiv 1803.03635 and 1912.05671).
+
+Level 0 trains the dense network and keeps its state after `rewind_epoch` epochs on disk. Each further level removes the
+smallest of the weights that are left, loads that early state back, and trains what remains to the end.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+
+import pruning_report
+from model.masks import companions, counted, next_masks, prunable_layers, rounded, units
+from model.weights import load_state
+from util import distributed
+from util.checkpoint import (
+    Found,
+    RunFolder,
+    Start,
+    check_arch,
+    load_checkpoint,
+    load_training_state,
+    masks_of,
+    save_checkpoint,
+    training_state,
+)
+from util.errors import UserError
+from util.metrics import Metrics, evaluate
+from util.training import train_epochs, train_one_epoch, training_step
+
+HARMLESS = ("quan.", "target_bits", "in_place_distillation", "weight_bits", "act_bits", "prune.levels",
+            "prune.target_sparsity")  # what no level's training depends on
+HARMLESS_WHILE_DENSE = ("prune.method", "prune.type", "prune.scope", "prune.amount", "prune.excepts")
+
+
+@dataclass(frozen=True)
+class PruningFolder:
+    """`<output_dir>/<name>_pruning/`: a checkpoint for each level, and the early state that all of them go back to."""
+
+    path: str
+
+    @classmethod
+    def of(cls, config):
+        return cls(RunFolder.of(config).path)
+
+    def level(self, number):
+        return os.path.join(self.path, f"level_{number}_checkpoint.pth.tar")
+
+    @property
+    def rewind(self):
+        return os.path.join(self.path, "rewind_checkpoint.pth.tar")
+
+    @property
+    def summary(self):
+        return os.path.join(self.path, "summary.yaml")
+
+    def newest_level(self):
+        """The number of the newest level that left a checkpoint, or None."""
+        number = 0
+        while os.path.exists(self.level(number)):
+            number += 1
+        return number - 1 if number else None
+
+    def find(self, config):
+        """The Found checkpoint of the newest level, or None where the run starts afresh."""
+        number = distributed.on_main(self.newest_level)
+        return None if number is None else self.load(number, config)
+
+    def load(self, number, config):
+        path = self.level(number)
+        content = distributed.on_main(load_checkpoint, path)
+        check_arch(content, config.arch, path)
+        if content.get("level") != number:
+            raise UserError(f"{path}: is not the checkpoint of level {number}")
+        return Found(path, content, lean=False)
+
+
+def harmless(found):
+    """Which keys of the configuration may differ from those that the newest level was trained with."""
+    return HARMLESS + (HARMLESS_WHILE_DENSE if level_of(found) == 0 else ())
+
+
+def level_of(found):
+    return found.content["level"] if found else 0
+
+
+def last_epoch(config):
+    """The number of epochs after which a level is finished."""
+    return config.epochs + config.cooldown_epochs
+
+
+def epochs_before(level, config):
+    """What is added to the epochs of a level to number those of the whole run: a level begins at rewind_epoch."""
+    return level * (last_epoch(config) - config.prune.rewind_epoch)
+
+
+def is_finished(found, plan, config, folder):
+    """Whether the last level is trained and the results are written."""
+    return (found is not None and found.content["epoch"] >= last_epoch(config)
+            and plan.is_last(level_of(found), plan.pruned.masks)
+            and distributed.on_main(pruning_report.is_complete, folder.path, plan.graph, level_of(found)))
+
+
+def announce_finished(folder):
+    if distributed.is_main():
+        print(f"{folder.path}: this run is finished; give more levels or a higher target_sparsity to go on, or another name "
+              "to start anew")
+
+
+class Pruning:
+    """A run of all levels.
+
+    Args:
+        network: the DenseNetwork.
+        plan: its Plan.
+        loaders, optimizer, config, monitor: as in every training; config is a PruningConfig made for levels.
+        folder: the PruningFolder.
+    """
+
+    def __init__(self, network, plan, loaders, optimizer, config, monitor, folder):
+        self.model, self.graph, self.pruned = network.model, network.graph, network.pruned
+        self.plan, self.loaders, self.optimizer, self.config = plan, loaders, optimizer, config
+        self.monitor, self.folder = monitor, folder
+        self.last_epoch = last_epoch(config)
+        self.rows = []
+
+    def run(self, found, start):
+        """Train every level that is not finished.
+
+        Args:
+            found: the Found checkpoint of the newest level, which is loaded already, or None.
+            start: its Start.
+        """
+        level = level_of(found)
+        self.find_rows(found)
+        while True:
+            self.train(level, start)
+            self.report(level)
+            if self.plan.is_last(level, self.pruned.masks):
+                break
+            level += 1
+            start = self.begin(level, distributed.on_main(self.plan.masks_for, level, self.pruned.masks))
+        pruning_report.summarise(self.folder.summary, self.config, self.rows)
+
+    def begin(self, level, masks):
+        """Load the early state back, unless the method goes on without, and apply the new masks; return the Start."""
+        if self.config.prune.method != "iterative":
+            self.rewind()
+        self.pruned.set(masks)
+        self.pruned.apply()
+        self.monitor.log(f"level {level}: {self.plan.describe(masks)}")
+        return Start(self.config.prune.rewind_epoch)
+
+    def rewind(self):
+        """Load weights, BatchNorm, optimizer and random states as they were after rewind_epoch epochs."""
+        content, epoch = distributed.on_main(load_checkpoint, self.folder.rewind), self.config.prune.rewind_epoch
+        if content.get("epoch") != epoch:
+            raise UserError(f"{self.folder.rewind}: holds the state after epoch {content.get('epoch')}, not {epoch}")
+        load_training_state(content, self.model, self.optimizer, self.folder.rewind)
+
+    def train(self, level, start):
+        """Train a level to its last epoch, with a checkpoint after each; a finished one is left as it is."""
+        rewind_epoch, criterion = self.config.prune.rewind_epoch, criterion_of(self.config)
+        if level == start.epoch == rewind_epoch == 0:
+            self.save(self.folder.rewind, level, 0, start.best)
+
+        def run_epoch(epoch):
+            metrics = Metrics(next(self.model.parameters()).device)
+
+            def take_step(batches, step):
+                training_step(self.model, batches, criterion, self.optimizer, metrics)
+
+            train_one_epoch(self.model, self.loaders.train, self.optimizer, self.config, epoch, self.monitor,
+                            {None: metrics}, take_step, epochs_before=epochs_before(level, self.config))
+
+        def save(epochs, best, is_best):
+            if level == 0 and epochs == rewind_epoch:
+                self.save(self.folder.rewind, level, epochs, best)
+            self.save(self.folder.level(level), level, epochs, best)
+
+        train_epochs(start.epoch, self.last_epoch, start.best, run_epoch, lambda epoch: self.validate(level, epoch), save)
+
+    def validate(self, level, epoch):
+        """Validate where it is due and log it; return top-1 and top-5, or None."""
+        if (epoch + 1) % self.config.val_cycle and epoch + 1 < self.last_epoch:
+            return None
+        figures, number = evaluate(self.model, self.loaders.val), epochs_before(level, self.config) + epoch + 1
+        self.monitor.epoch(number, "val", figures)
+        self.monitor.scores(number, figures["top1"], figures["top5"])
+        self.monitor.save_plots()
+        return figures["top1"], figures["top5"]
+
+    def save(self, path, level, epochs, best):
+        state = training_state(self.model, self.optimizer, epochs, best, self.config, self.monitor)
+        if distributed.is_main():
+            save_checkpoint(path, {**state, "level": level, "masks": self.pruned.masks})
+
+    def report(self, level):
+        """Evaluate a finished level on the test set and write it into the report, unless it stands there."""
+        if any(row["level"] == level for row in self.rows):
+            return
+        figures = evaluate(self.model, self.loaders.test)
+        number = epochs_before(level, self.config) + self.last_epoch
+        self.monitor.epoch(number, "test", figures)
+        masks = self.pruned.masks
+        self.rows.append(pruning_report.make_row(level, figures, self.graph, masks, self.plan.share_removed(masks)))
+        self.monitor.send("pruning", self.rows[-1])
+        if distributed.is_main():
+            pruning_report.write(self.folder.path, self.config.name, self.rows)
+
+    def find_rows(self, found):
+        """Read the report of the levels that are finished; one that is missing there is evaluated again."""
+        newest, is_finished = level_of(found), found and found.content["epoch"] >= self.last_epoch
+        known = distributed.on_main(pruning_report.read, self.folder.path, self.graph)
+        for level in range(newest):
+            if level in known:
+                self.rows.append(known[level])
+            else:
+                self.load_level(self.folder.load(level, self.config))
+                self.report(level)
+        if is_finished and newest in known:
+            self.rows.append(known[newest])
+        if found:
+            self.load_level(found)
+
+    def load_level(self, found):
+        """Take the weights and masks of a level."""
+        load_state(self.model, found.content["state_dict"], found.path)
+        self.pruned.set(masks_of(found.content, self.model, found.path))
+
+
+def criterion_of(config):
+    """Label-smoothed cross-entropy of (logits, images, target)."""
+    return lambda logits, images, target: F.cross_entropy(logits, target, label_smoothing=config.smoothing)
+
+
+class Plan:
+    """What each level removes, of which layers, and when it is enough.
+
+    Args:
+        network: the DenseNetwork; its weights are ranked as they are when masks are asked for.
+        prune: the PruneConfig.
+    """
+
+    def __init__(self, network, prune):
+        self.model, self.graph, self.pruned, self.prune = network.model, network.graph, network.pruned, prune
+        self.layers = prunable_layers(network.graph, prune.excepts)
+        self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
+
+    def weights(self):
+        return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
+
+    def masks_for(self, level, masks):
+        """The masks of a level (the first is 1), ranked by the weights as they are at the end of the level before.
+
+        Raises:
+            UserError: where the level would remove nothing.
+        """
+        prune, (total, left) = self.prune, self.count(masks)
+        grown = next_masks(self.weights(), masks, self.followers, prune.type, prune.scope, prune.amount_of(level),
+                           prune.target)
+        if self.count(grown)[1] == left:
+            raise UserError(f"prune.amount: level {level} would remove none of the {left} {self.unit} that are left of "
+                            f"{total}; give a larger amount, or fewer levels")
+        return grown
+
+    def count(self, masks):
+        """(all prunable weights or channels, those that are left)."""
+        _, left = units(self.weights(), masks, self.prune.type)
+        return counted(left, left)
+
+    def is_last(self, level, masks):
+        """Whether no level comes after one with these masks."""
+        if self.prune.last_level is not None:
+            return level >= self.prune.last_level
+        return self.still_to_remove(masks) == 0
+
+    def still_to_remove(self, masks):
+        """How many more weights or channels have to go until the target is reached."""
+        _, left = units(self.weights(), masks, self.prune.type)
+        groups = [list(left)] if self.prune.scope == "global" else [[name] for name in left]
+        spared, missing = int(self.prune.type == "structured"), 0
+        for names in groups:
+            total, remaining = counted(left, names)
+            wanted = min(rounded(self.prune.target * total), total - spared * len(names))
+            missing += max(0, wanted - (total - remaining))
+        return missing
+
+    @property
+    def unit(self):
+        return "channels" if self.prune.type == "structured" else "weights"
+
+    def share_removed(self, masks):
+        total, left = self.count(masks)
+        return 1 - left / total
+
+    def describe(self, masks):
+        total, left = self.count(masks)
+        return f"{total - left:,} of {total:,} {self.unit} removed ({100 * (1 - left / total):.2f} %)"
+
+    def check(self, level, masks):
+        """Refuse a target that lies below what is removed already, and fewer levels than are there."""
+        total, left = self.count(masks)
+        if self.prune.target is not None and rounded(self.prune.target * total) < total - left:
+            raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but {100 * (1 - left / total):.2f} % "
+                            f"of the {self.unit} are removed already")
+        if self.prune.last_level is not None and level > self.prune.last_level:
+            raise UserError(f"prune.levels: found {self.prune.last_level}, but level {level} is there already")
+
+
+def dry_run(network, plan, loaders, optimizer, config):
+    """Compute one step and report sizes; nothing is written."""
+    network.model.train()
+    metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
+    training_step(network.model, batches, criterion_of(config), optimizer, metrics)
+    loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
+    epochs = last_epoch(config)
+    if distributed.is_main():
+        print(f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "
+              f"{len(network.graph.layers)} layers; {epochs} epochs per level, {epochs - config.prune.rewind_epoch} of them "
+              f"after rewinding\n"
+              f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
+              f"{loaders.val.images} validation images\nloss of the first step: {loss:.4f}\ndry run: nothing was written")

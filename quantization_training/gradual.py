@@ -1,0 +1,83 @@
+"""Gradual magnitude pruning during training (Zhu & Gupta, arXiv 1710.01878)."""
+
+from model.masks import companions, counted, next_masks, prunable_layers, rounded, units
+from util import distributed
+from util.errors import UserError
+
+
+def sparsity_at(time, start, end, initial, final):
+    """The sparsity due at a time: final + (initial - final) * (1 - (time - start) / (end - start))^3 (eq. 1 there).
+
+    Args:
+        time, start, end: in epochs; before start it is `initial`, from end on `final`.
+        initial, final: shares of the prunable weights, or channels, that are removed.
+    """
+    if time >= end:
+        return final
+    if time <= start:
+        return initial
+    return final + (initial - final) * (1 - (time - start) / (end - start)) ** 3
+
+
+def create_pruning(network, config, found):
+    """The GradualPruning that a configuration asks for, or None.
+
+    Args:
+        found: the Found checkpoint that the run goes on from, which knows the sparsity it began with, or None.
+    """
+    if config.prune.target_sparsity is None or config.eval:
+        return None
+    pruning = GradualPruning(network, config)
+    if found and not found.lean and "initial_sparsity" in found.content:
+        pruning.initial = found.content["initial_sparsity"]
+    network.facts["initial_sparsity"] = pruning.initial
+    return pruning
+
+
+class GradualPruning:
+    """Removes the smallest weights, more and more, while a network is trained.
+
+    Args:
+        network: the PolicyNetwork; its PrunedParameters get the new masks.
+        config: the FinetuneConfig, with prune.target_sparsity.
+
+    Raises:
+        UserError: where more than the target is removed already.
+    """
+
+    def __init__(self, network, config):
+        self.model, self.pruned, self.prune = network.model, network.pruned, config.prune
+        self.start, self.end = config.prune.start_epoch, config.prune_until
+        self.layers = prunable_layers(network.graph, config.prune.excepts)
+        self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
+        _, left = units(self.weights(), self.pruned.masks, self.prune.type)
+        total, remaining = counted(left, left)
+        self.initial = 1 - remaining / total
+        if total - remaining > rounded(self.prune.target_sparsity * total):
+            unit = "channels" if self.prune.type == "structured" else "weights"
+            raise UserError(f"prune.target_sparsity: found {self.prune.target_sparsity:g}, but {100 * self.initial:.2f} % of "
+                            f"the {unit} are removed already")
+
+    def weights(self):
+        return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
+
+    def after_step(self, epoch, step, steps):
+        """Prune where it is due: every `frequency` steps, at the end of each epoch, and when the end is reached.
+
+        Args:
+            epoch, step: those of the step just made; the first are 0.
+            steps: per epoch.
+        """
+        before, now = epoch + step / steps, epoch + (step + 1) / steps
+        if now <= self.start or before >= self.end:
+            return
+        if (epoch * steps + step + 1) % self.prune.frequency and step + 1 < steps and now < self.end:
+            return
+        share = sparsity_at(now, self.start, self.end, self.initial, self.prune.target_sparsity)
+        self.pruned.set(distributed.on_main(next_masks, self.weights(), self.pruned.masks, self.followers, self.prune.type,
+                                            self.prune.scope, 1, share))
+        self.pruned.apply()
+
+    def is_complete(self, epochs):
+        """Whether the target is reached after so many epochs."""
+        return epochs >= self.end

@@ -1,0 +1,209 @@
+"""Pruning masks: which weights of a network are removed, which go next, and how the removed ones stay at zero.
+
+Masks are {parameter name: bool tensor of its shape, True where it stays}. The names are those of the full-precision
+network in every stage. A parameter without a mask is whole.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import nn
+
+from util.errors import UserError, nearest
+
+
+class PrunedParameters:
+    """Holds the removed parameters of a network at zero.
+
+    A mask of a normalization layer holds for every copy of it that a quantized network has.
+
+    Args:
+        model: the network, full-precision or quantized.
+        masks: as checked_masks gives them.
+
+    Attributes:
+        masks: the masks in force, on the CPU.
+    """
+
+    def __init__(self, model, masks):
+        self.model = model
+        self.set(masks)
+
+    def set(self, masks):
+        """Put other masks into force."""
+        self.masks = masks
+        self._removed = [(parameter, ~mask.to(parameter.device)) for name, mask in masks.items()
+                         for parameter in parameters_called(self.model, name)]
+
+    @torch.no_grad()
+    def apply(self):
+        """Set every removed parameter to zero."""
+        for parameter, removed in self._removed:
+            parameter.masked_fill_(removed, 0)
+
+    def hold(self, optimizer):
+        """Apply the masks now and after each step of an optimizer, whatever momentum and weight decay did."""
+        self.apply()
+        optimizer.register_step_post_hook(lambda *_: self.apply())
+
+
+def parameters_called(model, name):
+    """The parameters that stand for the parameter `name` of the full-precision network: one, or one of each copy."""
+    layer, _, entry = name.rpartition(".")
+    owners = (module for module in model.get_submodule(layer).modules() if isinstance(module, nn.Module))
+    return [module._parameters[entry] for module in owners if module._parameters.get(entry) is not None]
+
+
+def checked_masks(model, masks, source):
+    """The masks of a checkpoint, compared with the full-precision network that they are for.
+
+    Raises:
+        UserError: naming the source and the first mask that is of another network.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, mask in masks.items():
+        if name not in shapes:
+            raise UserError(f"{source}: masks: {name} is not part of this network{nearest(name, shapes)}")
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            raise UserError(f"{source}: masks: {name} is not a mask")
+        if mask.shape != shapes[name]:
+            raise UserError(f"{source}: masks: {name} has shape {list(mask.shape)}, this network's is "
+                            f"{list(shapes[name])}")
+    return masks
+
+
+def weights_left(layers, masks):
+    """{layer: number of weights that stay} of layers {name: LayerCall}."""
+    return {name: int(masks[f"{name}.weight"].sum()) if f"{name}.weight" in masks else call.params
+            for name, call in layers.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to prune.
+
+
+def prunable_layers(graph, excepts=None):
+    """Names of the layers that are pruned, in network order.
+
+    Args:
+        graph: the Graph of the network.
+        excepts: layers to leave dense; None stands for the first convolution and the last linear layer.
+
+    Raises:
+        UserError: on an exception that is not a layer, or where nothing is left to prune.
+    """
+    names = list(graph.layers)
+    if excepts is None:
+        convolutions = [name for name in names if graph.layers[name].kind == "conv"]
+        excepts = convolutions[:1] + [name for name in names if name not in convolutions][-1:]
+    for name in excepts:
+        if name not in names:
+            raise UserError(f"prune.excepts: {name} is not a layer of this network{nearest(name, names)}")
+    chosen = [name for name in names if name not in excepts]
+    if not chosen:
+        raise UserError("prune.excepts: leaves no layer to prune")
+    return chosen
+
+
+def companions(model, graph, layer):
+    """Names of what goes with an output channel of a layer: its bias, and weight and bias of the BatchNorms after it."""
+    names = [f"{layer}.bias", *(f"{batchnorm}.{entry}" for batchnorm, before in graph.batchnorms.items()
+                                if before == layer for entry in ("weight", "bias"))]
+    parameters = dict(model.named_parameters())
+    return [name for name in names if name in parameters]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes next.
+
+
+def count_to_remove(total, left, amount, target=None):
+    """How many of `left` units go: round(amount * left), but no more than makes round(target * total) removed in all.
+
+    Halves are rounded up, and amounts are taken as they are written (0.2 is 1/5).
+    """
+    count = rounded(Fraction(str(amount)) * left)
+    if target is not None:
+        count = min(count, rounded(Fraction(str(target)) * total) - (total - left))
+    return max(count, 0)
+
+
+def rounded(exact):
+    return math.floor(exact + Fraction(1, 2))
+
+
+def next_masks(weights, masks, followers, kind, scope, amount, target=None):
+    """Masks that remove more: the smallest weights by magnitude, or whole output channels by L2 norm.
+
+    Ties go by position: of equal ones the earlier goes. At least one channel of each layer stays.
+
+    Args:
+        weights: {layer: weight tensor [out_channels, ...]} of the layers to prune, on the CPU.
+        masks: those in force.
+        followers: {layer: names of the parameters [out_channels] that go with its channels}, for "structured".
+        kind: "unstructured" (single weights) or "structured" (whole output channels).
+        scope: "global" compares all layers with each other, "layer" takes the same share of each.
+        amount: share of what is left, in (0, 1]; in weights or in channels, as `kind` says.
+        target: share of all that is removed at most.
+
+    Returns:
+        new masks; those given are not changed. Removed is removed: nothing comes back.
+    """
+    scores, left = units(weights, masks, kind)
+    groups = [list(left)] if scope == "global" else [[name] for name in left]
+    for names in groups:
+        total, remaining = counted(left, names)
+        count = count_to_remove(total, remaining, amount, target)
+        left.update(without_smallest({name: scores[name] for name in names}, {name: left[name] for name in names}, count,
+                                     spare_one=kind == "structured"))
+    grown = dict(masks)
+    for name, kept in left.items():
+        if kind == "unstructured":
+            grown[f"{name}.weight"] = kept
+            continue
+        whole = mask_of(masks, f"{name}.weight", weights[name])
+        grown[f"{name}.weight"] = whole & kept.view(-1, *[1] * (whole.dim() - 1))
+        for follower in followers[name]:
+            grown[follower] = kept & mask_of(masks, follower, kept)
+    return grown
+
+
+def units(weights, masks, kind):
+    """What is compared and removed as one: ({layer: scores}, {layer: which are left}), by weight or by channel."""
+    kept = {name: mask_of(masks, f"{name}.weight", weight) for name, weight in weights.items()}
+    if kind == "unstructured":
+        return {name: weight.detach().abs() for name, weight in weights.items()}, kept
+    scores = {name: weight.detach().double().flatten(1).norm(dim=1) for name, weight in weights.items()}
+    return scores, {name: mask.flatten(1).any(1) for name, mask in kept.items()}
+
+
+def mask_of(masks, name, like):
+    return masks[name] if name in masks else torch.ones(like.shape, dtype=torch.bool)
+
+
+def counted(left, names):
+    """(all units of some layers, those that are left)."""
+    return sum(left[name].numel() for name in names), sum(int(left[name].sum()) for name in names)
+
+
+def without_smallest(scores, left, count, spare_one):
+    """`left` less the `count` units of the smallest score, over all layers given.
+
+    Args:
+        scores, left: {layer: tensor}, of equal shapes.
+        spare_one: keep the largest unit of each layer, even if fewer than `count` go.
+    """
+    may_go = {name: kept.clone() for name, kept in left.items()}
+    if spare_one:
+        for name, candidates in may_go.items():
+            if candidates.any():  # the last of equal ones, since earlier ones go first
+                ranked = scores[name].masked_fill(~candidates, -1)
+                candidates.view(-1)[int((ranked == ranked.max()).nonzero().max())] = False
+    flat = torch.cat([candidates.flatten() for candidates in may_go.values()])
+    positions = flat.nonzero().flatten()
+    order = torch.cat([score.flatten() for score in scores.values()])[positions].sort(stable=True).indices
+    kept = torch.cat([mask.flatten() for mask in left.values()])
+    kept[positions[order[:count]]] = False
+    pieces = kept.split([mask.numel() for mask in left.values()])
+    return {name: piece.clone().view_as(left[name]) for name, piece in zip(left, pieces, strict=True)}

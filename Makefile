@@ -1,4 +1,5 @@
-# make demo: the whole way on UCI digits, in minutes       make test: all tests       make lint: the linter
+# make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
+# make test: all tests       make lint: the linter
 # make bench: times of the search     make sync: copy what the stages share     make clean: remove all results
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
@@ -11,7 +12,7 @@ STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
-.PHONY: demo test lint bench sync clean environment
+.PHONY: demo demo-pruned test lint bench sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -27,6 +28,9 @@ $(READY):
 
 demo: $(READY)
 	$(RUN) demo.py
+
+demo-pruned: $(READY)
+	$(RUN) demo.py --pruned
 
 test: $(READY)
 	@set -e; for folder in $(STAGES) .; do \

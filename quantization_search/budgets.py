@@ -41,7 +41,29 @@ def make_constraints(config, layers, bits, network, allowed):
     if config.latency_budget is not None:
         constraints.append(ilp.latency_budget(*find_times(config.latency, network, pairs_of(bits), allowed),
                                               config.number("latency_budget")))
-    return constraints
+    return [_counted(config, constraint, network, pairs_of(bits)) for constraint in constraints]
+
+
+def _counted(config, constraint, network, pairs):
+    """The constraint with sparse sizes or non-zero MACs held to its limit, where these are asked for."""
+    rows, fixed = network.rows.values(), network.fixed.values()
+    if config.sparse_size and constraint.key in ("cr", "size_budget"):
+        return constraint.counting(f"sparse {constraint.name}", [[row.sparse_size(w) for w, _ in pairs] for row in rows],
+                                   sum(row.sparse_size(ilp.FIXED_BITS) for row in fixed))
+    if config.sparse_bops and constraint.key in ("bops", "bops_budget"):
+        counted = fixed if constraint.key == "bops_budget" else ()  # --bops is about the searched layers alone
+        return constraint.counting(f"effective {constraint.name}",
+                                   [[row.nonzero_macs(config.macs) * w * a for w, a in pairs] for row in rows],
+                                   sum(row.nonzero_macs(config.macs) * ilp.FIXED_BITS**2 for row in counted))
+    return constraint
+
+
+def check_sparsity(config, network):
+    """Sparse sizes and non-zero MACs need a table that says what is zero."""
+    for key in ("sparse_size", "sparse_bops"):
+        if getattr(config, key) and all(row.sparsity is None for row in network.all_rows()):
+            raise UserError(f"{key}: {config.indicators} says nothing of sparsity; expected a layer table with a column "
+                            "sparsity")
 
 
 def pairs_of(bits):

@@ -12,6 +12,8 @@ from util.exchange import write_atomically, write_policy
 
 COLUMNS = ("status", "gap", "objective", "penalty", "size_mb", "compression_ratio", "bitops_published", "bitops_exact",
            "mean_weight_bits", "mean_act_bits", "policy")
+SPARSE_COLUMNS = ("sparsity", "sparse_size_mb", "sparse_compression_ratio", "effective_bitops_published",
+                  "effective_bitops_exact")  # of a pruned network
 INFEASIBLE = "infeasible"
 
 
@@ -32,7 +34,7 @@ def run_sweep(config, study):
     found = [row for row in rows if row["status"] != INFEASIBLE]
     if not found:
         raise first_refusal
-    write_table(config, key, rows)
+    write_table(config, rows, [key, *COLUMNS, *(SPARSE_COLUMNS if study.network.sparse else ())])
     if config.plot:
         draw(config, study, key, found)
         print(f"picture written to {config.plot}")
@@ -61,9 +63,9 @@ def solve_point(config, study, key, text, point):
     return row
 
 
-def write_table(config, key, rows):
+def write_table(config, rows, columns):
     text = io.StringIO()
-    table = csv.DictWriter(text, [key, *COLUMNS], lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     path = config.sweep_output or (f"{os.path.splitext(config.output)[0]}_frontier.csv" if config.output else None)
@@ -80,6 +82,9 @@ def draw(config, study, key, rows):
 
     achieved, label = {"cr": ("compression_ratio", "compression ratio"),
                        "bops": (f"bitops_{config.macs}", f"BitOPs in G ({config.macs} MACs)")}[key]
+    if study.network.sparse and {"cr": config.sparse_size, "bops": config.sparse_bops}[key]:
+        before = {"cr": "sparse", "bops": "effective"}[key]
+        achieved, label = f"{before}_{achieved}", f"{before} {label}"
     unit = BITOPS_PER_G if key == "bops" else 1
     points = [{"x": row[achieved] / unit, "y": row["objective"], "label": row[key]} for row in rows]
     save_frontier_plot(config.plot, points, label, "objective (importance cost)",

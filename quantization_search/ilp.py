@@ -1,9 +1,9 @@
 """The search as an integer program: one pair (weight bits, activation bits) per layer, least cost, under constraints.
 
 minimize sum (act[i][k] + alpha * weight[i][j]) x[i,j,k] (LIMPQ, arXiv 2203.08368), after the least penalty for erased
-indicators. Ties go to lower BitOPs, then to lower size, then to larger bits in network order: layer by layer, weights
-before activations. Everything that is added up here is an integer or a fraction, so that nothing is lost to rounding.
-No files, no printing.
+indicators. Ties go to lower BitOPs, then to lower size, both those of the dense network, then to larger bits in network
+order: layer by layer, weights before activations. Everything that is added up here is an integer or a fraction, so that
+nothing is lost to rounding. No files, no printing.
 """
 
 import itertools
@@ -67,6 +67,10 @@ class Constraint:
     def amount(self, chosen):
         used = [row[pair] for row, pair in zip(self.use, chosen, strict=True)]
         return max(self.offset, *used) if self.largest else sum(used)
+
+    def counting(self, name, use, offset):
+        """The same limit on the whole, but with these amounts of the layers and of the fixed layers held to it."""
+        return replace(self, name=name, use=use, offset=offset, bound=self.bound + self.offset - offset)
 
     def relaxed(self, factor):
         """The same constraint with `factor` times as much of what is printed."""

@@ -21,6 +21,7 @@ class Row:
     """One layer of the table: its weight shape, MACs per image by both counts, weights, and elements of its input.
 
     signed: {'weight': bool, 'act': bool}, whether the quantizers' ranges have negative values.
+    sparsity: share of the weights that are zero, from 0 to 1; None where the table does not say.
     """
 
     kind: str
@@ -33,6 +34,22 @@ class Row:
     signed: dict | None = None
     sparsity: float | None = None
 
+    @property
+    def nonzero(self):
+        """Number of weights that are not zero: all of them where the table does not say."""
+        return round(self.params * (1 - (self.sparsity or 0)))
+
+    def nonzero_macs(self, count):
+        """MACs whose weight is not zero; count is 'published' or 'exact'.
+
+        A layer uses each of its weights equally often. A made-up table may say otherwise; then it is rounded down.
+        """
+        return getattr(self, f"macs_{count}") * self.nonzero // self.params
+
+    def sparse_size(self, bits):
+        """Weight storage in bits: the smaller of dense and one bit per weight plus the non-zeros."""
+        return min(self.params * bits, self.params + self.nonzero * bits)
+
 
 @dataclass(frozen=True)
 class Network:
@@ -41,6 +58,14 @@ class Network:
     arch: str
     rows: dict
     fixed: dict
+
+    def all_rows(self):
+        return [*self.rows.values(), *self.fixed.values()]
+
+    @property
+    def sparse(self):
+        """Whether any weight is zero."""
+        return any(row.nonzero < row.params for row in self.all_rows())
 
 
 def find_network(path, indicators, model=None):

@@ -30,8 +30,9 @@ class SearchConfig:
     held to those of wb and ab bits in every layer. Both are on by default, and off by default where another budget is
     given: bops_budget (G) and size_budget (MB) of the whole network, fixed layers included; avg_wb and avg_ab, mean bits
     over the searched layers; act_mem (MB), the inputs of the layers at their bits, the largest or summed; latency_budget
-    (ms) with the table in latency. fix: {pattern: [w, a]}; tie: lists of patterns whose layers share bits; same_bits:
-    w = a in each layer.
+    (ms) with the table in latency. sparse_size: cr and size_budget count sparse sizes; sparse_bops: bops and bops_budget
+    count MACs with non-zero weights, held to the same limit. fix: {pattern: [w, a]}; tie: lists of patterns whose layers
+    share bits; same_bits: w = a in each layer.
 
     shadow: also solve with 1% more of each budget. sweep: "cr=LOW:HIGH:STEP" or "bops=LOW:HIGH:STEP".
     time_limit: seconds for one solution. solver: the name in PuLP of a solver that has to be asked; by default HiGHS,
@@ -56,6 +57,8 @@ class SearchConfig:
     act_mem_kind: Literal["largest", "summed"] = "largest"
     latency: str | None = None
     latency_budget: float | None = None
+    sparse_size: bool = False
+    sparse_bops: bool = False
     fix: dict[str, list[int]] = field(default_factory=dict)
     tie: list[list[str]] = field(default_factory=list)
     same_bits: bool = False
@@ -211,6 +214,12 @@ def _add_budgets(parser):
                         "bits included, as the report prints them by the count of --macs")
     parser.add_argument("--size-budget", metavar="MB", help="weights of the whole network, the fixed layers at 8 bits "
                         "included, in MB of 2^20 bytes, as the report prints them")
+    parser.add_argument("--sparse-size", action="store_true", default=None,
+                        help="--cr and --size-budget count a layer of a pruned network as the smaller of dense and one bit "
+                             "per weight plus the non-zeros; --cr is then dense size at 32 bits over this size")
+    parser.add_argument("--sparse-bops", action="store_true", default=None,
+                        help="--bops and --bops-budget count only the MACs whose weight is not zero; the limit of --bops "
+                             "stays that of the dense network at --wb and --ab bits")
     parser.add_argument("--avg-wb", metavar="BITS", help="mean weight bits over the searched layers")
     parser.add_argument("--avg-ab", metavar="BITS", help="mean activation bits over the searched layers")
     parser.add_argument("--act-mem", metavar="MB", help="activation memory in MB of 2^20 bytes for one image: the input of "

@@ -13,13 +13,17 @@ RULES = {"erase": "and are taken only where nothing else fits", "keep": "and are
 
 @dataclass(frozen=True)
 class Share:
-    """A layer's bits, and what part of the network's size and of its BitOPs by the published count it takes."""
+    """A layer's bits, and what part of the network's size and of its BitOPs by the published count it takes, all dense.
+
+    sparsity: share of its weights that are zero, from 0 to 1.
+    """
 
     macs: int
     weight_bits: int
     act_bits: int
     size: float
     bitops: float
+    sparsity: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,19 @@ class Costs:
     def full_bitops(self, count):
         return sum(getattr(row, f"macs_{count}") * FULL_PRECISION_BITS**2 for row, _, _ in self.assigned())
 
+    def zeros(self):
+        """(number of weights that are zero, number of weights in all)."""
+        params = sum(row.params for row in self.network.all_rows())
+        return params - sum(row.nonzero for row in self.network.all_rows()), params
+
+    def sparse_size(self):
+        """Weight storage in bits, each layer in the smaller of its dense and its sparse form."""
+        return sum(row.sparse_size(weight_bits) for row, weight_bits, _ in self.assigned())
+
+    def effective_bitops(self, count):
+        """BitOPs per image of the MACs whose weight is not zero; count is 'published' or 'exact'."""
+        return sum(row.nonzero_macs(count) * weight_bits * act_bits for row, weight_bits, act_bits in self.assigned())
+
     def mean_bits(self):
         """Mean weight bits and mean activation bits over the searched layers."""
         layers = len(self.network.rows)
@@ -58,15 +75,24 @@ class Costs:
         """{layer: Share} of every layer, the searched ones first."""
         size, bitops = self.size(), self.bitops("published")
         return {name: Share(row.macs_published, weight_bits, act_bits, row.params * weight_bits / size,
-                            row.macs_published * weight_bits * act_bits / bitops)
+                            row.macs_published * weight_bits * act_bits / bitops, 1 - row.nonzero / row.params)
                 for name, (row, weight_bits, act_bits) in zip([*self.network.rows, *self.network.fixed], self.assigned(),
                                                               strict=True)}
 
     def as_plain(self):
+        """What policy files and the tables of sweeps hold."""
         weight_bits, act_bits = self.mean_bits()
-        return {"size_mb": self.size() / BITS_PER_MB, "compression_ratio": self.full_size() / self.size(),
-                "bitops_published": self.bitops("published"), "bitops_exact": self.bitops("exact"),
-                "mean_weight_bits": weight_bits, "mean_act_bits": act_bits}
+        dense = {"size_mb": self.size() / BITS_PER_MB, "compression_ratio": self.full_size() / self.size(),
+                 "bitops_published": self.bitops("published"), "bitops_exact": self.bitops("exact"),
+                 "mean_weight_bits": weight_bits, "mean_act_bits": act_bits}
+        return dense | self._sparse_as_plain() if self.network.sparse else dense
+
+    def _sparse_as_plain(self):
+        zeros, params = self.zeros()
+        return {"sparsity": zeros / params, "sparse_size_mb": self.sparse_size() / BITS_PER_MB,
+                "sparse_compression_ratio": self.full_size() / self.sparse_size(),
+                "effective_bitops_published": self.effective_bitops("published"),
+                "effective_bitops_exact": self.effective_bitops("exact")}
 
 
 def print_indicators(layers, bits, outliers="erase"):
@@ -92,9 +118,14 @@ def print_solution(problem, solution, costs, solver=None):
     print(f"objective {float(solution.objective):.9f}, penalty {float(solution.penalty):g}")
     print(f"size {costs.size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.size():.3f} times smaller than "
           f"{costs.full_size() / BITS_PER_MB:.3f} MB at 32 bits")
+    if costs.network.sparse:
+        print_sparse_size(costs)
     for count in ("published", "exact"):
         print(f"BitOPs {costs.bitops(count) / BITOPS_PER_G:.3f} G ({count} MACs), fixed layers included; "
               f"{costs.full_bitops(count) / BITOPS_PER_G:.3f} G at 32x32 bits")
+        if costs.network.sparse:
+            print(f"effective BitOPs {costs.effective_bitops(count) / BITOPS_PER_G:.3f} G ({count} MACs whose weight is not "
+                  "zero), fixed layers included")
     print("mean bits over the searched layers: weights {:.3f}, activations {:.3f}".format(*costs.mean_bits()))
     for constraint in problem.constraints:
         amount = constraint.amount(solution.chosen)
@@ -102,6 +133,13 @@ def print_solution(problem, solution, costs, solver=None):
         print(f"{constraint.name} constraint: {constraint.shown(amount):.6f} of "
               f"{constraint.shown(constraint.bound):.6f} {constraint.unit}, {spare:.6f} {constraint.unit} left")
     print_layers(costs)
+
+
+def print_sparse_size(costs):
+    zeros, params = costs.zeros()
+    print(f"sparsity {zeros / params:.2%}, {zeros} of {params} weights are zero, fixed layers included")
+    print(f"sparse size {costs.sparse_size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.sparse_size():.3f} times "
+          f"smaller than {costs.full_size() / BITS_PER_MB:.3f} MB at 32 bits")
 
 
 def describe_proof(solution, solver=None):
@@ -120,13 +158,15 @@ def _gap(gap):
 
 
 def print_layers(costs):
-    """One line per layer: bits, MACs by the published count, and its shares of size and BitOPs."""
+    """One line per layer: bits, MACs by the published count, its shares of dense size and BitOPs, and sparsity, if any."""
     shares = costs.shares()
     width = max(map(len, [*shares, "layer"]))
-    print(f"{'layer':{width}}   w   a        MACs    size  BitOPs")
+    sparse = costs.network.sparse
+    print(f"{'layer':{width}}   w   a        MACs    size  BitOPs" + "  sparsity" * sparse)
     for name, share in shares.items():
         print(f"{name:{width}} {share.weight_bits:3d} {share.act_bits:3d} {share.macs:11d} "
-              f"{share.size:7.2%} {share.bitops:7.2%}" + ("  fixed" if name in costs.network.fixed else ""))
+              f"{share.size:7.2%} {share.bitops:7.2%}" + f" {share.sparsity:9.2%}" * sparse
+              + ("  fixed" if name in costs.network.fixed else ""))
 
 
 def print_shadow_prices(solution, prices):

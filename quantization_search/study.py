@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import ilp
 import report
-from budgets import find_allowed, find_groups, make_constraints
+from budgets import check_sparsity, find_allowed, find_groups, make_constraints
 from network import Network, find_network
 from util.config import check_bits
 from util.errors import UserError
@@ -25,6 +25,7 @@ class Study:
         indicators = read_indicators(config.indicators)
         bits = find_candidates(config, indicators)
         network = find_network(config.indicators, indicators, config.model)
+        check_sparsity(config, network)
         layers = [ilp.Layer(name, indicators["weight"][name], indicators["act"][name],
                             getattr(row, f"macs_{config.macs}"), row.params) for name, row in network.rows.items()]
         return Study(network, bits, layers)
@@ -95,7 +96,7 @@ def _asked(config):
             asked[key] = plain(getattr(config, key))
     if config.act_mem is not None:
         asked["act_mem_kind"] = config.act_mem_kind
-    for key in ("latency", "fix", "tie", "same_bits"):
+    for key in ("sparse_size", "sparse_bops", "latency", "fix", "tie", "same_bits"):
         if getattr(config, key):
             asked[key] = getattr(config, key)
     if config.outliers != "erase":

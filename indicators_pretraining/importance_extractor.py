@@ -3,6 +3,7 @@
 import math
 import os
 
+from model.masks import is_mask
 from util.checkpoint import load_checkpoint
 from util.command import Parser
 from util.config import check_bits
@@ -22,10 +23,11 @@ def extract(checkpoint, source, bits=None):
 
     Returns:
         the content of an indicators file: 'weight' and 'act' are {layer: {bit: step size}}, 'layer_name' the layers in
-        network order. The indicator of a layer with one step size per channel is their mean.
+        network order. The indicator of a layer with one step size per channel is their mean, over the channels of which
+        something remains.
 
     Raises:
-        UserError: naming the layer whose step size is missing, not finite or not positive.
+        UserError: naming the layer whose step size is missing, not finite or not positive, or whose mask is none.
     """
     if bits and checkpoint.get("bits") and list(bits) != checkpoint["bits"]:
         raise UserError(f"--b: found {list(bits)}, but {source} was trained at {checkpoint['bits']}")
@@ -38,28 +40,42 @@ def extract(checkpoint, source, bits=None):
                                               if name.endswith(".quan_w_fn.s")])
     if not names:
         raise UserError(f"{source}: holds no step sizes; is it a checkpoint of indicators_pretraining?")
-    content = {kind: {name: _indicators(steps, f"{name}.{quantizer}", bits, source) for name in names}
-               for kind, quantizer in (("weight", "quan_w_fn"), ("act", "quan_a_fn"))}
+    masks = checkpoint.get("masks", {})
+    content = {"weight": {name: _indicators(steps, f"{name}.quan_w_fn", bits, source, masks.get(f"{name}.weight"))
+                          for name in names},
+               "act": {name: _indicators(steps, f"{name}.quan_a_fn", bits, source) for name in names}}
     content["layer_name"] = [strip_prefix(name) for name in names]
     content.update({key: checkpoint[key] for key in CARRIED if key in checkpoint})
     return content
 
 
-def _indicators(steps, quantizer, bits, source):
-    """{bit: indicator} of one quantizer."""
+def _indicators(steps, quantizer, bits, source, mask=None):
+    """{bit: indicator} of one quantizer; `mask` is that of its weight, where it is pruned."""
     tensor, ready = steps.get(f"{quantizer}.s"), steps.get(f"{quantizer}.init_state")
     if tensor is None or tensor.dim() == 0 or len(tensor) != len(bits):
         found = "nothing" if tensor is None else f"{tensor.numel()} step sizes"
         raise UserError(f"{source}: {quantizer}: found {found}, expected one step size per candidate {list(bits)}")
+    kept = _channels_left(mask, tensor, quantizer, source)
     row = {}
     for index, bit in enumerate(bits):
-        value = tensor[index].float().mean().item()
+        value = tensor[index][kept].float().mean().item()
         if not math.isfinite(value) or tensor[index].min() <= 0:
             raise UserError(f"{source}: {quantizer}: the step size at {bit} bits is {value:g}, expected a positive number")
         if ready is not None and not ready[index]:
             raise UserError(f"{source}: {quantizer}: the step size at {bit} bits was never trained")
         row[bit] = value
     return row
+
+
+def _channels_left(mask, steps, quantizer, source):
+    """What picks the step sizes that count out of those of one bit-width: all, but those of channels that are pruned."""
+    if mask is None or steps.dim() < 2:
+        return ...
+    if not is_mask(mask) or mask.dim() == 0 or len(mask) != steps.shape[1]:
+        raise UserError(f"{source}: masks: {quantizer.removesuffix('.quan_w_fn')}.weight is not a mask of "
+                        f"{steps.shape[1]} channels")
+    left = mask.reshape(len(mask), -1).any(1)
+    return left if left.any() else ...
 
 
 def not_growing(content):

@@ -65,12 +65,18 @@ def checked_masks(model, masks, source):
     for name, mask in masks.items():
         if name not in shapes:
             raise UserError(f"{source}: masks: {name} is not part of this network{nearest(name, shapes)}")
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        if not is_mask(mask):
             raise UserError(f"{source}: masks: {name} is not a mask")
         if mask.shape != shapes[name]:
             raise UserError(f"{source}: masks: {name} has shape {list(mask.shape)}, this network's is "
                             f"{list(shapes[name])}")
     return masks
+
+
+def is_mask(value):
+    """Whether a value is a bool tensor that holds its entries one by one: not sparse, and not without data."""
+    return (isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.layout == torch.strided
+            and not value.is_meta)
 
 
 def weights_left(layers, masks):

@@ -34,7 +34,7 @@ def run(config, device, is_dry_run):
     num_classes, input_size = describe_data(config.dataloader)
     network = build_dense(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)
-    start = restore(found, network.model, optimizer, config, rewinding.harmless(found))
+    start = restore(found, network.model, optimizer, config, rewinding.harmless(found, config))
     network.pruned.hold(optimizer)
     plan = Plan(network, config.prune)
     plan.check(rewinding.level_of(found), network.pruned.masks)

@@ -24,6 +24,7 @@ from util.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from util.config import flatten
 from util.errors import UserError
 from util.metrics import Metrics, evaluate
 from util.training import train_epochs, train_one_epoch, training_step
@@ -75,9 +76,18 @@ class PruningFolder:
         return Found(path, content, lean=False)
 
 
-def harmless(found):
+def harmless(found, config):
     """Which keys of the configuration may differ from those that the newest level was trained with."""
-    return HARMLESS + (HARMLESS_WHILE_DENSE if level_of(found) == 0 else ())
+    level = level_of(found)
+    if level == 0:
+        return HARMLESS + HARMLESS_WHILE_DENSE
+    trained = flatten(found.content.get("config", {})).get("prune.amount")
+    return HARMLESS + (("prune.amount",) if _first(trained, level) == _first(config.prune.amount, level) else ())
+
+
+def _first(amount, levels):
+    """The amounts of the first levels."""
+    return amount[:levels] if isinstance(amount, list) else [amount] * levels
 
 
 def level_of(found):

@@ -18,6 +18,7 @@ from util.checkpoint import (
     RunFolder,
     Start,
     check_arch,
+    check_continues,
     load_checkpoint,
     load_training_state,
     masks_of,
@@ -163,10 +164,13 @@ class Pruning:
 
     def rewind(self):
         """Load weights, BatchNorm, optimizer and random states as they were after rewind_epoch epochs."""
-        content, epoch = distributed.on_main(load_checkpoint, self.folder.rewind), self.config.prune.rewind_epoch
+        path, epoch = self.folder.rewind, self.config.prune.rewind_epoch
+        content = distributed.on_main(load_checkpoint, path)
         if content.get("epoch") != epoch:
-            raise UserError(f"{self.folder.rewind}: holds the state after epoch {content.get('epoch')}, not {epoch}")
-        load_training_state(content, self.model, self.optimizer, self.folder.rewind)
+            raise UserError(f"{path}: holds the state after epoch {content.get('epoch')}, not {epoch}")
+        check_arch(content, self.config.arch, path)
+        check_continues(content, self.config, path, HARMLESS + HARMLESS_WHILE_DENSE)
+        load_training_state(content, self.model, self.optimizer, path)
 
     def train(self, level, start):
         """Train a level to its last epoch, with a checkpoint after each; a finished one is left as it is."""

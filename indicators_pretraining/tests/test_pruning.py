@@ -269,7 +269,8 @@ def test_the_report_says_what_the_checkpoints_hold(folder):
     assert [round(float(row["removed"]), 5) for row in rows] == [0, 0.3, 0.51]
     with open("out/run_pruning/pruning.png", "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
-    tested = {row["epoch"]: row for row in csv.DictReader(open("out/run_pruning/metrics.csv")) if row["split"] == "test"}
+    with open("out/run_pruning/metrics.csv", encoding="utf-8", newline="") as file:
+        tested = {row["epoch"]: row for row in csv.DictReader(file) if row["split"] == "test"}
     assert list(tested) == ["2", "3", "4"]
     for row, figures in zip(rows, tested.values(), strict=True):
         assert float(figures["top1"]) == pytest.approx(float(row["top1"]), rel=1e-6)

@@ -229,11 +229,21 @@ def load_training_state(content, model, optimizer, path):
     load_state(model, content["state_dict"], path)
     try:
         optimizer.load_state_dict(content["optimizer"])
+        _check_optimizer(optimizer)
         distributed.set_random_states(content["random_states"])
         return Start(content["epoch"], (float(content["extras"]["top1"]), float(content["extras"]["top5"])),
                      content.get("wandb_id"))
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(f"{path}: what it holds does not fit this run ({reason(error)})") from None
+
+
+def _check_optimizer(optimizer):
+    """Raise ValueError where what was loaded into an optimizer is of another kind of it, or of other parameters."""
+    if not all(optimizer.defaults.keys() <= group.keys() for group in optimizer.param_groups):
+        raise ValueError("it is of another optimizer")
+    for parameter, state in optimizer.state.items():
+        if any(isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape for value in state.values()):
+            raise ValueError("the optimizer is of other parameters")
 
 
 def check_continues(checkpoint, config, path, harmless=()):

@@ -289,12 +289,20 @@ class Plan:
             return level >= self.prune.last_level
         return self.still_to_remove(masks) == 0
 
+    def groups(self):
+        """The layers that are compared with each other, as lists."""
+        return [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
+
+    def to_remove_in_all(self):
+        """How many weights or channels the target takes; each group of layers rounds for itself."""
+        _, whole = units(self.weights(), {}, self.prune.type)
+        return sum(rounded(self.prune.target * counted(whole, names)[0]) for names in self.groups())
+
     def still_to_remove(self, masks):
         """How many more weights or channels have to go until the target is reached."""
         _, left = units(self.weights(), masks, self.prune.type)
-        groups = [list(left)] if self.prune.scope == "global" else [[name] for name in left]
         spared, missing = int(self.prune.type == "structured"), 0
-        for names in groups:
+        for names in self.groups():
             total, remaining = counted(left, names)
             wanted = min(rounded(self.prune.target * total), total - spared * len(names))
             missing += max(0, wanted - (total - remaining))
@@ -315,7 +323,7 @@ class Plan:
     def check(self, level, masks):
         """Refuse a target that lies below what is removed already, and fewer levels than are there."""
         total, left = self.count(masks)
-        if self.prune.target is not None and rounded(self.prune.target * total) < total - left:
+        if self.prune.target is not None and self.to_remove_in_all() < total - left:
             raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but {100 * (1 - left / total):.2f} % "
                             f"of the {self.unit} are removed already")
         if self.prune.last_level is not None and level > self.prune.last_level:

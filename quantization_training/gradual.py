@@ -27,9 +27,8 @@ def create_pruning(network, config, found):
     """
     if config.prune.target_sparsity is None or config.eval:
         return None
-    pruning = GradualPruning(network, config)
-    if found and not found.lean and "initial_sparsity" in found.content:
-        pruning.initial = found.content["initial_sparsity"]
+    known = found.content.get("initial_sparsity") if found and not found.lean else None
+    pruning = GradualPruning(network, config, known)
     network.facts["initial_sparsity"] = pruning.initial
     return pruning
 
@@ -40,23 +39,29 @@ class GradualPruning:
     Args:
         network: the PolicyNetwork; its PrunedParameters get the new masks.
         config: the FinetuneConfig, with prune.target_sparsity.
+        initial: the share that was removed when the run began; None for a run that begins, with the masks as they are.
 
     Raises:
         UserError: where more than the target is removed already.
     """
 
-    def __init__(self, network, config):
+    def __init__(self, network, config, initial=None):
         self.model, self.pruned, self.prune = network.model, network.pruned, config.prune
         self.start, self.end = config.prune.start_epoch, config.prune_until
         self.layers = prunable_layers(network.graph, config.prune.excepts)
         self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
+        self.initial = self.share_removed() if initial is None else initial
+
+    def share_removed(self):
+        """The share of the prunable weights, or channels, that is removed already."""
         _, left = units(self.weights(), self.pruned.masks, self.prune.type)
         total, remaining = counted(left, left)
-        self.initial = 1 - remaining / total
+        share = 1 - remaining / total
         if total - remaining > rounded(self.prune.target_sparsity * total):
             unit = "channels" if self.prune.type == "structured" else "weights"
-            raise UserError(f"prune.target_sparsity: found {self.prune.target_sparsity:g}, but {100 * self.initial:.2f} % of "
+            raise UserError(f"prune.target_sparsity: found {self.prune.target_sparsity:g}, but {100 * share:.2f} % of "
                             f"the {unit} are removed already")
+        return share
 
     def weights(self):
         return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}

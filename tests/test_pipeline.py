@@ -133,3 +133,53 @@ def test_two_processes_walk_stages_one_and_three(walked, stages):
                     "resume.path=results/two/two_checkpoint.pth.tar")
     test = next(row for row in rows if row["split"] == "test")
     assert f"top-1 {float(test['top1']):.3f}" in alone  # metrics over two processes are those of one
+
+
+def test_a_pruned_network_walks_all_stages(stages):
+    small, prune = [*SMALL, "pre_trained=", "name=pruned"], ["prune.amount=0.4", "prune.levels=2"]
+    command(stages["pretraining"], "pruning.py", "config_resnet20_digits.yaml", *small, *prune)
+    command(stages["pretraining"], "main.py", "config_resnet20_digits.yaml", *small,
+            "init_from=results/pruned_pruning/level_2_checkpoint.pth.tar")
+    command(stages["pretraining"], "importance_extractor.py", "results/pruned/pruned_checkpoint.pth.tar",
+            "--output", "results/pruned.pkl")
+    command(stages["search"], "search.py", "--model", "resnet20", "--i", "../indicators_pretraining/results/pruned.pkl",
+            "--b", *BITS, "--wb", "3", "--ab", "3", "--cr", "10.59", "--bops", "True", "--output", "results/pruned.yaml")
+    command(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL, "name=pruned",
+            "policy=../quantization_search/results/pruned.yaml",
+            "init_from=../indicators_pretraining/results/pruned/pruned_checkpoint.pth.tar")
+    files = [stages["pretraining"] / "results/pruned_pruning/level_2_checkpoint.pth.tar",
+             stages["training"] / "results/pruned/pruned_checkpoint.pth.tar"]
+    pruned, tuned = (torch.load(path, weights_only=True) for path in files)
+    assert sum(int((~mask).sum()) for mask in pruned["masks"].values()) == 171049  # 0.64 of 267264
+    for name, mask in pruned["masks"].items():
+        assert torch.equal(tuned["masks"][name], mask) and not tuned["state_dict"][name][~mask].any()
+    with open(stages["pretraining"] / "results/pruned.pkl", "rb") as file:
+        rows = pickle.load(file)["layers"]
+    summary = yaml.safe_load((stages["training"] / "results/pruned/summary.yaml").read_text())
+    assert summary["sparsity"] == pytest.approx(171049 / 268336) and summary["sparse_ratio"] > summary["ratio"]
+    assert sum(row["sparsity"] * row["params"] for row in rows.values()) == pytest.approx(171049)
+
+
+def test_two_processes_prune_to_the_same_masks(stages):
+    words = ["pruning.py", "config_resnet20_digits.yaml", *SMALL, "pre_trained=", "name=two", "epochs=2", "val_cycle=2",
+             "prune.amount=0.3", "prune.levels=1", "prune.rewind_epoch=1"]
+    launch(stages["pretraining"], *words)
+    folder = stages["pretraining"] / "results/two_pruning"
+    before, first, second = (torch.load(folder / f"{name}_checkpoint.pth.tar", weights_only=True)
+                             for name in ("rewind", "level_0", "level_1"))
+    assert len(before["random_states"]) == len(second["random_states"]) == 2
+    sizes = torch.cat([first["state_dict"][name].abs().flatten() for name in second["masks"]])
+    kept = torch.cat([mask.flatten() for mask in second["masks"].values()])
+    assert int((~kept).sum()) == 80179 and sizes[~kept].max() <= sizes[kept].min()
+    assert all(torch.equal(second["state_dict"][name] != 0, mask) for name, mask in second["masks"].items())
+    tested = [row for row in metrics(stages["pretraining"], "two_pruning") if row["split"] == "test"]
+    with open(folder / "pruning.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in tested] == ["2", "3"] and [row["level"] for row in rows] == ["0", "1"]
+    for row in rows:
+        assert 0 < float(row["loss"]) < 20 and 0 <= float(row["top1"]) <= float(row["top5"]) <= 100
+    # Every rank holds the same network: figures over two processes are those of one that evaluates the checkpoint.
+    said = command(stages["training"], "main.py", "config_resnet20_digits.yaml", *SMALL[:2], "eval=true",
+                   f"resume.path={folder / 'level_1_checkpoint.pth.tar'}")
+    assert f"loss {float(rows[1]['loss']):.4f}  top-1 {float(rows[1]['top1']):.3f}" in said
+    assert "this run is finished" in launch(stages["pretraining"], *words)

@@ -229,6 +229,17 @@ def test_a_target_is_met_to_the_weight(folder):
     assert removed == [0, 80179, 80179 + 56126, 146995]  # round(0.55 * 267264) in the last
 
 
+def test_a_target_that_each_layer_rounds_for_itself_can_be_continued(folder, capsys):
+    changes = ["prune.levels=", "prune.target_sparsity=0.7321", "prune.amount=0.9", "prune.scope=layer", "val_cycle=9"]
+    checkpoints = prune(*changes)
+    wanted = {name: int(0.7321 * mask.numel() + 0.5) for name, mask in checkpoints[1]["masks"].items()}
+    assert {name: int((~mask).sum()) for name, mask in checkpoints[1]["masks"].items()} == wanted
+    assert sum(wanted.values()) > round(0.7321 * TOTAL)
+    capsys.readouterr()
+    prune(*changes)
+    assert "this run is finished" in capsys.readouterr().out
+
+
 def test_one_shot_takes_what_the_levels_would_take_together(folder):
     checkpoints = prune("prune.method=one_shot", "prune.levels=3")
     assert [sum(zeros(checkpoint["masks"]).values()) for checkpoint in checkpoints] == [0, 175592]  # (1 - 0.7**3) * 267264

@@ -161,9 +161,8 @@ def test_a_pruned_network_walks_all_stages(stages):
 
 
 def test_two_processes_prune_to_the_same_masks(stages):
-    words = ["pruning.py", "config_resnet20_digits.yaml", *SMALL, "pre_trained=", "name=two", "epochs=2", "val_cycle=2",
-             "prune.amount=0.3", "prune.levels=1", "prune.rewind_epoch=1"]
-    launch(stages["pretraining"], *words)
+    launch(stages["pretraining"], "pruning.py", "config_resnet20_digits.yaml", *SMALL, "pre_trained=", "name=two",
+           "epochs=2", "val_cycle=2", "prune.amount=0.3", "prune.levels=1", "prune.rewind_epoch=1")
     folder = stages["pretraining"] / "results/two_pruning"
     before, first, second = (torch.load(folder / f"{name}_checkpoint.pth.tar", weights_only=True)
                              for name in ("rewind", "level_0", "level_1"))
@@ -182,4 +181,3 @@ def test_two_processes_prune_to_the_same_masks(stages):
     said = command(stages["training"], "main.py", "config_resnet20_digits.yaml", *SMALL[:2], "eval=true",
                    f"resume.path={folder / 'level_1_checkpoint.pth.tar'}")
     assert f"loss {float(rows[1]['loss']):.4f}  top-1 {float(rows[1]['top1']):.3f}" in said
-    assert "this run is finished" in launch(stages["pretraining"], *words)

@@ -145,6 +145,11 @@ def test_of_equal_ones_the_earlier_goes():
     assert masks["a.bias"].tolist() == [False, False, True]
 
 
+def test_norms_that_single_precision_cannot_tell_apart_are_no_ties():
+    masks = next_masks({"a": torch.tensor([[1.0, 1e-5], [1.0, 0.0]])}, {}, {"a": []}, "structured", "global", 0.5)
+    assert masks["a.weight"].tolist() == [[True, True], [False, False]]
+
+
 def test_ties_go_by_position_in_a_layer_that_is_large_enough_for_another_sort():
     masks = next_masks({"a": torch.ones(100, 100)}, {}, {"a": []}, "unstructured", "global", 0.37)
     assert masks["a.weight"].flatten().tolist() == [False] * 3700 + [True] * 6300

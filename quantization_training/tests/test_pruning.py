@@ -212,11 +212,13 @@ def test_the_target_itself_is_due_from_the_end_on():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Masks after each step of a run: [(epoch, step, masks)]."""
+    """Masks after each step of a run: [(epoch, share of it that is done, masks)]; what they remove is zero at once."""
     seen, after_step = [], gradual.GradualPruning.after_step
 
     def noted(self, epoch, step, steps):
         after_step(self, epoch, step, steps)
+        for name, mask in self.pruned.masks.items():
+            assert not self.model.get_parameter(name)[~mask].any()
         seen.append((epoch, (step + 1) / steps, dict(self.pruned.masks)))
 
     monkeypatch.setattr(gradual.GradualPruning, "after_step", noted)

@@ -8,11 +8,12 @@ import process
 from network import build_network
 from schema import IndicatorsConfig
 from util import distributed
-from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, restore
+from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
 from util.command import parse_training_arguments
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
+from util.interruption import signals_noted
 from util.monitor import open_monitor
 from util.optim import create_optimizer
 
@@ -28,6 +29,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
+    distributed.set_threads(config.threads, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)
@@ -42,7 +44,7 @@ def run(config, device, is_dry_run):
     elif is_finished(start.epoch, config, folder):
         announce_finished(folder, config)
     else:
-        with open_monitor(folder, config, start, device) as monitor:
+        with signals_noted(), open_monitor(folder, config, start, device) as monitor:
             process.pretrain(network, loaders, optimizer, config, monitor, folder, start)
             process.final_evaluation(network, loaders, config, monitor, folder)
 

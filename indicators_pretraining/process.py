@@ -5,11 +5,10 @@ from torch import nn
 
 from quan.utils import keep_steps_positive
 from util import distributed
-from util.checkpoint import training_state
 from util.metrics import Metrics, evaluate
 from util.monitor import log_start
 from util.sampling import Stream, generator
-from util.training import train_epochs, train_one_epoch
+from util.training import Training
 
 RANDOM = "random"
 
@@ -58,19 +57,6 @@ def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_p
     keep_steps_positive(model)
 
 
-def train_candidates(model, switch, loader, optimizer, config, epoch, monitor):
-    """Train for one epoch (the first is 0) and log what each candidate reached in it."""
-    criterion, layers = criterion_of(config), list(switch.layers)
-    metrics = {candidate: Metrics(next(model.parameters()).device) for candidate in [*switch.bits, RANDOM]}
-
-    def take_step(batches, step):
-        [(images, target)] = batches
-        chosen = random_policy(layers, switch.bits, config.seed, epoch, step)
-        joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics)
-
-    train_one_epoch(model, loader, optimizer, config, epoch, monitor, metrics, take_step, shown=max(switch.bits))
-
-
 def evaluate_candidates(model, switch, loader):
     """{bit: figures} with every searchable layer at that bit-width."""
     figures = {}
@@ -91,24 +77,25 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         network: the JointNetwork.
         start: the Start of this run.
     """
-    model, switch = network.model, network.switch
-    last = config.epochs + config.cooldown_epochs
+    model, switch, last = network.model, network.switch, config.epochs + config.cooldown_epochs
+    criterion, layers = criterion_of(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
 
-    def run_epoch(epoch):
-        train_candidates(model, switch, loaders.train, optimizer, config, epoch, monitor)
+    def take_step(batches, epoch, step, metrics):
+        [(images, target)] = batches
+        chosen = random_policy(layers, switch.bits, config.seed, epoch, step)
+        joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics)
 
     def validate_where_due(epoch):
         if (epoch + 1) % config.val_cycle == 0 or epoch + 1 == last:
             return validate(model, switch, loaders.val, epoch + 1, monitor)
         return None
 
-    def save(epochs, best, is_best):
-        state = training_state(model, optimizer, epochs, best, config, monitor)
-        if distributed.is_main():
-            folder.save({**state, **network.facts}, is_best)
+    def write(state, is_best):
+        distributed.on_main(folder.save, {**state, **network.facts}, is_best, config.log.keep_checkpoints)
 
-    train_epochs(start.epoch, last, start.best, run_epoch, validate_where_due, save)
+    Training(model, optimizer, loaders.train, config, monitor, take_step, validate_where_due, write,
+             labels=[*switch.bits, RANDOM], shown=max(switch.bits)).run(start, last)
 
 
 def validate(model, switch, loader, epoch, monitor):

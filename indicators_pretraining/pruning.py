@@ -11,11 +11,12 @@ from network import build_dense
 from rewinding import Plan, Pruning, PruningFolder
 from schema import PruningConfig
 from util import distributed
-from util.checkpoint import restore
+from util.checkpoint import recorded_threads, restore
 from util.command import parse_training_arguments
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
+from util.interruption import signals_noted
 from util.monitor import log_start, open_monitor
 from util.optim import create_optimizer
 
@@ -31,23 +32,26 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = PruningFolder.of(config)
     found = folder.find(config)
+    distributed.set_threads(config.threads, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_dense(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)
-    start = restore(found, network.model, optimizer, config, rewinding.harmless(found, config))
+    start = restore(found, network.model, optimizer, config, rewinding.harmless(found, config),
+                    schedule_may_change=False)
     network.pruned.hold(optimizer)
     plan = Plan(network, config.prune)
     plan.check(rewinding.level_of(found), network.pruned.masks)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
                              distributed.barrier, distributed.is_local_main())
     if is_dry_run:
-        rewinding.dry_run(network, plan, loaders, optimizer, config)
+        rewinding.dry_run(network, plan, loaders, optimizer, config, rewinding.level_of(found))
     elif rewinding.is_finished(found, plan, config, folder):
         rewinding.announce_finished(folder)
     else:
         completed = rewinding.epochs_before(rewinding.level_of(found), config) + start.epoch
-        with open_monitor(folder, config, replace(start, epoch=completed), device) as monitor:
-            log_start(monitor, replace(start, epoch=completed), "")
+        numbered = replace(start, epoch=completed)
+        with signals_noted(), open_monitor(folder, config, numbered, device) as monitor:
+            log_start(monitor, numbered, "")
             Pruning(network, plan, loaders, optimizer, config, monitor, folder).run(found, start)
 
 

@@ -5,12 +5,12 @@ smallest of the weights that are left, loads that early state back, and trains w
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 
 import pruning_report
-from model.masks import companions, counted, next_masks, prunable_layers, rounded, units
+from model.masks import companions, count_to_remove, counted, next_masks, prunable_layers, rounded, units
 from model.weights import load_state
 from util import distributed
 from util.checkpoint import (
@@ -28,7 +28,7 @@ from util.checkpoint import (
 from util.config import flatten
 from util.errors import UserError
 from util.metrics import Metrics, evaluate
-from util.training import train_epochs, train_one_epoch, training_step
+from util.training import Training, training_step
 
 HARMLESS = ("quan.", "target_bits", "in_place_distillation", "weight_bits", "act_bits", "prune.levels",
             "prune.target_sparsity")  # what no level's training depends on
@@ -82,6 +82,8 @@ def harmless(found, config):
     level = level_of(found)
     if level == 0:
         return HARMLESS + HARMLESS_WHILE_DENSE
+    if config.prune.method == "one_shot":  # all in one level: another target is another run
+        return tuple(key for key in HARMLESS if not key.startswith("prune."))
     trained = flatten(found.content.get("config", {})).get("prune.amount")
     return HARMLESS + (("prune.amount",) if _first(trained, level) == _first(config.prune.amount, level) else ())
 
@@ -175,24 +177,21 @@ class Pruning:
     def train(self, level, start):
         """Train a level to its last epoch, with a checkpoint after each; a finished one is left as it is."""
         rewind_epoch, criterion = self.config.prune.rewind_epoch, criterion_of(self.config)
-        if level == start.epoch == rewind_epoch == 0:
-            self.save(self.folder.rewind, level, 0, start.best)
 
-        def run_epoch(epoch):
-            metrics = Metrics(next(self.model.parameters()).device)
+        def take_step(batches, epoch, step, metrics):
+            training_step(self.model, batches, criterion, self.optimizer, metrics[None])
 
-            def take_step(batches, step):
-                training_step(self.model, batches, criterion, self.optimizer, metrics)
+        def write(state, is_best=False):
+            if level == 0 and state["epoch"] == rewind_epoch and "inside" not in state:
+                self.write(self.folder.rewind, state, level)
+            self.write(self.folder.level(level), state, level)
 
-            train_one_epoch(self.model, self.loaders.train, self.optimizer, self.config, epoch, self.monitor,
-                            {None: metrics}, take_step, epochs_before=epochs_before(level, self.config))
-
-        def save(epochs, best, is_best):
-            if level == 0 and epochs == rewind_epoch:
-                self.save(self.folder.rewind, level, epochs, best)
-            self.save(self.folder.level(level), level, epochs, best)
-
-        train_epochs(start.epoch, self.last_epoch, start.best, run_epoch, lambda epoch: self.validate(level, epoch), save)
+        if level == start.epoch == rewind_epoch == 0 and start.inside is None:
+            self.write(self.folder.rewind, training_state(self.model, self.optimizer, 0, start.best, self.config,
+                                                          self.monitor), level)
+        Training(self.model, self.optimizer, self.loaders.train, self.config, self.monitor, take_step,
+                 lambda epoch: self.validate(level, epoch), write,
+                 epochs_before=epochs_before(level, self.config)).run(start, self.last_epoch)
 
     def validate(self, level, epoch):
         """Validate where it is due and log it; return top-1 and top-5, or None."""
@@ -204,10 +203,8 @@ class Pruning:
         self.monitor.save_plots()
         return figures["top1"], figures["top5"]
 
-    def save(self, path, level, epochs, best):
-        state = training_state(self.model, self.optimizer, epochs, best, self.config, self.monitor)
-        if distributed.is_main():
-            save_checkpoint(path, {**state, "level": level, "masks": self.pruned.masks})
+    def write(self, path, state, level):
+        distributed.on_main(save_checkpoint, path, {**state, "level": level, "masks": self.pruned.masks})
 
     def report(self, level):
         """Evaluate a finished level on the test set and write it into the report, unless it stands there."""
@@ -248,6 +245,18 @@ def criterion_of(config):
     return lambda logits, images, target: F.cross_entropy(logits, target, label_smoothing=config.smoothing)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Weights or channels that are compared with each other: all, those left, and how many of these stay in any case."""
+
+    total: int
+    left: int
+    spared: int
+
+    def to_remove(self, amount, target):
+        return min(count_to_remove(self.total, self.left, amount, target), self.left - self.spared)
+
+
 class Plan:
     """What each level removes, of which layers, and when it is enough.
 
@@ -265,48 +274,50 @@ class Plan:
         return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
 
     def masks_for(self, level, masks):
-        """The masks of a level (the first is 1), ranked by the weights as they are at the end of the level before.
+        """The masks of a level (the first is 1), ranked by the weights as they are at the end of the level before."""
+        prune = self.prune
+        return next_masks(self.weights(), masks, self.followers, prune.type, prune.scope, prune.amount_of(level),
+                          prune.target)
 
-        Raises:
-            UserError: where the level would remove nothing.
-        """
-        prune, (total, left) = self.prune, self.count(masks)
-        grown = next_masks(self.weights(), masks, self.followers, prune.type, prune.scope, prune.amount_of(level),
-                           prune.target)
-        if self.count(grown)[1] == left:
-            raise UserError(f"prune.amount: level {level} would remove none of the {left} {self.unit} that are left of "
-                            f"{total}; give a larger amount, or fewer levels")
-        return grown
+    def groups(self, masks):
+        """A Group for all layers together, or for each layer, as the scope says."""
+        _, left = units(self.weights(), masks, self.prune.type)
+        groups = [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
+        spares_one = self.prune.type == "structured"
+        return [Group(*counted(left, names), sum(int(left[name].any()) for name in names) if spares_one else 0)
+                for names in groups]
 
     def count(self, masks):
         """(all prunable weights or channels, those that are left)."""
-        _, left = units(self.weights(), masks, self.prune.type)
-        return counted(left, left)
+        groups = self.groups(masks)
+        return sum(group.total for group in groups), sum(group.left for group in groups)
 
     def is_last(self, level, masks):
         """Whether no level comes after one with these masks."""
+        return self._is_last(level, self.groups(masks))
+
+    def _is_last(self, level, groups):
         if self.prune.last_level is not None:
             return level >= self.prune.last_level
-        return self.still_to_remove(masks) == 0
+        return not any(group.to_remove(1, self.prune.target) for group in groups)
 
-    def groups(self):
-        """The layers that are compared with each other, as lists."""
-        return [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
+    def forecast(self, level, masks):
+        """What the levels after this one will remove in all, [(level, weights or channels)]: they are counted, not ranked.
 
-    def to_remove_in_all(self):
-        """How many weights or channels the target takes; each group of layers rounds for itself."""
-        _, whole = units(self.weights(), {}, self.prune.type)
-        return sum(rounded(self.prune.target * counted(whole, names)[0]) for names in self.groups())
-
-    def still_to_remove(self, masks):
-        """How many more weights or channels have to go until the target is reached."""
-        _, left = units(self.weights(), masks, self.prune.type)
-        spared, missing = int(self.prune.type == "structured"), 0
-        for names in self.groups():
-            total, remaining = counted(left, names)
-            wanted = min(rounded(self.prune.target * total), total - spared * len(names))
-            missing += max(0, wanted - (total - remaining))
-        return missing
+        Raises:
+            UserError: where a level would remove nothing, or the amounts end below the target.
+        """
+        groups, ahead = self.groups(masks), []
+        while not self._is_last(level, groups):
+            level += 1
+            counts = [group.to_remove(self.prune.amount_of(level), self.prune.target) for group in groups]
+            if not any(counts):
+                left, total = (sum(getattr(group, key) for group in groups) for key in ("left", "total"))
+                raise UserError(f"prune.amount: level {level} would remove none of the {left} {self.unit} that are left of "
+                                f"{total}; give a larger amount, or fewer levels")
+            groups = [replace(group, left=group.left - count) for group, count in zip(groups, counts, strict=True)]
+            ahead.append((level, sum(group.total - group.left for group in groups)))
+        return ahead
 
     @property
     def unit(self):
@@ -321,25 +332,31 @@ class Plan:
         return f"{total - left:,} of {total:,} {self.unit} removed ({100 * (1 - left / total):.2f} %)"
 
     def check(self, level, masks):
-        """Refuse a target that lies below what is removed already, and fewer levels than are there."""
+        """Refuse a target that lies below what is removed already, fewer levels than are there, and levels to come that
+        would remove nothing."""
+        groups = self.groups(masks)
         total, left = self.count(masks)
-        if self.prune.target is not None and self.to_remove_in_all() < total - left:
+        # Each group of layers rounds for itself.
+        if self.prune.target is not None and sum(rounded(self.prune.target * group.total) for group in groups) < total - left:
             raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but {100 * (1 - left / total):.2f} % "
                             f"of the {self.unit} are removed already")
         if self.prune.last_level is not None and level > self.prune.last_level:
             raise UserError(f"prune.levels: found {self.prune.last_level}, but level {level} is there already")
+        self.forecast(level, masks)
 
 
-def dry_run(network, plan, loaders, optimizer, config):
-    """Compute one step and report sizes; nothing is written."""
+def dry_run(network, plan, loaders, optimizer, config, level):
+    """Compute one step and report sizes and the levels after `level`; nothing is written."""
     network.model.train()
     metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
     training_step(network.model, batches, criterion_of(config), optimizer, metrics)
     loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
-    epochs = last_epoch(config)
-    if distributed.is_main():
-        print(f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "
+    epochs, ahead = last_epoch(config), plan.forecast(level, network.pruned.masks)
+    report = [f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "
               f"{len(network.graph.layers)} layers; {epochs} epochs per level, {epochs - config.prune.rewind_epoch} of them "
-              f"after rewinding\n"
+              "after rewinding",
+              *(f"level {number}: {removed:,} removed ({100 * removed / total:.2f} %)" for number, removed in ahead),
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
-              f"{loaders.val.images} validation images\nloss of the first step: {loss:.4f}\ndry run: nothing was written")
+              f"{loaders.val.images} validation images", f"loss of the first step: {loss:.4f}"]
+    if distributed.is_main():
+        print("\n".join([*report, "dry run: nothing was written"]))

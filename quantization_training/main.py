@@ -9,11 +9,12 @@ from gradual import create_pruning
 from network import build_network, create_teacher
 from schema import FinetuneConfig
 from util import distributed
-from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, restore
+from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
 from util.command import parse_training_arguments
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
+from util.interruption import signals_noted
 from util.monitor import open_monitor
 from util.optim import create_optimizer
 
@@ -29,6 +30,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
+    distributed.set_threads(config.threads, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found and found.content, device)
     criterion = process.create_criterion(config, create_teacher(config, num_classes, device))
@@ -46,7 +48,7 @@ def run(config, device, is_dry_run):
     elif is_finished(start.epoch, config, folder):
         announce_finished(folder, config)
     else:
-        with open_monitor(folder, config, start, device) as monitor:
+        with signals_noted(), open_monitor(folder, config, start, device) as monitor:
             process.finetune(network, loaders, criterion, optimizer, config, monitor, folder, start, pruning)
             process.final_evaluation(network, loaders, config, monitor, folder)
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from quan.utils import BATCHNORM
 from util import distributed
-from util.checkpoint import training_state
 from util.errors import UserError
+from util.interruption import watched
 from util.metrics import Metrics, evaluate, evaluation_mode
 from util.monitor import log_start
-from util.training import grouped, train_epochs, train_one_epoch, training_step
+from util.training import Training, grouped, training_step
 
 ALWAYS_VALIDATED = 15  # the last epochs, each of which is validated
 
@@ -36,18 +36,6 @@ def create_criterion(config, teacher=None):
     return criterion
 
 
-def train(model, loader, criterion, optimizer, config, epoch, monitor, pruning=None):
-    """Train for one epoch (the first is 0) and log what it reached; `pruning` is a GradualPruning, or None."""
-    metrics, steps = Metrics(next(model.parameters()).device), len(loader) // config.accumulation
-
-    def take_step(batches, step):
-        training_step(model, batches, criterion, optimizer, metrics)
-        if pruning is not None:
-            pruning.after_step(epoch, step, steps)
-
-    train_one_epoch(model, loader, optimizer, config, epoch, monitor, {None: metrics}, take_step, config.accumulation)
-
-
 @contextmanager
 def batchnorms_estimating_anew(model):
     """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back."""
@@ -69,7 +57,7 @@ def batchnorms_estimating_anew(model):
 def calibrate_batchnorm(model, loader):
     """Re-estimate the BatchNorm statistics of a quantized network on a loader's images and over ranks."""
     with batchnorms_estimating_anew(model):
-        for images, _ in loader:
+        for images, _ in watched(loader):
             model(images)
     distributed.average_batchnorm_statistics(model)
 
@@ -94,23 +82,24 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
         start: the Start of this run.
         pruning: a GradualPruning, or None; no epoch is the best one before its target is reached.
     """
-    model = network.model
+    model, steps = network.model, len(loaders.train) // config.accumulation
     log_start(monitor, start, network.remark)
 
-    def run_epoch(epoch):
-        train(model, loaders.train, criterion, optimizer, config, epoch, monitor, pruning)
+    def take_step(batches, epoch, step, metrics):
+        training_step(model, batches, criterion, optimizer, metrics[None])
+        if pruning is not None:
+            pruning.after_step(epoch, step, steps)
 
     def validate_where_due(epoch):
         scores = validate(model, loaders, config, epoch, monitor) if is_validated(epoch, config) else None
         return scores if pruning is None or pruning.is_complete(epoch + 1) else None
 
-    def save(epochs, best, is_best):
-        state = training_state(model, optimizer, epochs, best, config, monitor)
-        if distributed.is_main():
-            folder.save({**state, **network.facts, "masks": network.pruned.masks}, is_best)
+    def write(state, is_best):
+        distributed.on_main(folder.save, {**state, **network.facts, "masks": network.pruned.masks}, is_best,
+                            config.log.keep_checkpoints)
 
-    last = config.epochs + config.cooldown_epochs
-    train_epochs(start.epoch, last, start.best, run_epoch, validate_where_due, save)
+    Training(model, optimizer, loaders.train, config, monitor, take_step, validate_where_due, write,
+             batches_per_step=config.accumulation).run(start, config.epochs + config.cooldown_epochs)
 
 
 def validate(model, loaders, config, epoch, monitor):

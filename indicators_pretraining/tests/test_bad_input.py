@@ -94,7 +94,9 @@ def test_evaluation_with_other_quantizers_than_in_training(folder, capsys):
 def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys):
     with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
         main.main(["config.yaml", "lr=1e30"])
-    assert stop.value.code == 2 and "the loss of epoch 1 is not finite; lower lr" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "the loss is not finite in epoch 1, step 2 of 4: the parameter conv1.weight is not finite; lower lr" in said
     assert not (folder / "out/run/run_checkpoint.pth.tar").exists()
 
 

@@ -21,6 +21,7 @@ from quan.utils import joint_modules, replace_module_by_names, step_quantizers
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from util.exchange import read_indicators
+from util.training import Training
 
 CONFIG = """
 name: run
@@ -88,14 +89,14 @@ def zeros(masks):
 def watched(monkeypatch):
     """What each epoch began with, and each step: lists of dicts. Each step draws random numbers, as dropout does."""
     epochs, steps = [], []
-    train_one_epoch, training_step = rewinding.train_one_epoch, rewinding.training_step
+    train, training_step = Training.train, rewinding.training_step
 
-    def noted_epoch(model, loader, optimizer, config, epoch, monitor, *arguments, epochs_before):
-        state = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()["state"],
+    def noted_epoch(training, epoch, inside=None):
+        state = copy.deepcopy({"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()["state"],
                                "torch": torch.get_rng_state(), "python": random.getstate(),
                                "numpy": np.random.get_state()[1].tolist()})
-        epochs.append({"epoch": epoch, "number": epochs_before + epoch, **state})
-        train_one_epoch(model, loader, optimizer, config, epoch, monitor, *arguments, epochs_before=epochs_before)
+        epochs.append({"epoch": epoch, "number": training.epochs_before + epoch, **state})
+        train(training, epoch, inside)
 
     def noted_step(model, batches, criterion, optimizer, metrics):
         torch.rand(1), random.random(), np.random.rand()
@@ -104,7 +105,7 @@ def watched(monkeypatch):
                       "target": target.clone(), "momentum": [group.get("momentum") for group in optimizer.param_groups]})
         training_step(model, batches, criterion, optimizer, metrics)
 
-    monkeypatch.setattr(rewinding, "train_one_epoch", noted_epoch)
+    monkeypatch.setattr(Training, "train", noted_epoch)
     monkeypatch.setattr(rewinding, "training_step", noted_step)
     return epochs, steps
 

@@ -1,11 +1,15 @@
 """A run that stops and goes on ends with the same tensors as one that does not."""
 
+import signal
+
 import pytest
 import torch
 
 import main
-from util import distributed
+import process
+from util import distributed, metrics
 from util.checkpoint import RunFolder
+from util.errors import Interrupted
 
 CONFIG = """
 arch: resnet20
@@ -38,8 +42,8 @@ def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
     main.main(["config.yaml", "name=undisturbed"])
     save = RunFolder.save
 
-    def save_and_stop(folder, checkpoint, is_best):
-        save(folder, checkpoint, is_best)
+    def save_and_stop(*arguments):
+        save(*arguments)
         raise Stopped
 
     monkeypatch.setattr(RunFolder, "save", save_and_stop)
@@ -48,13 +52,110 @@ def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
             main.main(["config.yaml", "name=stopped"])
     monkeypatch.setattr(RunFolder, "save", save)
     main.main(["config.yaml", "name=stopped"])
-    states = {}
-    for name in ("undisturbed", "stopped"):
-        states[name] = torch.load(f"results/{name}/{name}_checkpoint.pth.tar", weights_only=True)
-    assert states["stopped"]["epoch"] == 3
-    for name, tensor in states["undisturbed"]["state_dict"].items():
-        assert torch.equal(tensor, states["stopped"]["state_dict"][name]), name
-    assert states["undisturbed"]["extras"] == states["stopped"]["extras"]
-    rows = [(tmp_path / "results" / name / "metrics.csv").read_text().splitlines() for name in states]
+    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+
+
+def assert_equal_runs(place, one, other):
+    """Every tensor of two checkpoints has the same bytes, and metrics.csv the same rows but for the seconds."""
+    states = [torch.load(place / f"results/{name}/{name}_checkpoint.pth.tar", weights_only=True) for name in (one, other)]
+    for key in ("state_dict", "optimizer", "random_states", "extras", "epoch"):
+        assert as_bytes(states[0][key]) == as_bytes(states[1][key]), key
+    assert "inside" not in states[1]
+    rows = [(place / "results" / name / "metrics.csv").read_text().splitlines() for name in (one, other)]
     without_seconds = [[line.rpartition(",")[0] for line in lines] for lines in rows]
     assert without_seconds[0] == without_seconds[1]
+
+
+def as_bytes(value):
+    """A nest of containers with tensors as bytes, to be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: as_bytes(element) for key, element in value.items()}
+    return [as_bytes(element) for element in value] if isinstance(value, (list, tuple)) else value
+
+
+def send_signals(monkeypatch, place, function, after):
+    """Let SIGTERM come after so many calls of a function of a module."""
+    original, calls = getattr(place, function), [0]
+
+    def counted(*arguments, **options):
+        result = original(*arguments, **options)
+        calls[0] += 1
+        if calls[0] == after:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(place, function, counted)
+
+
+STEP = (process, "joint_step")
+
+
+@pytest.mark.parametrize("moment", [(*STEP, 1), (*STEP, 3), (*STEP, 4), (metrics.Metrics, "result", 3),
+                                    (metrics.Metrics, "result", 4)])
+def test_a_run_that_a_signal_stops_again_and_again_equals_an_undisturbed_one(tmp_path, monkeypatch, moment):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    main.main(["config.yaml", "name=undisturbed"])
+    stops = 0
+    while True:
+        with monkeypatch.context() as patch:
+            send_signals(patch, *moment)
+            try:
+                main.main(["config.yaml", "name=stopped"])
+                break
+            except Interrupted as stop:
+                assert stop.number == signal.SIGTERM
+                stops += 1
+        assert stops < 30
+    assert stops >= 2
+    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+
+
+def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    main.main(["config.yaml", "name=undisturbed"])
+    save, steps = RunFolder.save, []
+
+    def save_and_stop(folder, checkpoint, *more):
+        save(folder, checkpoint, *more)
+        if "inside" in checkpoint:
+            steps.append((checkpoint["epoch"], checkpoint["inside"]["step"]))
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", save_and_stop)
+        for _ in range(3):
+            with pytest.raises(Stopped):
+                main.main(["config.yaml", "name=stopped", "log.checkpoint_steps=3"])
+    assert steps == [(0, 3), (1, 3), (2, 3)]
+    main.main(["config.yaml", "name=stopped", "log.checkpoint_steps=1"])
+    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+
+
+def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    main.main(["config.yaml", "name=run", "log.keep_checkpoints=2", "log.checkpoint_steps=2"])
+    folder = tmp_path / "results" / "run"
+    assert sorted(path.name for path in folder.glob("*epoch*")) == ["run_epoch_2_checkpoint.pth.tar",
+                                                                    "run_epoch_3_checkpoint.pth.tar"]
+    assert (folder / "run_epoch_3_checkpoint.pth.tar").read_bytes() == (folder / "run_checkpoint.pth.tar").read_bytes()
+    assert torch.load(folder / "run_epoch_2_checkpoint.pth.tar", weights_only=True)["epoch"] == 2
+
+
+def test_another_number_of_threads_is_taken_over_or_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1] if chosen else 1)
+    main.main(["config.yaml", "epochs=1", "warmup_epochs=0"])
+    assert not chosen
+    main.main(["config.yaml", "epochs=2", "warmup_epochs=0"])
+    assert chosen == [1] and "threads" not in capsys.readouterr().out.partition("continuing after epoch 1")[2]
+    main.main(["config.yaml", "epochs=3", "threads=2", "warmup_epochs=0"])
+    assert chosen == [1, 2]
+    assert "epochs, threads changed: the result will not equal that of an undisturbed run" in capsys.readouterr().out

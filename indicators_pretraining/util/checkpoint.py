@@ -1,8 +1,10 @@
 """Checkpoints and the run folder: what a run leaves on disk, and how it is found again."""
 
+import contextlib
 import io
 import os
 import pickle
+import shutil
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,15 +18,16 @@ from util.errors import UserError, reason
 from util.exchange import strip_prefix, write_atomically
 
 FORMAT_VERSION = 1
-HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "dataloader.workers", "dataloader.path",
-                 "dataloader.serialized")
+HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "threads", "dataloader.workers",
+                 "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 ENTRY_TYPES = {"version": int, "epoch": int, "arch": str, "config": dict, "extras": dict, "optimizer": dict, "bits": list,
                "weight_bits": dict, "act_bits": dict, "signed": dict, "layers": dict, "fixed": dict, "batchnorms": dict,
-               "masks": dict, "level": int, "initial_sparsity": float}
+               "masks": dict, "level": int, "initial_sparsity": float,
+               "inside": dict, "machine": dict}
 
 
 def save_checkpoint(path, checkpoint):
@@ -101,11 +104,37 @@ class RunFolder:
         """Write summary.yaml, the results of a finished run, from plain values."""
         write_atomically(self.summary, yaml.safe_dump(facts, sort_keys=False).encode())
 
-    def save(self, checkpoint, is_best):
-        """Write the newest checkpoint, and the best one where this is it."""
+    def epoch(self, number):
+        return os.path.join(self.path, f"{self.name}_epoch_{number}_checkpoint.pth.tar")
+
+    def save(self, checkpoint, is_best, keep=1):
+        """Write the newest checkpoint, and the best one where this is it.
+
+        Args:
+            keep: of how many epochs the checkpoints stay; with more than one, each has a file of its own too.
+        """
         save_checkpoint(self.last, checkpoint)
         if is_best:
             save_checkpoint(self.best, checkpoint)
+        if keep > 1 and "inside" not in checkpoint:
+            copy_file(self.last, self.epoch(checkpoint["epoch"]))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.epoch(checkpoint["epoch"] - keep))
+
+
+def copy_file(source, target):
+    """Make `target` hold what `source` holds, whole at every moment, without using more of the disk where that can be."""
+    partial = f"{target}.partial"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(partial)
+    try:
+        try:
+            os.link(source, partial)
+        except OSError:  # not every file system has links
+            shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot write the file ({error.strerror})") from None
 
 
 def find_checkpoint(config, folder):
@@ -189,13 +218,48 @@ def check_same_model(trained, wanted, path):
 
 
 @dataclass(frozen=True)
+class Inside:
+    """A place inside an epoch.
+
+    step: of how many steps the epoch has had. seconds: spent in it. images_per_step: over all ranks. is_trained: whether
+    only validation is still to come. sums: of the Metrics, on each rank; while it is this rank's own, a list of tensors.
+    batchnorms: running statistics of each rank, [] for a single one.
+    """
+
+    step: int
+    seconds: float
+    images_per_step: int
+    is_trained: bool
+    sums: list
+    batchnorms: list = ()
+
+    def as_plain(self):
+        return {**vars(self), "batchnorms": list(self.batchnorms)}
+
+    def own_sums(self):
+        """This rank's sums; with another number of ranks than before, the first takes them all."""
+        ranks = distributed.world_size()
+        if len(self.sums) == ranks:
+            return self.sums[distributed.rank()]
+        together = [torch.stack(label).sum(0) for label in zip(*self.sums, strict=True)]
+        return together if distributed.is_main() else [torch.zeros_like(sums) for sums in together]
+
+
+@dataclass(frozen=True)
 class Start:
-    """Where a run begins: epochs completed, (top-1, top-5) of the best one, its wandb run, schedule keys that changed."""
+    """Where a run begins: epochs completed, (top-1, top-5) of the best one, its wandb run, what changed so that the result
+    will not equal that of an undisturbed run, and the place inside the epoch that follows, or None."""
 
     epoch: int = 0
     best: tuple = (-1.0, -1.0)
     wandb_id: str | None = None
     changed: tuple = ()
+    inside: Inside | None = None
+
+    @property
+    def epochs_logged(self):
+        """Epochs whose training stands in the log and in metrics.csv."""
+        return self.epoch + (self.inside is not None and self.inside.is_trained)
 
 
 def masks_of(content, model, path):
@@ -203,11 +267,12 @@ def masks_of(content, model, path):
     return checked_masks(model, content.get("masks", {}), path)
 
 
-def restore(found, model, optimizer, config, harmless=()):
+def restore(found, model, optimizer, config, harmless=(), schedule_may_change=True):
     """Load a checkpoint, if there is one, into a model; and unless only its weights are taken, continue its run.
 
     Args:
         harmless: keys, or beginnings of keys, that may differ besides those that always may.
+        schedule_may_change: whether the number of epochs may.
 
     Returns:
         the Start.
@@ -217,11 +282,13 @@ def restore(found, model, optimizer, config, harmless=()):
     """
     if found is None:
         return Start()
-    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless)
+    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless,
+                                                       schedule_may_change)
     if found.lean:
         load_state(model, found.content["state_dict"], found.path)
         return Start()
-    return replace(load_training_state(found.content, model, optimizer, found.path), changed=tuple(changed))
+    start = load_training_state(found.content, model, optimizer, found.path)
+    return replace(start, changed=(*changed, *start.changed))
 
 
 def load_training_state(content, model, optimizer, path):
@@ -231,9 +298,12 @@ def load_training_state(content, model, optimizer, path):
         optimizer.load_state_dict(content["optimizer"])
         _check_optimizer(optimizer)
         distributed.set_random_states(content["random_states"])
+        inside = Inside(**content["inside"]) if "inside" in content else None
+        if inside is not None:
+            distributed.set_batchnorm_statistics(model, inside.batchnorms)
         return Start(content["epoch"], (float(content["extras"]["top1"]), float(content["extras"]["top5"])),
-                     content.get("wandb_id"))
-    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+                     content.get("wandb_id"), other_machine(content), inside)
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: what it holds does not fit this run ({reason(error)})") from None
 
 
@@ -246,7 +316,23 @@ def _check_optimizer(optimizer):
             raise ValueError("the optimizer is of other parameters")
 
 
-def check_continues(checkpoint, config, path, harmless=()):
+def machine():
+    """What the last bits of a result depend on besides the configuration."""
+    return {"threads": torch.get_num_threads(), "processes": distributed.world_size()}
+
+
+def other_machine(content):
+    """Which of these are not as they were when a checkpoint was written."""
+    return tuple(key for key, value in machine().items() if content.get("machine", {}).get(key, value) != value)
+
+
+def recorded_threads(found):
+    """The number of threads that a run was computed with; None where it starts afresh or does not say."""
+    threads = found.content.get("machine", {}).get("threads") if found and not found.lean else None
+    return threads if type(threads) is int and threads > 0 else None
+
+
+def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=True):
     """Refuse to continue a run whose configuration differs in what matters.
 
     Args:
@@ -259,7 +345,7 @@ def check_continues(checkpoint, config, path, harmless=()):
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
     keys = differing_keys(checkpoint["config"], to_plain(config))
     keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless))]
-    serious = [key for key in keys if key not in SCHEDULE_KEYS]
+    serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]
     if serious:
         raise UserError(f"{path}: the run was started with another {', '.join(serious)}; "
                         "put these back, or start a new run under another name")
@@ -275,7 +361,7 @@ def training_state(model, optimizer, epoch, best, config, monitor):
     """
     return {"epoch": epoch, "arch": config.arch, "state_dict": model.state_dict(),
             "extras": {"top1": best[0], "top5": best[1]},
-            "optimizer": optimizer.state_dict(), "random_states": distributed.random_states(),
+            "optimizer": optimizer.state_dict(), "random_states": distributed.random_states(), "machine": machine(),
             "config": to_plain(config), "wandb_id": monitor.wandb_id}
 
 

@@ -58,6 +58,8 @@ class ResumeConfig:
 class LogConfig:
     num_best_scores: int = bounded(3, low=1)
     print_freq: int = bounded(20, low=1)
+    checkpoint_steps: int | None = bounded(None, low=1)
+    keep_checkpoints: int = bounded(1, low=1)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class RunConfig:
     seed: int = bounded(0, low=0, high=2**31)
     training_device: Literal["auto", "gpu", "cpu"] = "auto"
     gpu: typing.Any = None
+    threads: int | None = bounded(None, low=1)
     arch: str = "resnet50"
     pre_trained: bool | str = False
     target_bits: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2])

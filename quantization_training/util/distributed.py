@@ -8,7 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from util.errors import UserError
+from util.errors import Lost, UserError, as_user_error, reason
+
+CONNECTION = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "recv", "timed out")
+_control = None  # the group of processes that small numbers on the CPU travel in
 
 
 def is_distributed():
@@ -48,17 +51,76 @@ def process_group(training_device):
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ:
         yield device
         return
+    global _control
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
+        _control = dist.new_group(backend="gloo")
     else:
         dist.init_process_group("gloo")
+        _control = None
     try:
-        yield device
+        with one_process_tells():
+            yield device
         leave_process_group()
     finally:
         if is_distributed():  # an error: the other ranks may be gone, so nothing is waited for
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_process_tells():
+    """Mark a UserError that another rank has met too and tells; name the loss of another process as what it is."""
+    try:
+        yield
+    except Exception as error:
+        mended = as_user_error(error)
+        if mended is not None:
+            mended.is_told = not _tells(str(mended))
+            raise mended from None
+        if not isinstance(error, RuntimeError) or not any(word in str(error).lower() for word in CONNECTION):
+            raise
+        raise Lost(f"rank {rank()} lost another process of the run ({reason(error)[:120]}); its own error stands above, if it "
+                   "had one") from None
+
+
+def _tells(message):
+    """Whether this rank is the first to meet an error, or meets another one than the first."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        first = store.compare_set(f"limpqp/error/{attempt}", "", f"{rank()}:{message}").decode()
+    except Exception:  # the store may be gone with the process that held it; an error told twice is better than none
+        return True
+    told_by, _, told = first.partition(":")
+    return told_by == str(rank()) or told != message
+
+
+def largest_over_ranks(number):
+    """The largest of the whole numbers that the ranks give, on every rank."""
+    if not is_distributed():
+        return number
+    tensor = torch.tensor([number])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control)
+    return int(tensor)
+
+
+def set_threads(wanted, recorded=None):
+    """Choose how many threads each process computes with: `wanted`, or as many as the run had before.
+
+    A launcher that starts several processes sets OMP_NUM_THREADS=1 where nothing is said; the cores are shared out instead.
+
+    Args:
+        wanted: from the configuration, or None.
+        recorded: what the checkpoint says, or None; taken where the machine has so many.
+    """
+    cores = os.cpu_count() or 1
+    if wanted is None and recorded is not None and recorded <= cores:
+        wanted = recorded
+    if wanted is None and world_size() > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    if wanted is not None:
+        torch.set_num_threads(wanted)
 
 
 def leave_process_group():
@@ -164,6 +226,25 @@ def average_batchnorm_statistics(model):
     """Average the running statistics of every BatchNorm over ranks."""
     average_tensors([buffer for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
                      for buffer in (module.running_mean, module.running_var) if buffer is not None])
+
+
+def batchnorm_statistics(model):
+    """Running statistics of every BatchNorm on each rank, [{name: tensor on the CPU}]; they differ inside an epoch."""
+    if not is_distributed():
+        return []
+    return gather_objects({name: buffer.cpu() for name, buffer in _batchnorm_buffers(model)})
+
+
+def set_batchnorm_statistics(model, statistics):
+    """Put back what batchnorm_statistics gave; another number of ranks keeps what it has."""
+    if len(statistics) == world_size():
+        for name, buffer in _batchnorm_buffers(model):
+            buffer.copy_(statistics[rank()][name])
+
+
+def _batchnorm_buffers(model):
+    return [(f"{name}.{entry}", buffer) for name, module in model.named_modules()
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for entry, buffer in module.named_buffers()]
 
 
 def broadcast_model(model):

@@ -3,16 +3,38 @@
 import contextlib
 import difflib
 import os
+import signal
 import sys
 
 USER_ERROR_STATUS = 2
-INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
-PIPE_STATUS = 141  # 128 + SIGPIPE
+SIGNAL_STATUS = 128  # plus the number of the signal, as shells count
 SINGLE_VALUE = "Expected more than 1 value per channel"  # how torch begins to say it
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: a file, a key, a value. The message is one line that says what and where."""
+    """Something the user gave is wrong: a file, a key, a value. The message is one line that says what and where.
+
+    is_told: whether another process of the run tells it already; None where all processes meet it alike.
+    """
+
+    is_told = None
+
+
+class Interrupted(Exception):
+    """A run was asked to stop by a signal, and left a checkpoint to go on from.
+
+    Args:
+        number: of the signal.
+        place: where the run stands, in words, or ''.
+    """
+
+    def __init__(self, number, place=""):
+        super().__init__(f"stopped by {signal.Signals(number).name}{place}")
+        self.number = number
+
+
+class Lost(Exception):
+    """Another process of the run is gone, so that this one cannot go on."""
 
 
 def nearest(name, choices):
@@ -29,27 +51,52 @@ def reason(error):
 
 @contextlib.contextmanager
 def user_errors_on_one_line():
-    """Turn a UserError into one line on stderr and exit status 2, and Ctrl-C into one line and 130.
-
-    Every process of a multi-process run meets the same error; one process per machine prints it.
-    """
+    """Turn a UserError into one line on stderr and exit status 2, and a signal into one line and 128 plus its number."""
     try:
         yield
     except UserError as error:
-        _stop(f"error: {' '.join(str(error).split())}", USER_ERROR_STATUS)
-    except ValueError as error:
-        if SINGLE_VALUE not in str(error):
-            raise
-        _stop("error: dataloader.batch_size: a BatchNorm met a single value per channel; take larger batches or larger "
-              "images (calibration_images counts too)", USER_ERROR_STATUS)
+        _stop_for(error)
+    except Interrupted as stop:
+        _stop(f"{stop}; the same command goes on from there" if is_first_process() else "", SIGNAL_STATUS + stop.number)
+    except Lost as error:
+        _stop(f"error: {error}", 1)
     except BrokenPipeError:  # what read our output is gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(PIPE_STATUS)
+        sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _stop("stopped from the keyboard; the same command goes on from the last checkpoint", INTERRUPTED_STATUS)
+        _stop("stopped from the keyboard; the same command goes on from the last checkpoint" if is_first_process() else "",
+              SIGNAL_STATUS + signal.SIGINT)
+    except Exception as error:
+        mended = as_user_error(error)
+        if mended is None:
+            raise
+        _stop_for(mended)
+
+
+def as_user_error(error):
+    """The UserError that an exception is or stands for, where a setting can mend it, or None."""
+    if isinstance(error, UserError):
+        return error
+    if SINGLE_VALUE in str(error):
+        return UserError("dataloader.batch_size: a BatchNorm met a single value per channel; take larger batches or larger "
+                         "images (calibration_images counts too)")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does without
+        return UserError(f"out of memory on the GPU ({reason(error)[:80]}); lower dataloader.batch_size (accumulation in "
+                         "fine-tuning keeps the step the same) or dataloader.input_size")
+    return None
+
+
+def is_first_process():
+    """Whether this process speaks for all of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _stop_for(error):
+    is_told = error.is_told if error.is_told is not None else not is_first_process()
+    _stop("" if is_told else f"error: {' '.join(str(error).split())}", USER_ERROR_STATUS)
 
 
 def _stop(line, status):
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if line:
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -1,13 +1,12 @@
 """Loss, top-1 and top-5, summed where the data are and read once."""
 
 import contextlib
-import math
 
 import torch
 import torch.nn.functional as F
 
 from util.distributed import sum_over_ranks
-from util.errors import UserError
+from util.interruption import watched
 
 
 class Metrics:
@@ -28,14 +27,6 @@ class Metrics:
         loss, top1, top5, images = sum_over_ranks(self.sums.clone()).tolist()
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
 
-    def checked_result(self, number):
-        """The same; a loss that is not finite ends the run."""
-        figures = self.result()
-        if not math.isfinite(figures["loss"]):
-            raise UserError(f"the loss of epoch {number} is not finite; lower lr, or add warmup_epochs "
-                            "(the checkpoint of the epoch before is kept)")
-        return figures
-
 
 @contextlib.contextmanager
 def evaluation_mode(model):
@@ -54,7 +45,7 @@ def evaluate(model, loader):
     """Cross-entropy loss, top-1 and top-5 (percent) of a model over a loader and all ranks."""
     metrics = Metrics(next(model.parameters()).device)
     with evaluation_mode(model):
-        for images, target in loader:
+        for images, target in watched(loader):
             logits = model(images)
             metrics.update(logits, target, F.cross_entropy(logits, target))
     return metrics.result()

@@ -110,7 +110,7 @@ class Monitor:
         else:
             self._bar.write(str(text), file=sys.stdout)  # takes the bar away, writes, and puts it back
 
-    def progress(self, iterable, title, images_per_step, total):
+    def progress(self, iterable, title, images_per_step, total, done=0):
         """Iterate under a progress bar on stderr with images per second and the time left.
 
         Args:
@@ -118,14 +118,15 @@ class Monitor:
             title: what stands before the bar.
             images_per_step: images that all processes together take in one step.
             total: the number of steps.
+            done: how many of them lie behind already.
         """
         if not self.is_main or not sys.stderr.isatty():
             yield from iterable
             return
         from tqdm import tqdm
 
-        self._bar = tqdm(iterable, desc=title, total=total, unit=" images", unit_scale=images_per_step, leave=False,
-                         dynamic_ncols=True, file=sys.stderr)
+        self._bar = tqdm(iterable, desc=title, total=total, initial=done, unit=" images", unit_scale=images_per_step,
+                         leave=False, dynamic_ncols=True, file=sys.stderr)
         try:
             yield from self._bar
         finally:
@@ -226,8 +227,8 @@ def open_monitor(folder, config, start, device):
 
     def open_on_main():
         write_args(folder.path, config)
-        opened.append(Monitor(folder.path, config, True, start.wandb_id, start.epoch, distributed.describe_device(device),
-                              distributed.world_size()))
+        opened.append(Monitor(folder.path, config, True, start.wandb_id, start.epochs_logged,
+                              distributed.describe_device(device), distributed.world_size()))
 
     distributed.on_main(open_on_main)
     return opened[0] if opened else Monitor(folder.path, config, False, start.wandb_id)
@@ -240,8 +241,8 @@ def log_start(monitor, start, remark):
         start: its Start.
         remark: on what is left alone in the network, or ''.
     """
-    if start.epoch:
-        monitor.log(f"continuing after epoch {start.epoch}")
+    if start.epoch or start.inside:
+        monitor.log(f"continuing after epoch {start.epoch}" + (f" and {start.inside.step} steps" if start.inside else ""))
     if start.changed:
         monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
     if remark:

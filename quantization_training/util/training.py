@@ -1,9 +1,15 @@
-"""The loops that every training shares: the steps of an epoch, and the epochs of a run."""
+"""The loops that every training shares: the steps of an epoch, and the epochs of a run, with its checkpoints."""
 
 import time
+from dataclasses import replace
+
+import torch
 
 from quan.utils import keep_steps_positive
-from util import distributed
+from util import distributed, interruption
+from util.checkpoint import Inside, training_state
+from util.errors import Interrupted, UserError
+from util.metrics import Metrics
 from util.optim import learning_rate, set_learning_rate
 
 
@@ -36,48 +42,138 @@ def grouped(iterable, size):
             group = []
 
 
-def train_one_epoch(model, loader, optimizer, config, epoch, monitor, metrics, take_step, batches_per_step=1, shown=None,
-                    epochs_before=0):
-    """Train for one epoch and log what it reached.
+class Training:
+    """Trains a network epoch by epoch, writing what an exact resume needs, and stopping where a signal asks for it.
 
     Args:
-        epoch: the first is 0; decides learning rate, order and augmentation.
-        metrics: {label: Metrics} to be filled; the label is None for the model as it is, or a candidate.
-        take_step: called with a list of batches and the number of the step; makes one optimizer step.
-        batches_per_step: length of that list.
-        shown: the label whose figures are shown while the epoch runs.
+        model, optimizer, loader, config, monitor: those of the run.
+        take_step: called with (batches, epoch, step, {label: Metrics}); makes one optimizer step.
+        validate: called with the number of an epoch (the first is 0); (top-1, top-5), or None where they do not count.
+        write: called with what a checkpoint holds, and whether it is the best one; on every rank.
+        labels: what there are Metrics for: None for the model as it is, or candidates.
+        shown: the label whose figures are shown while an epoch runs.
+        batches_per_step: how many batches take_step gets.
         epochs_before: epochs that the run had before this training began, for the log.
     """
-    begun, number = time.time(), epochs_before + epoch + 1
-    model.train()
-    loader.set_epoch(epoch)
-    steps = len(loader) // batches_per_step
-    images_per_step = loader.images // len(loader) * batches_per_step
-    batches = monitor.progress(grouped(loader, batches_per_step), f"epoch {number}", images_per_step, steps)
-    for step, group in enumerate(batches):
-        set_learning_rate(optimizer, learning_rate(config, epoch + step / steps))
-        take_step(group, step)
-        if (step + 1) % config.log.print_freq == 0:
-            figures = metrics[shown].result()
-            monitor.step(number, step + 1, steps, loss=figures["loss"], top1=figures["top1"])
-    distributed.average_batchnorm_statistics(model)
-    for label, value in metrics.items():
-        monitor.epoch(number, "train", {**value.checked_result(number), "lr": optimizer.param_groups[0]["lr"],
-                                        "seconds": time.time() - begun}, bits=label)
+
+    def __init__(self, model, optimizer, loader, config, monitor, take_step, validate, write, labels=(None,), shown=None,
+                 batches_per_step=1, epochs_before=0):
+        self.model, self.optimizer, self.loader, self.config, self.monitor = model, optimizer, loader, config, monitor
+        self.take_step, self.validate, self.write = take_step, validate, write
+        self.labels, self.shown = labels, shown
+        self.batches_per_step, self.epochs_before = batches_per_step, epochs_before
+        self.steps = len(loader) // batches_per_step
+        self.images_per_step = loader.images // len(loader) * batches_per_step
+        self.device = next(model.parameters()).device
+
+    def run(self, start, last):
+        """Train the epochs from `start` to last - 1; a checkpoint is written after each.
+
+        Raises:
+            Interrupted: on all ranks, with a checkpoint written, where a signal came.
+        """
+        self.best = start.best
+        for epoch in range(start.epoch, last):
+            inside = start.inside if epoch == start.epoch else None
+            if inside is None or not inside.is_trained:
+                self.train(epoch, inside)
+            scores = self.validate_or_save(epoch)
+            is_best = scores is not None and scores[0] > self.best[0]
+            self.best = scores if is_best else self.best
+            self.save(epoch + 1, is_best=is_best)
+            self.stop_if_asked(epoch, self.steps)
+
+    def train(self, epoch, inside=None):
+        """Train for one epoch, from where a checkpoint was written inside it, and log what it reached."""
+        number = self.epochs_before + epoch + 1
+        metrics = {label: Metrics(self.device) for label in self.labels}
+        first, seconds = self.continue_inside(inside, metrics)
+        begun = time.time() - seconds
+        self.model.train()
+        self.loader.set_epoch(epoch, first * self.batches_per_step)
+        batches = self.monitor.progress(grouped(self.loader, self.batches_per_step), f"epoch {number}",
+                                        self.images_per_step, self.steps, first)
+        for step, group in enumerate(batches, first):
+            set_learning_rate(self.optimizer, learning_rate(self.config, epoch + step / self.steps))
+            self.take_step(group, epoch, step, metrics)
+            self.after_step(epoch, step + 1, metrics, begun)
+        distributed.average_batchnorm_statistics(self.model)
+        for label, value in metrics.items():
+            self.monitor.epoch(number, "train", {**value.result(), "lr": self.optimizer.param_groups[0]["lr"],
+                                                 "seconds": time.time() - begun}, bits=label)
+
+    def continue_inside(self, inside, metrics):
+        """(the step to go on with, seconds spent), and the sums of the epoch so far put into `metrics`."""
+        if inside is None:
+            return 0, 0.0
+        for value, sums in zip(metrics.values(), inside.own_sums(), strict=True):
+            value.sums.copy_(sums)
+        return min(inside.step * inside.images_per_step // self.images_per_step, self.steps), inside.seconds
+
+    def after_step(self, epoch, done, metrics, begun):
+        """Show figures, and write a checkpoint or stop where it is due, after `done` steps of an epoch."""
+        log, is_last = self.config.log, done == self.steps
+        is_shown = done % log.print_freq == 0
+        if is_shown or is_last or self.device.type == "cpu":  # elsewhere, reading a number would hold up the step
+            self.check_finite(epoch, done, metrics)
+        if is_shown:
+            figures = metrics[self.shown].result()
+            self.monitor.step(self.epochs_before + epoch + 1, done, self.steps, loss=figures["loss"], top1=figures["top1"])
+        if is_last:
+            return  # what follows the epoch ends in a checkpoint, or in one that says it is trained
+        number = distributed.largest_over_ranks(interruption.noted())
+        if number or (log.checkpoint_steps and done % log.checkpoint_steps == 0):
+            self.save(epoch, Inside(done, time.time() - begun, self.images_per_step, False,
+                                    [value.sums for value in metrics.values()]))
+        if number:
+            raise Interrupted(number, self.place(epoch, done))
+
+    def validate_or_save(self, epoch):
+        """Validate; a signal that comes meanwhile leaves a checkpoint of the epoch that is trained but not validated."""
+        try:
+            return self.validate(epoch)
+        except Interrupted as stop:
+            self.save(epoch, Inside(self.steps, 0.0, self.images_per_step, True, []))
+            raise Interrupted(stop.number, self.place(epoch, self.steps)) from None
+
+    def stop_if_asked(self, epoch, done):
+        number = distributed.largest_over_ranks(interruption.noted())
+        if number:
+            raise Interrupted(number, self.place(epoch, done))
+
+    def place(self, epoch, done):
+        number = self.epochs_before + epoch + 1
+        return f" after epoch {number}" if done == self.steps else f" in epoch {number}, after {done} of {self.steps} steps"
+
+    def save(self, epochs, inside=None, is_best=False):
+        """Write a checkpoint after `epochs` completed epochs, or inside the one that follows."""
+        culprit = not_finite(self.model)
+        if culprit:
+            raise UserError(f"{culprit} is not finite after epoch {self.epochs_before + epochs}; {REMEDY}")
+        state = training_state(self.model, self.optimizer, epochs, self.best, self.config, self.monitor)
+        if inside is not None:
+            state["inside"] = replace(inside, sums=distributed.gather_objects([sums.cpu() for sums in inside.sums]),
+                                      batchnorms=distributed.batchnorm_statistics(self.model)).as_plain()
+        self.write(state, is_best)
+
+    def check_finite(self, epoch, done, metrics):
+        """Stop all ranks where the loss of one is not finite."""
+        sums = torch.stack([value.sums for value in metrics.values()])
+        if not distributed.largest_over_ranks(0 if torch.isfinite(sums).all() else 1):
+            return
+        culprit = not_finite(self.model)
+        what = f"{culprit} is not finite" if culprit else "all weights and step sizes are finite, the activations are not"
+        raise UserError(f"the loss is not finite in epoch {self.epochs_before + epoch + 1}, step {done} of {self.steps}: "
+                        f"{what}; {REMEDY}")
 
 
-def train_epochs(first, last, best, run_epoch, validate, save):
-    """Train the epochs first to last - 1, validating and saving after each.
+REMEDY = "lower lr, or add warmup_epochs (the last checkpoint, from before, is kept)"
 
-    Args:
-        best: (top-1, top-5) of the best epoch so far.
-        run_epoch: trains the epoch of a number.
-        validate: (top-1, top-5) after the epoch of a number, or None where it does not count.
-        save: called with the epochs completed, the best scores so far, and whether they are this epoch's.
-    """
-    for epoch in range(first, last):
-        run_epoch(epoch)
-        scores = validate(epoch)
-        is_best = scores is not None and scores[0] > best[0]
-        best = scores if is_best else best
-        save(epoch + 1, best, is_best)
+
+def not_finite(model):
+    """The first weight or step size of a network, in its order, with a value that is not finite; '' where there is none."""
+    finite = [torch.isfinite(parameter).all() for parameter in model.parameters()]
+    if torch.stack(finite).all():
+        return ""
+    name = next(name for (name, _), fine in zip(model.named_parameters(), finite, strict=True) if not fine)
+    return f"the step size {name}" if name.endswith(".s") else f"the parameter {name}"

@@ -1,0 +1,93 @@
+"""Runs a command of a stage again and again, killing it at random moments, until it ends by itself.
+
+python killer.py STAGE_FOLDER SCRIPT KILLS SEED RUN_FOLDER WORD...
+
+Each attempt is a fork of this process, so that imports are paid once. The kills stop after KILLS of them. Prints as JSON
+how many attempts were killed, and how many of these while a checkpoint was being written.
+"""
+
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+
+LONGEST_WAIT = 1.0  # seconds after the first sign of life, until a kill
+LIMIT = 60  # seconds that one attempt may take in all
+
+
+def attempt(module, words):
+    """Start the command in a child; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        module.main(words)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def ended(child):
+    """The exit status of a child, or None while it runs."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def is_writing(folder, since):
+    """Whether a checkpoint was begun after a time and is not whole yet."""
+    return any(name.endswith(".tar.partial") and changed > since for name, changed in stamp(folder))
+
+
+def kill_when_due(child, folder, draw, in_write):
+    """Kill a child after a random time, or in the middle of a write; return its status if it ends before, else None."""
+    begun, before, alive = time.time_ns(), stamp(folder), None
+    moment = 10**9 * draw.uniform(0, LONGEST_WAIT)
+    while time.time_ns() < begun + 10**9 * LIMIT:
+        status = ended(child)
+        if status is not None:
+            return status
+        if alive is None and stamp(folder) != before:  # nothing is proven by killing what has not begun
+            alive = time.time_ns()
+        if alive is not None and (is_writing(folder, begun) if in_write else time.time_ns() > alive + moment):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+        if not in_write:
+            time.sleep(0.002)
+    raise TimeoutError(f"an attempt neither ended nor wrote anything in {LIMIT} s")
+
+
+def stamp(folder):
+    """Changes with every file that is written into a folder."""
+    try:
+        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def main(stage, script, kills, seed, folder, *words):
+    os.chdir(stage)
+    sys.path.insert(0, stage)
+    module = importlib.import_module(script)
+    draw, killed, writing = random.Random(int(seed)), 0, 0
+    while killed < int(kills):
+        in_write, begun = killed % 3 == 2, time.time_ns()
+        status = kill_when_due(attempt(module, list(words)), folder, draw, in_write)
+        if status is not None:
+            break
+        killed += 1
+        writing += is_writing(folder, begun)  # what a killed writer leaves behind
+    else:
+        status = os.waitstatus_to_exitcode(os.waitpid(attempt(module, list(words)), 0)[1])
+    print(json.dumps({"killed": killed, "writing": writing, "status": status}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,140 @@
+"""A run that is killed again and again, at any moment, ends with the same bytes as one that is not."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAINING, TRAINING = ROOT / "indicators_pretraining", ROOT / "quantization_training"
+KILLS = int(os.environ.get("LIMPQP_KILLS", "20"))  # over the three commands
+EPOCHS = max(4, KILLS // 4)
+COMMON = f"""
+arch: resnet20
+dataloader: {{dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.15, val_split: 0.1}}
+wandb: {{mode: disabled}}
+log: {{checkpoint_steps: 1}}
+quan: {{act: {{all_positive: true}}, excepts: {{conv1: , bn1: , fc: }}}}
+epochs: {EPOCHS}
+lr: 0.05
+"""
+COMMANDS = {
+    "joint training": (PRETRAINING, "main", "target_bits: [4, 2]\n", "", 7),
+    "pruning": (PRETRAINING, "pruning", "prune: {amount: [0.5, 0.6], rewind_epoch: 1}\n", "_pruning", 6),
+    "fine-tuning": (TRAINING, "main", "weight_bits: 3\nact_bits: 4\nopt: adamw\nprune: {target_sparsity: 0.7, frequency: 2}\n",
+                    "", 7),
+}
+
+
+def kill(stage, script, folder, kills, seed, *words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "killer.py"), str(stage), script, str(kills), str(seed),
+                           str(folder), *words], capture_output=True, text=True, timeout=60 + 60 * kills, check=False,
+                          env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["status"] == 0, done.stderr[-3000:]
+    return result
+
+
+@pytest.mark.parametrize("title", COMMANDS)
+def test_a_run_that_is_killed_again_and_again_equals_an_undisturbed_one(title, tmp_path):
+    stage, script, more, suffix, share = COMMANDS[title]
+    config = tmp_path / "config.yaml"
+    config.write_text(COMMON + more)
+    folders = {name: tmp_path / f"{name}{suffix}" for name in ("undisturbed", "killed")}
+    words = [str(config), f"output_dir={tmp_path}"]
+    kill(stage, script, folders["undisturbed"], 0, 0, *words, "name=undisturbed")
+    kills = share * KILLS // 20
+    result = kill(stage, script, folders["killed"], kills, 1, *words, "name=killed")
+    print(f"{title}: {result}")
+    assert result["killed"] == kills and result["writing"] >= 1
+    assert_equal_folders(folders["undisturbed"], folders["killed"])
+
+
+def assert_equal_folders(one, other):
+    """Checkpoints have the same bytes in every tensor; metrics.csv has the same rows, but for the seconds."""
+    names = sorted(path.name.replace("undisturbed", "killed") for path in one.glob("*.pth.tar"))
+    assert names == sorted(path.name for path in other.glob("*.pth.tar"))
+    for path in one.glob("*.pth.tar"):
+        states = [torch.load(file, weights_only=True) for file in (path, other / path.name.replace("undisturbed", "killed"))]
+        assert "inside" not in states[1]
+        for key in states[0].keys() - {"config", "wandb_id"}:
+            assert as_bytes(states[0][key]) == as_bytes(states[1][key]), f"{path.name}: {key}"
+    rows = [[line.rpartition(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()] for folder in (one, other)]
+    assert rows[0] == rows[1]
+    assert (one / "summary.yaml").read_text().replace("undisturbed", "killed") == (other / "summary.yaml").read_text()
+
+
+def as_bytes(value):
+    """A nest of containers with tensors as bytes, to be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: as_bytes(element) for key, element in value.items()}
+    return [as_bytes(element) for element in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes under torchrun.
+
+
+def torchrun(config, *words):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
+                             f"--master_port={port}", "main.py", str(config), *words], cwd=PRETRAINING, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def workers_of(launcher):
+    """Process numbers of the workers that a launcher started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(child) for child in children.read_text().split()
+            if "main.py" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def wait_for_step(checkpoint, launcher, seconds=120):
+    """Wait until a checkpoint appears that was not there before."""
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+    limit = time.time() + seconds
+    while time.time() < limit and launcher.poll() is None:
+        if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+            return
+        time.sleep(0.01)
+    launcher.kill()
+    raise AssertionError(launcher.communicate()[0][-3000:])
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds worker processes in /proc")
+def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(COMMON + "target_bits: [4, 2]\n")
+    words = [f"output_dir={tmp_path}", "epochs=3"]
+    undisturbed = torchrun(config, *words, "name=undisturbed")
+    said = undisturbed.communicate(timeout=300)[0]
+    assert undisturbed.returncode == 0, said[-3000:]
+
+    checkpoint = tmp_path / "killed" / "killed_checkpoint.pth.tar"
+    stopped = torchrun(config, *words, "name=killed")
+    wait_for_step(checkpoint, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    said = stopped.communicate(timeout=60)[0]
+    assert re.search(r"stopped by SIGTERM.*; the same command goes on from there", said), said[-3000:]
+
+    restarted = torchrun(config, *words, "name=killed")
+    wait_for_step(checkpoint, restarted)
+    os.kill(workers_of(restarted)[1], signal.SIGKILL)
+    said = restarted.communicate(timeout=300)[0]
+    assert restarted.returncode == 0, said[-3000:]
+    assert said.count("continuing after epoch") >= 2, said[-3000:]
+    assert_equal_folders(tmp_path / "undisturbed", tmp_path / "killed")

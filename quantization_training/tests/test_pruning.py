@@ -281,8 +281,8 @@ def test_a_run_stopped_on_its_schedule_ends_as_an_undisturbed_one(folder, monkey
     undisturbed = finetune(*changes)
     save = RunFolder.save
 
-    def save_and_stop(folder, checkpoint, is_best):
-        save(folder, checkpoint, is_best)
+    def save_and_stop(folder, checkpoint, *more):
+        save(folder, checkpoint, *more)
         raise InterruptedError
 
     monkeypatch.setattr(RunFolder, "save", save_and_stop)

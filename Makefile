@@ -32,8 +32,9 @@ demo: $(READY)
 demo-pruned: $(READY)
 	$(RUN) demo.py --pruned
 
+# One thread each: the tests compute little, and threads that wait for each other on busy cores cost far more.
 test: $(READY)
-	@set -e; for folder in $(STAGES) .; do \
+	@set -e; export OMP_NUM_THREADS=1; for folder in $(STAGES) .; do \
 		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q tests); done
 
 lint: $(READY)

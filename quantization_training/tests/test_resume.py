@@ -2,8 +2,10 @@
 
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
 import process
@@ -159,3 +161,40 @@ def test_another_number_of_threads_is_taken_over_or_said(tmp_path, monkeypatch, 
     main.main(["config.yaml", "epochs=3", "threads=2", "warmup_epochs=0"])
     assert chosen == [1, 2]
     assert "epochs, threads changed: the result will not equal that of an undisturbed run" in capsys.readouterr().out
+
+
+def write_images(folder):
+    """A small image folder: two classes, train/ and val/."""
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 4)):
+        for label in ("one", "two"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_files_read_by_workers_are_gone_on_with_inside_an_epoch(tmp_path, monkeypatch, workers):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    write_images(tmp_path / "images")
+    words = ["config.yaml", "epochs=2", "dataloader.dataset=folder", "dataloader.path=images", "dataloader.input_size=16",
+             "dataloader.batch_size=8", "dataloader.val_split=0", "dataloader.data_fraction=1", "accumulation=2",
+             "log.checkpoint_steps=1", f"dataloader.workers={workers}"]
+    main.main([*words, "name=undisturbed"])
+    save, stops = RunFolder.save, []
+
+    def save_and_stop(folder, checkpoint, *more):
+        save(folder, checkpoint, *more)
+        stops.append(checkpoint.get("inside", {}).get("step"))
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", save_and_stop)
+        for _ in range(3):
+            with pytest.raises(Stopped):
+                main.main([*words, "name=stopped"])
+    assert stops == [1, None, 1]
+    main.main([*words, "name=stopped"])
+    assert_equal_runs(tmp_path, "undisturbed", "stopped")

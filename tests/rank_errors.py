@@ -1,0 +1,34 @@
+"""One process of a run that meets an error: python rank_errors.py KIND, started by a launcher.
+
+KIND: alone (rank 1 meets it), alike (every rank meets the same one), loss (rank 1's loss is not finite).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "indicators_pretraining"))
+
+import torch
+
+from util import distributed
+from util.errors import UserError, user_errors_on_one_line
+from util.metrics import Metrics
+from util.training import Training
+
+
+def fail(kind):
+    rank = distributed.rank()
+    if kind == "alike":
+        raise UserError("file.yaml: all meet this")
+    if kind == "alone" and rank == 1:
+        raise UserError("image.png: only rank 1 meets this")
+    if kind == "loss":
+        metrics, training = Metrics(torch.device("cpu")), object.__new__(Training)
+        training.model, training.epochs_before, training.steps = torch.nn.Linear(2, 2), 0, 10
+        metrics.sums[0] = float("nan") if rank == 1 else 1.0
+        training.check_finite(2, 5, {None: metrics})
+    distributed.barrier()
+
+
+with user_errors_on_one_line(), distributed.process_group("cpu"):
+    fail(sys.argv[1])

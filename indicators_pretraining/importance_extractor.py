@@ -55,6 +55,9 @@ def _indicators(steps, quantizer, bits, source, mask=None):
     if tensor is None or tensor.dim() == 0 or len(tensor) != len(bits):
         found = "nothing" if tensor is None else f"{tensor.numel()} step sizes"
         raise UserError(f"{source}: {quantizer}: found {found}, expected one step size per candidate {list(bits)}")
+    if ready is not None and ready.shape != (len(bits),):
+        raise UserError(f"{source}: {quantizer}: found {ready.numel()} marks of trained step sizes, expected one per "
+                        f"candidate {list(bits)}")
     kept = _channels_left(mask, tensor, quantizer, source)
     row = {}
     for index, bit in enumerate(bits):

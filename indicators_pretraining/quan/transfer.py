@@ -33,11 +33,14 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source):
                 chosen[name] = tensor
             else:
                 index = _index(bits, wanted, layer, source)
+                if tensor.dim() == 0 or len(tensor) != len(bits):
+                    raise UserError(f"{source}: {name}: found {tensor.numel()} values, expected one per candidate "
+                                    f"{list(bits)}")
                 chosen[name] = tensor[index:index + 1].clone()
         elif ".bns." in name:
             batchnorm, _, copy = module.rpartition(".bns.")
             wanted = weight_bits.get(before.get(batchnorm), max(bits))
-            if int(copy) == _index(bits, wanted, batchnorm, source):
+            if copy == str(_index(bits, wanted, batchnorm, source)):
                 chosen[f"{batchnorm}.{entry}"] = tensor
         else:
             chosen[f"{module.removesuffix('.bn')}.{entry}" if module.removesuffix(".bn") in before else name] = tensor

@@ -1,7 +1,11 @@
 """Checkpoints: whole on disk, readable without running code, with LIMPQ's published names."""
 
+import errno
+import hashlib
 import os
 import pickle
+import resource
+import zipfile
 
 import pytest
 import torch
@@ -119,6 +123,94 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
         load_checkpoint(str(tmp_path / "nothing"))
 
 
+def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "c.pth.tar"
+    save_checkpoint(str(path), {"state_dict": {"a": torch.ones(3)}})
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:])
+        with pytest.raises(UserError, match="c.pth.tar: (damaged|not a checkpoint)"):
+            load_checkpoint(str(path))
+    for content in (whole[:-1], whole[:-71], whole[:-73] + b"\0\0", whole + b"\0", whole + whole, whole[1:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="c.pth.tar: (damaged|not a checkpoint)"):
+            load_checkpoint(str(path))
+
+
+def test_a_checkpoint_with_its_checksum_is_a_plain_archive_to_others(tmp_path):
+    path = tmp_path / "c.pth.tar"
+    save_checkpoint(str(path), {"state_dict": {"a": torch.ones(3)}})
+    for memory_map in (False, True):
+        content = torch.load(path, weights_only=True, mmap=memory_map)
+        assert content["version"] == 2 and torch.equal(content["state_dict"]["a"], torch.ones(3))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"sha256:")
+    whole = path.read_bytes()
+    assert whole[-64:].decode() == hashlib.sha256(whole[:-73] + b"\0\0").hexdigest()
+
+
+def test_checkpoints_without_a_checksum_are_read_as_before_and_newer_ones_not(tmp_path):
+    path = str(tmp_path / "c")
+    for content in ({"version": 1, "state_dict": {"a": torch.ones(3)}}, {"module.a": torch.ones(3)}):
+        for is_zip in (True, False):
+            torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+            assert torch.equal(load_checkpoint(path)["state_dict"]["a"], torch.ones(3))
+    torch.save({"version": 2, "state_dict": {}}, path)
+    with pytest.raises(UserError, match="its checksum is missing"):
+        load_checkpoint(path)
+
+
+MEMORY_BOMBS = {
+    "bytes": b"cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x40\x85R.",
+    "tensor": b"ctorch\nTensor\n\x8a\x05\0\0\0\0\x40\x85R.",
+    "lists of lists": b"]q\0" + b"".join(b"](" + b"h%c" % n * 30 + b"eq%c" % (n + 1) for n in range(40)) + b".",
+    "a list of itself": b"]q\0h\0a."}
+
+
+@pytest.mark.parametrize("name", MEMORY_BOMBS)
+def test_a_small_checkpoint_takes_little_memory(tmp_path, name):
+    bomb = b"\x80\x02}X\x01\0\0\0x" + MEMORY_BOMBS[name][:-1] + b"sX\x0a\0\0\0state_dict}s."
+    path = tmp_path / "c"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("c/data.pkl", bomb)
+        archive.writestr("c/version", "3\n")
+        archive.writestr("c/byteorder", "little")
+    with pytest.raises(UserError, match="c: (damaged|not a checkpoint)"):
+        load_checkpoint(str(path))
+
+
+def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
+    path = str(tmp_path / "c")
+    for tensor in (torch.ones(1).expand(10**12), torch.ones(2, device="meta"), torch.ones(2).to_sparse(),
+                   torch.ones(2, dtype=torch.complex64)):
+        torch.save({"state_dict": {"a": tensor}}, path)
+        with pytest.raises(UserError, match="c: (damaged|not a checkpoint)"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("bits", ["4"]), ("bits", [4, 4]), ("weight_bits", {"a": 9}), ("signed", {"a": 1}), ("layers", {"a": {"signed": {}}}),
+    ("layers", {"a": {"shape": torch.ones(1)}}), ("batchnorms", {"a": 3}), ("config", {"a": torch.ones(2)}), ("epoch", -1),
+    ("extras", {"top1": "x"}), ("extras", {"top1": 10**400}), ("optimizer", {"state": [], "param_groups": []}),
+    ("optimizer", {"state": {0: {"momentum_buffer": torch.ones(7)}}, "param_groups": []}), ("level", 1.5),
+    ("random_states", [{"torch": None, "python": [], "numpy": []}]), ("initial_sparsity", float("nan")),
+    ("input_size", 0), ("arch", "a\nb")])
+def test_an_entry_of_another_type_is_named(tmp_path, key, value):
+    path = str(tmp_path / "c")
+    torch.save({"state_dict": {"a": torch.ones(3)}, "config": {}, "act_bits": {}, "weight_bits": {}, key: value}, path)
+    with pytest.raises(UserError, match=f"c: {key}: "):
+        load_checkpoint(path)
+
+
+def test_generators_take_only_states_of_their_own_size(tmp_path):
+    states, path = random_states(), str(tmp_path / "c")
+    for kind, index, value in (("numpy", 2, 10**6), ("numpy", 1, [0] * 3), ("python", 1, [-1] * 625), ("python", 0, 2)):
+        changed = {**states[0], kind: [*states[0][kind][:index], value, *states[0][kind][index + 1:]]}
+        torch.save({"state_dict": {}, "config": {}, "random_states": [changed]}, path)
+        with pytest.raises(UserError, match="c: random_states: found"):
+            load_checkpoint(path)
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     model = torch.nn.Linear(2, 2)
     for change, message in (({"bias": None}, "bias of this network is missing"), ({"extra": torch.ones(1)}, "extra is not"),
@@ -128,18 +220,48 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
             load_state(model, {name: tensor for name, tensor in state.items() if tensor is not None}, "c")
 
 
-def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = str(tmp_path / "file")
-    write_atomically(path, b"old")
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch, number):
+    path = tmp_path / "file"
+    write_atomically(str(path), b"old")
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left"):
-        write_atomically(path, b"new and longer")
-    with open(path, "rb") as file:
-        assert file.read() == b"old"
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=rf"file: cannot write the file \({os.strerror(number)}; 3.0 MB are needed\)"):
+        write_atomically(str(path), bytes(3 * 2**20))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_larger_than_the_system_takes_leaves_the_old_one_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write the file .*; 2.0 MB are needed"):
+            write_atomically(str(path), bytes(2 * 2**20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_is_brought_to_the_disk_after_the_new_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((os.fstat(descriptor).st_ino, os.listdir(tmp_path))))
+    write_atomically(str(tmp_path / "file"), b"new")
+    assert synced == [((tmp_path / "file").stat().st_ino, ["file.partial"]), (tmp_path.stat().st_ino, ["file"])]
+
+
+def test_ctrl_c_leaves_no_partial_file(tmp_path, monkeypatch):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(str(tmp_path / "file"), b"new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_which_checkpoint_resume_path_stands_for(tmp_path):

@@ -93,7 +93,7 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path):
     ("quan: {excepts: {conv1: {weight: {bits: 4}}}}", "quan.excepts.conv1.weight.bits: unknown key; did you mean 'bit'?"),
     ("quan: {weight: {all_positive: true}}", "quan.weight.all_positive: weights are always signed"),
     ("name: a/b", "name: 'a/b' cannot name a folder"),
-    ('name: "a\\0b"', "cannot name a folder"),
+    ('name: "a\\0b"', "name: expected text, found 'a\\x00b'"),
     (f"name: {'n' * 300}", "cannot name a folder"),
     ("seed: 99999999999999999999999", "seed: found 99999999999999999999999, allowed is at least 0 and at most"),
     ("warmup_epochs: 20", "warmup_epochs: found 20"),

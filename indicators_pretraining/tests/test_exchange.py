@@ -58,6 +58,57 @@ def test_truncated_and_foreign_bytes_are_refused(tmp_path):
             read_indicators(str(path))
 
 
+def test_every_changed_byte_of_indicators_and_policies_is_noticed(tmp_path):
+    files = [(tmp_path / "i.pkl", write_indicators, read_indicators, CONTENT),
+             (tmp_path / "p.yaml", write_policy, read_policy, POLICY)]
+    for path, write, read, content in files:
+        write(str(path), content)
+        whole = path.read_bytes()
+        changed = [whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:] for position in range(len(whole))]
+        changed += [whole[:length] for length in range(len(whole))]
+        for data in [*changed, whole + b"\n", whole + whole, whole[-72:] + whole[:-72], whole[10:]]:
+            path.write_bytes(data)
+            with pytest.raises(UserError, match=path.name):
+                read(str(path))
+
+
+def test_indicators_without_a_checksum_are_read_as_before(tmp_path):
+    path = tmp_path / "i.pkl"
+    path.write_bytes(pickle.dumps(CONTENT))
+    assert read_indicators(str(path)) == CONTENT
+    path.write_bytes(pickle.dumps(CONTENT) + b"more")
+    with pytest.raises(UserError, match="i.pkl: not an indicators file .4 bytes follow its end"):
+        read_indicators(str(path))
+    path.write_bytes(pickle.dumps({**CONTENT, "format": 3}))
+    with pytest.raises(UserError, match="i.pkl: written by a newer version"):
+        read_indicators(str(path))
+
+
+@pytest.mark.parametrize("data", [
+    b"]r\xff\xff\xff\x7f.", b"\x8e" + b"\xff" * 7 + b"\x00.", b"\x96\0\0\0\0\x20\0\0\0.", b"\x8b\xff\xff\xff\x7f.",
+    b"]q\0" + b"".join(b"](" + b"h%c" % n * 30 + b"eq%c" % (n + 1) for n in range(40)) + b"."])
+def test_a_small_pickle_takes_little_memory(tmp_path, data):
+    path = tmp_path / "i.pkl"
+    path.write_bytes(b"\x80\x04" + data)
+    with pytest.raises(UserError, match="i.pkl: not an indicators file"):
+        read_indicators(str(path))
+
+
+def test_a_policy_edited_by_hand_says_how_it_is_taken_all_the_same(tmp_path):
+    path = tmp_path / "p.yaml"
+    write_policy(str(path), POLICY)
+    lines = path.read_text().replace("weight_bits: [4, 2]", "weight_bits: [4, 3]").splitlines(keepends=True)
+    path.write_text("".join(lines))
+    with pytest.raises(UserError, match="p.yaml: edited by hand.*; to take it as it is, remove its last line and"):
+        read_policy(str(path))
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match="its checksum is missing"):
+        read_policy(str(path))
+    assert lines[0] == "format: 2\n"
+    path.write_text("".join(lines[1:-1]))
+    assert read_policy(str(path)) == {**POLICY, "weight_bits": [4, 3]}
+
+
 def test_a_policy_comes_back_as_written_with_its_lists_on_one_line_each(tmp_path):
     path = tmp_path / "p.yaml"
     write_policy(str(path), {**POLICY, "weight_bits": [4] * 60, "act_bits": [2] * 60,
@@ -96,6 +147,7 @@ def test_the_indicator_of_per_channel_steps_is_their_mean():
 
 
 @pytest.mark.parametrize(("steps", "message"), [
+    ({"a__quan_w_fn__init_state": torch.ones(1)}, "a.quan_w_fn: found 1 marks of trained step sizes"),
     ({"b__quan_a_fn__s": None}, "b.quan_a_fn: found nothing"),
     ({"b__quan_w_fn__s": torch.ones(3)}, "b.quan_w_fn: found 3 step sizes"),
     ({"a__quan_w_fn__s": torch.tensor([0.1, -0.2])}, "a.quan_w_fn: the step size at 2 bits is -0.2"),

@@ -8,17 +8,21 @@ import dataclasses
 import itertools
 import math
 import re
+import reprlib
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Literal
 
 import yaml
 
-from util.errors import UserError, nearest
+from util.errors import UserError, nearest, reason
 
 MAX_ALIASES = 100
 MAX_VALUES = 100_000
+MAX_NUMBER_BITS = 1024  # as many as the largest float has
+MAX_YAML_FILE = 2**20
 MAX_NAME = 150
 KEY_WORDS = re.compile(r'"[^"]*"|[^."]+')
 
@@ -185,26 +189,42 @@ def load_config(schema, paths, overrides=()):
         merge(merged, read_yaml(path), origin, path)
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"{override!r}: expected dotted.key=value")
         words = [word.strip('"') for word in KEY_WORDS.findall(key)]
+        if not equals or not words:
+            raise UserError(f"{override!r}: expected dotted.key=value")
         merge(merged, nest(words, parse_yaml(value, f"override {override!r}")), origin, "command line")
     return build(schema, merged, "", Origin(paths[0], origin))
 
 
 def read_yaml(path):
     """Read a YAML file that holds a mapping."""
+    return decode_yaml(read_bytes(path), path)
+
+
+def read_bytes(path, limit=MAX_YAML_FILE, what="the file"):
+    """The bytes of a file that has to be small."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the file ({getattr(error, 'strerror', None) or 'not text'})") from None
-    data = parse_yaml(text, path)
-    if data is None:
-        raise UserError(f"{path}: the file is empty")
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {describe(data)}")
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read {what} ({error.strerror})") from None
+    if len(data) > limit:
+        raise UserError(f"{path}: cannot read {what} (larger than {limit // 2**20} MiB)")
     return data
+
+
+def decode_yaml(data, path):
+    """The mapping in the bytes of a YAML file."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot read the file (not text)") from None
+    content = parse_yaml(text, path)
+    if content is None:
+        raise UserError(f"{path}: the file is empty")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found {describe(content)}")
+    return content
 
 
 class _Loader(yaml.SafeLoader):
@@ -230,25 +250,37 @@ class _Loader(yaml.SafeLoader):
                 keys.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:  # merge keys of merge keys multiply
+            raise yaml.YAMLError(f"more than {MAX_VALUES} values")
+
 
 def parse_yaml(text, where):
     try:
         return unshared(yaml.load(text, Loader=_Loader), itertools.count())
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+    except Exception as error:  # a tag over a value that it does not fit meets the loader with exceptions of many types
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}:{line} not valid YAML ({problem})") from None
+        raise UserError(f"{where}:{line} not valid YAML ({getattr(error, 'problem', None) or reason(error)})") from None
 
 
 def unshared(value, count):
-    """A copy in which every alias has become a value of its own; `count` numbers the values."""
+    """A copy of plain values in which every alias has become a value of its own; `count` numbers the values.
+
+    Raises:
+        ValueError: on too many of them, on a number too large for a float, and on what is not plain.
+    """
     if next(count) > MAX_VALUES:
-        raise yaml.YAMLError(f"more than {MAX_VALUES} values")
+        raise ValueError(f"more than {MAX_VALUES} values")
     if isinstance(value, dict):
-        return {key: unshared(element, count) for key, element in value.items()}
-    if isinstance(value, list):
-        return [unshared(element, count) for element in value]
+        return {unshared(key, count): unshared(element, count) for key, element in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(unshared(element, count) for element in value)
+    if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
+        raise ValueError(f"a number of {value.bit_length()} bits")
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f"a {type(value).__name__} where only numbers and text are read; put text in quotes")
     return value
 
 
@@ -338,16 +370,21 @@ def try_convert(hint, value, dotted, where):
         return hint is bool and isinstance(value, bool), value
     if hint is float:
         return to_float(value)
-    if hint is str and isinstance(value, (int, float)):
-        return True, str(value)
+    if hint is str:
+        return (True, str(value)) if isinstance(value, (str, int, float)) and is_text(str(value)) else (False, None)
     return isinstance(value, hint), value
+
+
+def is_text(value):
+    """Whether a string can be a name, a path, or a part of a message: it encodes, and has no control characters."""
+    return not any(unicodedata.category(character) in ("Cc", "Cs") for character in value)
 
 
 def to_float(value):
     """YAML 1.1 reads 1e-3 as text; accept it, and refuse what is not finite."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     return (True, number) if math.isfinite(number) else (False, None)
 
@@ -379,10 +416,14 @@ def expected(hint):
 def describe(value):
     """A found value, shortened, for an error message."""
     try:
-        text = repr(value)
+        text = _repr.repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, or a deep nesting
         return f"a {type(value).__name__} too large to print"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxstring = _repr.maxlong = _repr.maxother = 60
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Checkpoints and the run folder: what a run leaves on disk, and how it is found again."""
 
 import contextlib
-import io
 import os
-import pickle
 import shutil
 from dataclasses import dataclass, replace
 
@@ -13,28 +11,25 @@ import yaml
 from model.masks import checked_masks
 from model.weights import load_state
 from util import distributed
-from util.config import describe, differing_keys, to_plain
+from util.archive import pack, unpack
+from util.config import differing_keys, to_plain
+from util.entries import check_entries
 from util.errors import UserError, reason
 from util.exchange import strip_prefix, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FIRST_WITH_CHECKSUM = 2
 HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "threads", "dataloader.workers",
                  "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
-ENTRY_TYPES = {"version": int, "epoch": int, "arch": str, "config": dict, "extras": dict, "optimizer": dict, "bits": list,
-               "weight_bits": dict, "act_bits": dict, "signed": dict, "layers": dict, "fixed": dict, "batchnorms": dict,
-               "masks": dict, "level": int, "initial_sparsity": float,
-               "inside": dict, "machine": dict}
 
 
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint (tensors and plain containers) so that a whole file lies at `path` at every moment."""
-    buffer = io.BytesIO()
-    torch.save({"version": FORMAT_VERSION, **checkpoint}, buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, pack({"version": FORMAT_VERSION, **checkpoint}))
 
 
 def load_checkpoint(path):
@@ -47,32 +42,25 @@ def load_checkpoint(path):
         UserError: naming the file and what is wrong with it.
     """
     try:
-        with open(path, "rb"):
-            pass
+        with open(path, "rb") as file:
+            data = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error.strerror})") from None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a checkpoint, or one that holds more than tensors and plain containers") from None
-    except Exception as error:  # a damaged archive meets the reader with exceptions of many types
-        raise UserError(f"{path}: damaged or not a checkpoint ({reason(error)[:100]})") from None
+    content, has_checksum = unpack(data, path)
     if isinstance(content, dict) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
         content = {"state_dict": content}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint (it has no state_dict)")
     check_plain(content, path)
+    if content.get("version", 0) >= FIRST_WITH_CHECKSUM and not has_checksum:
+        raise UserError(f"{path}: damaged (its checksum is missing); use an earlier checkpoint")
     content["state_dict"] = {strip_prefix(name): tensor for name, tensor in content["state_dict"].items()}
     return content
 
 
 def check_plain(content, path):
     """Refuse a checkpoint whose entries are not of the types that they have to be."""
-    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content["state_dict"].items()):
-        raise UserError(f"{path}: state_dict: expected names and tensors only")
-    for key, kind in ENTRY_TYPES.items():
-        if key in content and (not isinstance(content[key], kind) or isinstance(content[key], bool)):
-            raise UserError(f"{path}: {key}: found {describe(content[key])}, not what a checkpoint holds there")
+    check_entries(content, path)
     if content.get("version", 0) > FORMAT_VERSION:
         raise UserError(f"{path}: written by a newer version of this project (format {content['version']})")
 

@@ -19,6 +19,10 @@ class UserError(ValueError):
 
     is_told = None
 
+    def __init__(self, message):
+        printable = "".join(character if character.isprintable() else " " for character in str(message))
+        super().__init__(" ".join(printable.split()))
+
 
 class Interrupted(Exception):
     """A run was asked to stop by a signal, and left a checkpoint to go on from.
@@ -93,7 +97,7 @@ def is_first_process():
 
 def _stop_for(error):
     is_told = error.is_told if error.is_told is not None else not is_first_process()
-    _stop("" if is_told else f"error: {' '.join(str(error).split())}", USER_ERROR_STATUS)
+    _stop("" if is_told else f"error: {error}", USER_ERROR_STATUS)
 
 
 def _stop(line, status):

@@ -1,17 +1,41 @@
 """The small files that stages hand to each other: indicators (.pkl) and policies (.yaml)."""
 
 import contextlib
+import hashlib
 import io
+import itertools
 import math
 import os
 import pickle
+import pickletools
 
 import yaml
 
-from util.config import read_yaml
+from util.config import decode_yaml, describe, read_bytes, unshared
 from util.errors import UserError, reason
 
 MAX_INDICATOR_FILE = 64 * 2**20
+FORMAT = 2  # from here on a file ends in its checksum, so that damage is told from what never fitted
+CHECKSUM = b"sha256:"
+CHECKSUM_LENGTH = len(CHECKSUM) + 64
+
+
+def checksum(*pieces):
+    """The checksum of bytes that come in pieces, as files carry it: b"sha256:" and 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return CHECKSUM + digest.hexdigest().encode()
+
+
+def needs_checksum(path, content):
+    """Whether a file says that it ends in its checksum; one that is newer than this project is refused."""
+    version = content.get("format", 1)
+    if type(version) is not int or version < 1:
+        raise UserError(f"{path}: format: found {describe(version)}, expected a whole number")
+    if version > FORMAT:
+        raise UserError(f"{path}: written by a newer version of this project (format {version})")
+    return version == FORMAT
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -34,32 +58,44 @@ def read_indicators(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
+    data = read_bytes(path, MAX_INDICATOR_FILE, "the indicators file")
+    body, ending = data[:-CHECKSUM_LENGTH - 1], data[-CHECKSUM_LENGTH - 1:]
+    has_checksum = ending.startswith(CHECKSUM)
+    if has_checksum and ending != checksum(body) + b"\n":
+        raise UserError(f"{path}: damaged (its checksum does not fit); extract the indicators again")
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_INDICATOR_FILE + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the indicators file ({error.strerror})") from None
-    if len(data) > MAX_INDICATOR_FILE:
-        raise UserError(f"{path}: not an indicators file (larger than {MAX_INDICATOR_FILE // 2**20} MiB)")
-    try:
-        content = _PlainUnpickler(io.BytesIO(data)).load()
+        content = unshared(_unpickle(body if has_checksum else data), itertools.count())
     except Exception as error:  # bad bytes meet the unpickler with exceptions of many types
         raise UserError(f"{path}: not an indicators file ({reason(error)})") from None
     try:
-        return _checked_indicators(path, content)
+        return _checked_indicators(path, content, has_checksum)
     except UserError:
         raise
     except (ValueError, OverflowError, RecursionError) as error:  # such as a whole number of thousands of digits
         raise UserError(f"{path}: not an indicators file ({reason(error)})") from None
 
 
-def _checked_indicators(path, content):
+def _unpickle(data):
+    """What a pickle of plain values holds. Sizes that it claims are compared with what is there before memory is taken."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name in ("PUT", "LONG_BINPUT") and argument > count:
+            raise pickle.UnpicklingError(f"{opcode.name} skips places")
+    stream = io.BytesIO(data)
+    content = _PlainUnpickler(stream).load()
+    if stream.tell() != len(data):
+        raise pickle.UnpicklingError(f"{len(data) - stream.tell()} bytes follow its end")
+    return content
+
+
+def _checked_indicators(path, content, has_checksum):
     if not isinstance(content, dict) or not {"weight", "act", "layer_name"} <= content.keys():
         raise UserError(f"{path}: not an indicators file (expected a dict with 'weight', 'act' and 'layer_name')")
+    if needs_checksum(path, content) and not has_checksum:
+        raise UserError(f"{path}: damaged (its checksum is missing); extract the indicators again")
     names = content["layer_name"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: layer_name: expected a list of layer names, found {str(names)[:60]}")
-    result = {key: value for key, value in content.items() if key not in ("weight", "act")}
+        raise UserError(f"{path}: layer_name: expected a list of layer names, found {describe(names)}")
+    result = {key: value for key, value in content.items() if key not in ("format", "weight", "act")}
     result["layer_name"] = [strip_prefix(name) for name in names]
     if len(set(result["layer_name"])) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
@@ -80,9 +116,9 @@ def _checked_table(path, kind, table, names):
         checked[name] = {}
         for bit, value in rows[name].items():
             if not str(bit).isdecimal() or not 1 <= int(bit) <= 32:
-                raise UserError(f"{path}: {kind}: {name}: {str(bit)[:20]!r} is not a bit-width")
+                raise UserError(f"{path}: {kind}: {name}: {describe(bit)} is not a bit-width")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{path}: {kind}: {name}: the indicator at {bit} bits is {str(value)[:40]!r}, "
+                raise UserError(f"{path}: {kind}: {name}: the indicator at {bit} bits is {describe(value)}, "
                                 "expected a finite number")
             checked[name][int(bit)] = float(value)
     return checked
@@ -94,12 +130,13 @@ def strip_prefix(name):
 
 
 def write_indicators(path, content):
-    """Write an indicators file: plain types only, bits as text, as published."""
-    plain = dict(content)
+    """Write an indicators file: plain types only, bits as text, as published. Its checksum follows the pickle's end."""
+    plain = {"format": FORMAT, **content}
     for kind in ("weight", "act"):
         plain[kind] = {name: {str(bit): float(value) for bit, value in row.items()}
                        for name, row in content[kind].items()}
-    write_atomically(path, pickle.dumps(plain, protocol=4))
+    data = pickle.dumps(plain, protocol=4)
+    write_atomically(path, data + checksum(data) + b"\n")
 
 
 def read_policy(path):
@@ -108,7 +145,15 @@ def read_policy(path):
     Returns:
         the mapping in the file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked.
     """
-    policy = read_yaml(path)
+    data = read_bytes(path)
+    start = data.rfind(b"# " + CHECKSUM)
+    has_checksum = start >= 0
+    as_it_is = "to take it as it is, remove its last line and the entry format"
+    if has_checksum and data[start:] != b"# " + checksum(data[:start]) + b"\n":
+        raise UserError(f"{path}: edited by hand, or damaged (its checksum does not fit); {as_it_is}")
+    policy = decode_yaml(data, path)
+    if needs_checksum(path, policy) and not has_checksum:
+        raise UserError(f"{path}: edited by hand, or damaged (its checksum is missing); {as_it_is}")
     for key in ("layer_name", "weight_bits", "act_bits"):
         if not isinstance(policy.get(key), list) or not policy[key]:
             raise UserError(f"{path}: {key}: not a policy file (expected a list under this key)")
@@ -120,7 +165,7 @@ def read_policy(path):
             raise UserError(f"{path}: {key}: found {len(policy[key])} values for {len(names)} layers")
         for name, bit in zip(names, policy[key], strict=True):
             if type(bit) is not int or not 2 <= bit <= 8:
-                raise UserError(f"{path}: {key}: {name}: found {str(bit)[:20]!r}, expected a bit-width from 2 to 8")
+                raise UserError(f"{path}: {key}: {name}: found {describe(bit)}, expected a bit-width from 2 to 8")
     signed = policy.get("act_signed")
     if signed is not None and (not isinstance(signed, list) or len(signed) != len(names)
                                or not all(isinstance(sign, bool) for sign in signed)):
@@ -129,22 +174,34 @@ def read_policy(path):
 
 
 def write_policy(path, policy):
-    """Write a policy file; lists stand on one line each, fit for pasting into a fine-tuning YAML."""
-    text = yaml.safe_dump(policy, sort_keys=False, default_flow_style=None, width=10**6)
-    write_atomically(path, text.encode())
+    """Write a policy file; lists stand on one line each, fit for pasting into a fine-tuning YAML. It ends in its checksum."""
+    text = yaml.safe_dump({"format": FORMAT, **policy}, sort_keys=False, default_flow_style=None, width=10**6).encode()
+    write_atomically(path, text + b"# " + checksum(text) + b"\n")
 
 
 def write_atomically(path, data):
-    """Write bytes so that at every moment either the old or the new file lies there, whole."""
-    partial = f"{path}.partial"
+    """Write bytes so that at every moment, also after a power cut, either the old or the new file lies there, whole."""
+    partial, folder = f"{path}.partial", os.path.dirname(os.path.abspath(path))
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
+        raise UserError(f"{path}: cannot write the file ({error.strerror}; {len(data) / 2**20:.1f} MB are needed)") from None
+    finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
-        raise UserError(f"{path}: cannot write the file ({error.strerror})") from None
+    _sync_folder(folder)
+
+
+def _sync_folder(folder):
+    """Bring the names in a folder to the disk, where the platform can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

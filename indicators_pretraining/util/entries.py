@@ -1,0 +1,157 @@
+"""What each entry of a checkpoint may be. Everything that reads a checkpoint relies on it."""
+
+import torch
+
+from util.config import describe, is_text
+from util.errors import UserError
+
+PLAIN = (str, int, float, type(None))
+NUMBERS_OF_OPTIMIZERS = ("lr", "momentum", "dampening", "weight_decay", "eps")
+UNSIGNED = range(2**32)
+NUMPY_STATE, PYTHON_STATE = 624, 625  # words of a Mersenne twister, and those with its position
+
+
+def check_entries(content, path):
+    """Refuse a checkpoint with an entry that is not what it has to be.
+
+    Args:
+        content: a dict with a dict under 'state_dict'.
+        path: for messages.
+
+    Raises:
+        UserError: naming the file and the entry.
+    """
+    if not _is_table(content["state_dict"], torch.is_tensor):
+        raise UserError(f"{path}: state_dict: expected names and tensors only")
+    expected = ENTRIES | (ENTRIES_OF_A_RUN if "config" in content else {})
+    for key, fits in expected.items():
+        if key in content and not fits(content[key]):
+            raise UserError(f"{path}: {key}: found {describe(content[key])}, not what a checkpoint holds there")
+    if "config" in content and not _fits_weights(content.get("optimizer", {}), content["state_dict"]):
+        raise UserError(f"{path}: optimizer: holds a state of another shape than the weights")
+    if ("weight_bits" in content) != ("act_bits" in content):
+        raise UserError(f"{path}: weight_bits, act_bits: found one without the other")
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value, low, high):
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _is_bit(value):
+    return type(value) is int and 2 <= value <= 8
+
+
+def _is_bool(value):
+    return type(value) is bool
+
+
+def _is_name(value):
+    return isinstance(value, str) and is_text(value)
+
+
+def _is_table(value, fits):
+    return isinstance(value, dict) and all(_is_name(name) and fits(element) for name, element in value.items())
+
+
+def _is_plain(value):
+    if isinstance(value, dict):
+        return all(isinstance(key, PLAIN) and _is_plain(element) for key, element in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, PLAIN)
+
+
+def _is_list_of_bits(value):
+    return isinstance(value, list) and all(map(_is_bit, value)) and len(set(value)) == len(value)
+
+
+def _is_row(value):
+    """A row of the layer table: plain values, and signs where it has any."""
+    if not isinstance(value, dict) or not _is_plain(value):
+        return False
+    signed = value.get("signed")
+    return signed is None or (_is_table(signed, _is_bool) and signed.keys() == {"weight", "act"})
+
+
+def _are_scores(value):
+    return isinstance(value, dict) and all(_is_number(value[key], -1, 100) for key in ("top1", "top5") if key in value)
+
+
+def _is_optimizer(value):
+    return (isinstance(value, dict) and isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
+            and all(_is_count(index) and _is_table(entry, lambda part: torch.is_tensor(part) or _is_plain(part))
+                    for index, entry in value["state"].items())
+            and all(map(_is_group, value["param_groups"])))
+
+
+def _is_group(value):
+    return (isinstance(value, dict) and _is_table(value, _is_plain) and isinstance(value.get("params"), list)
+            and all(map(_is_count, value["params"]))
+            and all(_is_number(value[key], 0, float("inf")) for key in NUMBERS_OF_OPTIMIZERS if key in value))
+
+
+def _fits_weights(optimizer, weights):
+    shapes = {(), *(tensor.shape for tensor in weights.values())}
+    return all(part.shape in shapes for entry in optimizer.get("state", {}).values() for part in entry.values()
+               if torch.is_tensor(part))
+
+
+def _are_random_states(value):
+    return isinstance(value, list) and all(map(_is_random_state, value))
+
+
+def _is_random_state(value):
+    """The generators of one process. numpy and Python take what they are given unseen."""
+    return (isinstance(value, dict) and value.keys() - {"cuda"} == {"torch", "python", "numpy"}
+            and all(torch.is_tensor(value[key]) and value[key].dtype == torch.uint8 and value[key].dim() == 1
+                    for key in ("torch", "cuda") if key in value)
+            and _is_python_state(value["python"]) and _is_numpy_state(value["numpy"]))
+
+
+def _is_python_state(value):
+    return (isinstance(value, list) and len(value) == 3 and value[0] == 3 and _are_words(value[1], PYTHON_STATE)
+            and value[1][-1] <= NUMPY_STATE and (value[2] is None or type(value[2]) is float))
+
+
+def _is_numpy_state(value):
+    return (isinstance(value, list) and len(value) == 5 and value[0] == "MT19937" and _are_words(value[1], NUMPY_STATE)
+            and type(value[2]) is int and 0 <= value[2] <= NUMPY_STATE and value[3] in (0, 1) and type(value[4]) is float)
+
+
+def _is_place(value):
+    """A place inside an epoch, as util.checkpoint.Inside has it."""
+    return (isinstance(value, dict)
+            and value.keys() == {"step", "seconds", "images_per_step", "is_trained", "sums", "batchnorms"}
+            and _is_count(value["step"]) and _is_count(value["images_per_step"]) and value["images_per_step"] > 0
+            and _is_number(value["seconds"], 0, float("inf")) and _is_bool(value["is_trained"])
+            and isinstance(value["sums"], list) and all(map(_are_sums, value["sums"]))
+            and isinstance(value["batchnorms"], list)
+            and all(_is_table(statistics, torch.is_tensor) for statistics in value["batchnorms"]))
+
+
+def _are_sums(value):
+    return isinstance(value, list) and all(torch.is_tensor(sums) and sums.shape == (4,) for sums in value)
+
+
+def _are_words(value, count):
+    return isinstance(value, list) and len(value) == count and all(type(word) is int and word in UNSIGNED for word in value)
+
+
+ENTRIES = {
+    "version": _is_count, "epoch": _is_count, "level": _is_count, "arch": _is_name,
+    "wandb_id": lambda value: value is None or _is_name(value),
+    "config": lambda value: isinstance(value, dict) and _is_plain(value),
+    "extras": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(value, dict),
+    "bits": _is_list_of_bits,
+    "weight_bits": lambda value: _is_table(value, _is_bit), "act_bits": lambda value: _is_table(value, _is_bit),
+    "signed": lambda value: _is_table(value, _is_bool), "layers": lambda value: _is_table(value, _is_row),
+    "fixed": lambda value: _is_table(value, _is_row),
+    "batchnorms": lambda value: _is_table(value, lambda name: name is None or _is_name(name)),
+    "masks": lambda value: isinstance(value, dict), "initial_sparsity": lambda value: _is_number(value, 0, 1),
+    "num_classes": lambda value: _is_count(value) and value > 0, "input_size": lambda value: _is_count(value) and value > 0}
+ENTRIES_OF_A_RUN = {"extras": _are_scores, "optimizer": _is_optimizer, "random_states": _are_random_states,
+                    "inside": _is_place, "machine": lambda value: _is_table(value, _is_count)}

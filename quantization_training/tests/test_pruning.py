@@ -352,7 +352,6 @@ def test_a_target_below_what_is_removed_already(folder, capsys):
     ({"layer1.0.conv1.weight": torch.ones(16, 16, 1, 1, dtype=torch.bool)}, "has shape [16, 16, 1, 1]"),
     ({"layer1.0.conv1.weight": torch.ones(0, dtype=torch.bool)}, "has shape [0]"),
     ({"layer1.0.conv1.weight": torch.ones(16, 16, 3, 3)}, "is not a mask"),
-    ({"layer1.0.conv1.weight": torch.ones(16, 16, 3, 3, dtype=torch.bool).to_sparse()}, "is not a mask"),
     ({"layer1.0.conv1.quan_w_fn.s": torch.ones(1, dtype=torch.bool)}, "is not part of this network"),
     ({5: None}, "5 is not part of this network"), (7, "masks: found 7")])
 def test_masks_of_another_network(folder, capsys, masks, message):

@@ -1,5 +1,5 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
-# make test: all tests       make lint: the linter
+# make test: all tests       make lint: the linter       make soak: many more random inputs, for an hour
 # make bench: times of the search     make sync: copy what the stages share     make clean: remove all results
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
@@ -12,7 +12,7 @@ STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
-.PHONY: demo demo-pruned test lint bench sync clean environment
+.PHONY: demo demo-pruned test soak lint bench sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -37,6 +37,11 @@ test: $(READY)
 	@set -e; export OMP_NUM_THREADS=1; for folder in $(STAGES) .; do \
 		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q tests); done
 
+soak: $(READY)
+	@set -e; for folder in $(STAGES); do \
+		echo "== 20,000 changed inputs: the share of $$folder"; \
+		(cd $$folder && LIMPQP_FUZZ=20000 $(RUN) -m pytest -q tests/test_fuzz.py); done
+
 lint: $(READY)
 	$(RUN) -m ruff check .
 
@@ -50,6 +55,8 @@ sync:
 	cp -r $(MASTER)/model $(MASTER)/quan $(MASTER)/util quantization_training/
 	cp -r $(MASTER)/model quantization_search/models
 	mkdir quantization_search/util
+	cp $(MASTER)/tests/fuzzing.py quantization_search/tests/
+	cp $(MASTER)/tests/fuzzing.py quantization_training/tests/
 	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
 
 clean:

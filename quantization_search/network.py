@@ -127,7 +127,7 @@ def _rows_of_model(path, indicators, arch):
     if type(size) is not int or not 1 <= size <= 4096:
         raise UserError(f"{path}: input_size: found {describe(size)}, expected the height and width of an image")
     rows = read_tables().get(arch, {}) if size == usual else {}
-    return rows or trace_rows(arch, size, classes)
+    return rows or trace_rows(arch, size, classes, f"{path}: arch" if "arch" in indicators else "model")
 
 
 def read_tables():
@@ -138,15 +138,15 @@ def read_tables():
             for arch, rows in content["networks"].items()}
 
 
-def trace_rows(arch, size, classes):
-    """{layer: Row} from the network itself, which takes seconds."""
+def trace_rows(arch, size, classes, where="model"):
+    """{layer: Row} from the network itself, which takes seconds; `where` its name stands, for messages."""
     from models import create_model  # builds on torch
     from models.layer_table import trace
 
     try:
         graph = trace(create_model(arch, classes), size)
     except UserError as error:
-        raise UserError(f"model: {str(error).removeprefix('arch: ')}") from None
+        raise UserError(f"{where}: {str(error).removeprefix('arch: ')}") from None
     return {name: Row(**call.as_row()) for name, call in graph.layers.items()}
 
 

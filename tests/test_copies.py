@@ -30,6 +30,11 @@ def test_the_search_carries_equal_copies_of_what_it_needs():
         assert content == (MASTER / "util" / name).read_bytes(), "run make sync"
 
 
+def test_the_stages_change_inputs_in_the_same_way():
+    for stage in STAGES:
+        assert (ROOT / stage / "tests/fuzzing.py").read_bytes() == (MASTER / "tests/fuzzing.py").read_bytes(), "run make sync"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_imports_nothing_from_another_one(stage):
     others = set(STAGES) - {stage}

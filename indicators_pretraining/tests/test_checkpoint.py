@@ -190,8 +190,9 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("bits", ["4"]), ("bits", [4, 4]), ("weight_bits", {"a": 9}), ("signed", {"a": 1}), ("layers", {"a": {"signed": {}}}),
-    ("layers", {"a": {"shape": torch.ones(1)}}), ("batchnorms", {"a": 3}), ("config", {"a": torch.ones(2)}), ("epoch", -1),
-    ("extras", {"top1": "x"}), ("extras", {"top1": 10**400}), ("optimizer", {"state": [], "param_groups": []}),
+    ("layers", {"a": {"shape": torch.ones(1)}}),
+    ("fixed", {"a": {"shape": torch.Size([1])}}), ("batchnorms", {"a": 3}), ("config", {"a": torch.ones(2)}), ("epoch", -1),
+    ("extras", {"top1": "x"}), ("extras", {"top1": 10**300}), ("optimizer", {"state": [], "param_groups": []}),
     ("optimizer", {"state": {0: {"momentum_buffer": torch.ones(7)}}, "param_groups": []}), ("level", 1.5),
     ("random_states", [{"torch": None, "python": [], "numpy": []}]), ("initial_sparsity", float("nan")),
     ("input_size", 0), ("arch", "a\nb")])
@@ -204,7 +205,8 @@ def test_an_entry_of_another_type_is_named(tmp_path, key, value):
 
 def test_generators_take_only_states_of_their_own_size(tmp_path):
     states, path = random_states(), str(tmp_path / "c")
-    for kind, index, value in (("numpy", 2, 10**6), ("numpy", 1, [0] * 3), ("python", 1, [-1] * 625), ("python", 0, 2)):
+    for kind, index, value in (("numpy", 2, 10**6), ("numpy", 1, [0] * 3), ("numpy", 3, 2**40), ("python", 1, [-1] * 625),
+                               ("python", 0, torch.ones(2))):
         changed = {**states[0], kind: [*states[0][kind][:index], value, *states[0][kind][index + 1:]]}
         torch.save({"state_dict": {}, "config": {}, "random_states": [changed]}, path)
         with pytest.raises(UserError, match="c: random_states: found"):

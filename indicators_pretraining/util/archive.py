@@ -4,6 +4,8 @@ The checksum stands in the comment that ends a zip archive, so that whatever rea
 """
 
 import io
+import itertools
+import math
 import os
 import pickle
 import pickletools
@@ -13,12 +15,14 @@ import zipfile
 
 import torch
 
+from util.config import MAX_NUMBER_BITS
 from util.errors import UserError, reason
 from util.exchange import CHECKSUM, CHECKSUM_LENGTH, checksum
 
 ZIP_BEGINNING, ZIP_ENDING = b"PK\3\4", b"PK\5\6"
 ENDING_LENGTH = 22  # of a zip archive without a comment; the last two bytes give the length of the comment
 NO_COMMENT, OUR_COMMENT = (0).to_bytes(2, "little"), CHECKSUM_LENGTH.to_bytes(2, "little")
+MOST_VALUES, MOST_LEVELS = 3_000_000, 50
 LEGACY_PICKLES = 5  # that a file from before torch 1.6 begins with
 PLAIN_GLOBALS = re.compile(r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|_codecs encode|torch (Size|device)|"
                            r"torch \w+Storage|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2|"
@@ -48,7 +52,7 @@ def unpack(data, path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        check_tensors(content, len(data))
+        check_values(content, len(data))
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint, or one that holds more than tensors and plain containers") from None
     except Exception as error:  # a damaged archive meets the reader with exceptions of many types
@@ -98,33 +102,41 @@ def check_globals(stream):
             raise pickle.UnpicklingError(argument)
 
 
-def check_tensors(content, size):
-    """Refuse what is nested without end, what is no plain value, and tensors that claim more than the file's bytes.
+def check_values(content, size):
+    """Refuse what is nested without end, and tensors that claim more than the file's bytes or are of another kind.
 
     Args:
-        content: what torch read.
+        content: what torch read. Written out without aliases, it has to stay small: whoever reads it may do so.
         size: of the file, in bytes.
     """
-    for value in values_in(content):
+    known = {}
+
+    def visit(value):
+        """(number of values, levels of containers) of a value written out."""
         if isinstance(value, torch.Tensor):
-            if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_quantized \
-                    or value.is_complex() or value.device.type != "cpu":
-                raise pickle.UnpicklingError("a tensor of another kind")
-            stored = value.untyped_storage().nbytes()
-            if value.numel() * value.element_size() > stored or stored > size:
-                raise ValueError("a tensor is larger than what the file holds of it")
+            check_tensor(value, size)
+        if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
+            raise ValueError(f"a number of {value.bit_length()} bits")
+        if not isinstance(value, (dict, list, tuple, set)):
+            return 1, 0
+        if id(value) not in known:
+            known[id(value)] = math.inf, math.inf  # while it is visited: what contains itself has no end
+            count, levels = 1, 0
+            for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+                inside, below = visit(inner)
+                count, levels = count + inside, max(levels, below)
+            if count > MOST_VALUES or levels >= MOST_LEVELS:
+                raise ValueError("it is nested too deeply, or in itself")
+            known[id(value)] = count, levels + 1
+        return known[id(value)]
+
+    visit(content)
 
 
-def values_in(content, deepest=50, most=3_000_000):
-    """Every value inside plain containers, one after the other."""
-    waiting, count = [(content, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        count += 1
-        if depth > deepest or count > most:
-            raise ValueError("it is nested too deeply, or in itself")
-        if isinstance(value, dict):
-            waiting.extend((inner, depth + 1) for pair in value.items() for inner in pair)
-        elif isinstance(value, (list, tuple, set)):
-            waiting.extend((inner, depth + 1) for inner in value)
-        yield value
+def check_tensor(tensor, size):
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized \
+            or tensor.is_complex() or tensor.device.type != "cpu":
+        raise pickle.UnpicklingError("a tensor of another kind")
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored or stored > size:
+        raise ValueError("a tensor is larger than what the file holds of it")

@@ -22,7 +22,8 @@ from util.errors import UserError, nearest, reason
 MAX_ALIASES = 100
 MAX_VALUES = 100_000
 MAX_NUMBER_BITS = 1024  # as many as the largest float has
-MAX_YAML_FILE = 2**20
+MAX_YAML_FILE = 2**18
+MAX_LEVELS = 50
 MAX_NAME = 150
 KEY_WORDS = re.compile(r'"[^"]*"|[^."]+')
 
@@ -209,7 +210,7 @@ def read_bytes(path, limit=MAX_YAML_FILE, what="the file"):
     except OSError as error:
         raise UserError(f"{path}: cannot read {what} ({error.strerror})") from None
     if len(data) > limit:
-        raise UserError(f"{path}: cannot read {what} (larger than {limit // 2**20} MiB)")
+        raise UserError(f"{path}: cannot read {what} (larger than {limit / 2**20:g} MiB)")
     return data
 
 
@@ -249,6 +250,11 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
                 keys.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def fetch_flow_collection_start(self, token):
+        if self.flow_level >= MAX_LEVELS:  # the scanner looks at every level again with each token
+            raise yaml.YAMLError(f"more than {MAX_LEVELS} levels of brackets")
+        super().fetch_flow_collection_start(token)
 
     def flatten_mapping(self, node):
         super().flatten_mapping(node)

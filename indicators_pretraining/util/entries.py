@@ -5,7 +5,7 @@ import torch
 from util.config import describe, is_text
 from util.errors import UserError
 
-PLAIN = (str, int, float, type(None))
+PLAIN = (str, int, float, bool, type(None))
 NUMBERS_OF_OPTIMIZERS = ("lr", "momentum", "dampening", "weight_decay", "eps")
 UNSIGNED = range(2**32)
 NUMPY_STATE, PYTHON_STATE = 624, 625  # words of a Mersenne twister, and those with its position
@@ -58,11 +58,12 @@ def _is_table(value, fits):
 
 
 def _is_plain(value):
-    if isinstance(value, dict):
-        return all(isinstance(key, PLAIN) and _is_plain(element) for key, element in value.items())
-    if isinstance(value, (list, tuple)):
+    """Whether a value is made of just these types; classes that are derived from them bring their class along."""
+    if type(value) is dict:
+        return all(type(key) in PLAIN and _is_plain(element) for key, element in value.items())
+    if type(value) in (list, tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, PLAIN)
+    return type(value) in PLAIN
 
 
 def _is_list_of_bits(value):
@@ -113,13 +114,13 @@ def _is_random_state(value):
 
 
 def _is_python_state(value):
-    return (isinstance(value, list) and len(value) == 3 and value[0] == 3 and _are_words(value[1], PYTHON_STATE)
+    return (isinstance(value, list) and len(value) == 3 and _is_count(value[0]) and _are_words(value[1], PYTHON_STATE)
             and value[1][-1] <= NUMPY_STATE and (value[2] is None or type(value[2]) is float))
 
 
 def _is_numpy_state(value):
-    return (isinstance(value, list) and len(value) == 5 and value[0] == "MT19937" and _are_words(value[1], NUMPY_STATE)
-            and type(value[2]) is int and 0 <= value[2] <= NUMPY_STATE and value[3] in (0, 1) and type(value[4]) is float)
+    return (isinstance(value, list) and len(value) == 5 and _is_name(value[0]) and _are_words(value[1], NUMPY_STATE)
+            and all(map(_is_count, value[2:4])) and value[2] <= NUMPY_STATE and value[3] <= 1 and type(value[4]) is float)
 
 
 def _is_place(value):

@@ -140,12 +140,37 @@ def test_aliases_that_multiply_are_refused(tmp_path):
         read(tmp_path, "\n".join(lines))
 
 
+@pytest.mark.parametrize("value", [
+    "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "0001-01-01T00:00:00+23:59", "2001-01-01", "!!set {a}",
+    "!!binary eA==", "0x" + "f" * 9999, "9" * 400, "[" * 3000, "{a: " * 60, "{0x" + "f" * 9999 + ": 1}"])
+def test_a_value_that_is_not_plain_is_refused_wherever_it_stands(tmp_path, value):
+    with pytest.raises(UserError, match="config.yaml: (line 1 )?not valid YAML"):
+        read(tmp_path, f"gpu: {value}")  # the one key that takes any value
+
+
+def test_merge_keys_that_multiply_are_refused(tmp_path):
+    lines = ["m0: &m0 {a: 1, b: 2}"] + [f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}" for i in range(1, 40)]
+    with pytest.raises(UserError, match="more than 100000 values"):
+        read(tmp_path, "\n".join(lines))
+
+
+def test_a_message_is_one_printable_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, '"a\\n\\x1b[31mb": 1')
+    assert str(error.value).endswith("config.yaml: a [31mb: unknown key")
+
+
+def test_a_file_too_large_for_a_configuration_is_not_parsed(tmp_path):
+    with pytest.raises(UserError, match="config.yaml: cannot read the file .larger than 0.25 MiB"):
+        read(tmp_path, "#" * 10**6)
+
+
 def test_an_alias_of_itself_is_refused(tmp_path):
     with pytest.raises(UserError, match="not valid YAML"):
         read(tmp_path, "quan: &loop {excepts: *loop}")
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "epoch=3", "dataloader.batch_size=x"])
+@pytest.mark.parametrize("override", ["epochs", "=3", ".=3", "epoch=3", "dataloader.batch_size=x"])
 def test_a_wrong_override_is_named(tmp_path, override):
     with pytest.raises(UserError) as error:
         read(tmp_path, "epochs: 2", override)

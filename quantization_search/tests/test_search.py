@@ -240,6 +240,7 @@ BAD_FILES = {
     "zero count": (edited(*CONV1, "macs_exact", value=0), "macs_exact: found 0"),
     "boolean count": (edited(*CONV1, "groups", value=True), "groups: found True"),
     "fractional count": (edited(*CONV1, "macs_published", value=1.5), "macs_published: found 1.5"),
+    "unknown arch without a table": (edited("layers", value=None), "indicators.pkl: arch: 'made_up' is not a known network"),
     "huge count": (edited(*CONV1, "act_elements", value=10**9999), "not an indicators file (a number of 33216 bits)"),
     "bad kind": (edited(*CONV1, "kind", value="pool"), "kind: found 'pool'"),
     "bad shape": (edited(*CONV1, "shape", value=[8, -4, 3, 3]), "shape: found -4"),

@@ -1,5 +1,5 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
-# make test: all tests       make lint: the linter       make soak: many more random inputs, for an hour
+# make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
 # make bench: times of the search     make sync: copy what the stages share     make clean: remove all results
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
@@ -38,7 +38,12 @@ test: $(READY)
 		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q tests); done
 
 soak: $(READY)
-	@set -e; for folder in $(STAGES); do \
+	@set -e; export OMP_NUM_THREADS=1; \
+	echo "== one run of each command, killed 200 times in all"; \
+	LIMPQP_KILLS=200 $(RUN) -m pytest -q -s tests/test_kills.py -k equals; \
+	echo "== 300 epochs, continued again and again"; \
+	(cd $(MASTER) && LIMPQP_EPOCHS=300 $(RUN) -m pytest -q tests/test_endurance.py); \
+	for folder in $(STAGES); do \
 		echo "== 20,000 changed inputs: the share of $$folder"; \
 		(cd $$folder && LIMPQP_FUZZ=20000 $(RUN) -m pytest -q tests/test_fuzz.py); done
 

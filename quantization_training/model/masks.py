@@ -74,7 +74,9 @@ def checked_masks(model, masks, source):
 
 
 def is_mask(value):
-    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
+    """Whether a value is a bool tensor that holds its entries one by one: not sparse, and not without data."""
+    return (isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.layout == torch.strided
+            and not value.is_meta)
 
 
 def weights_left(layers, masks):

@@ -9,6 +9,7 @@ import yaml
 from model.masks import weights_left
 from quan.cost import full_precision_cost, nonzero_macs
 from util import distributed
+from util.checkpoint import read_summary
 from util.exchange import write_atomically
 from util.plots import new_figure, save_figure
 
@@ -70,8 +71,8 @@ def read(folder, graph):
 
 def is_complete(folder, graph, last_level):
     """Whether report and summary are written up to the last level and no further."""
-    return (set(read(folder, graph)) == set(range(last_level + 1))
-            and os.path.exists(os.path.join(folder, "summary.yaml")))
+    levels = read_summary(os.path.join(folder, "summary.yaml")).get("levels") or []
+    return set(read(folder, graph)) == set(range(last_level + 1)) and len(levels) == last_level + 1
 
 
 def _read_row(texts):

@@ -5,6 +5,7 @@ smallest of the weights that are left, loads that early state back, and trains w
 """
 
 import os
+import re
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from util.errors import UserError
 from util.metrics import Metrics, evaluate
 from util.training import Training, training_step
 
+LEVEL_FILE = re.compile(r"level_(\d+)_checkpoint\.pth\.tar")
 HARMLESS = ("quan.", "target_bits", "in_place_distillation", "weight_bits", "act_bits", "prune.levels",
             "prune.target_sparsity")  # what no level's training depends on
 HARMLESS_WHILE_DENSE = ("prune.method", "prune.type", "prune.scope", "prune.amount", "prune.excepts")
@@ -58,10 +60,13 @@ class PruningFolder:
 
     def newest_level(self):
         """The number of the newest level that left a checkpoint, or None."""
-        number = 0
-        while os.path.exists(self.level(number)):
-            number += 1
-        return number - 1 if number else None
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        numbers = {int(match[1]) for name in names if (match := LEVEL_FILE.fullmatch(name))}
+        for number in range(max(numbers, default=-1)):
+            if number not in numbers:
+                raise UserError(f"{self.level(number)}: is missing, but later levels are there; put it back, or remove the "
+                                "folder to start anew")
+        return max(numbers, default=None)
 
     def find(self, config):
         """The Found checkpoint of the newest level, or None where the run starts afresh."""
@@ -162,6 +167,9 @@ class Pruning:
         self.pruned.set(masks)
         self.pruned.apply()
         self.monitor.log(f"level {level}: {self.plan.describe(masks)}")
+        empty = [name for name in self.plan.layers if not masks[f"{name}.weight"].any()]
+        if empty:
+            self.monitor.log(f"no weight is left in {', '.join(empty)}")
         return Start(self.config.prune.rewind_epoch)
 
     def rewind(self):
@@ -223,21 +231,24 @@ class Pruning:
         """Read the report of the levels that are finished; one that is missing there is evaluated again."""
         newest, is_finished = level_of(found), found and found.content["epoch"] >= self.last_epoch
         known = distributed.on_main(pruning_report.read, self.folder.path, self.graph)
+        missing = [level for level in range(newest) if level not in known]
         for level in range(newest):
-            if level in known:
-                self.rows.append(known[level])
+            if level in missing:
+                self.evaluate_again(level)
             else:
-                self.load_level(self.folder.load(level, self.config))
-                self.report(level)
+                self.rows.append(known[level])
+        if missing:
+            load_training_state(found.content, self.model, self.optimizer, found.path)
+            self.pruned.set(masks_of(found.content, self.model, found.path))
         if is_finished and newest in known:
             self.rows.append(known[newest])
-        if found:
-            self.load_level(found)
 
-    def load_level(self, found):
-        """Take the weights and masks of a level."""
+    def evaluate_again(self, level):
+        """Report a finished level from its checkpoint."""
+        found = self.folder.load(level, self.config)
         load_state(self.model, found.content["state_dict"], found.path)
         self.pruned.set(masks_of(found.content, self.model, found.path))
+        self.report(level)
 
 
 def criterion_of(config):

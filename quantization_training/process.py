@@ -38,9 +38,11 @@ def create_criterion(config, teacher=None):
 
 @contextmanager
 def batchnorms_estimating_anew(model):
-    """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back."""
+    """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back, and
+    after an error or a signal the statistics too."""
     batchnorms = [module for module in model.modules() if isinstance(module, BATCHNORM) and module.track_running_stats]
     momenta = [module.momentum for module in batchnorms]
+    before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batchnorms]
     with evaluation_mode(model):
         try:
             for module in batchnorms:
@@ -48,6 +50,10 @@ def batchnorms_estimating_anew(model):
                 module.reset_running_stats()
                 module.momentum = None
             yield
+        except BaseException:
+            for module, buffers in zip(batchnorms, before, strict=True):
+                module.load_state_dict(buffers, strict=False)
+            raise
         finally:
             for module, momentum in zip(batchnorms, momenta, strict=True):
                 module.momentum = momentum

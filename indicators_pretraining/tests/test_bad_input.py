@@ -8,6 +8,7 @@ from torch import nn
 
 import importance_extractor
 import main
+import process
 from util.checkpoint import save_checkpoint
 from util.errors import user_errors_on_one_line
 
@@ -96,8 +97,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys):
         main.main(["config.yaml", "lr=1e30"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
-    assert "the loss is not finite in epoch 1, step 2 of 4: the parameter conv1.weight is not finite; lower lr" in said
+    assert "epoch 1, step 2 of 4: all weights and step sizes are finite, the activations are not; lower lr" in said
     assert not (folder / "out/run/run_checkpoint.pth.tar").exists()
+
+
+def test_the_step_size_that_is_not_finite_is_named(folder, capsys, monkeypatch):
+    step, calls = process.joint_step, []
+
+    def step_with_a_bad_one(model, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            model.layer2[0].conv1.quan_w_fn.s.data.fill_(float("nan"))
+        step(model, *arguments)
+
+    monkeypatch.setattr(process, "joint_step", step_with_a_bad_one)
+    said = complaint(capsys, main.main, "config.yaml")
+    assert "in epoch 1, step 3 of 4: the step size layer2.0.conv1.quan_w_fn.s is not finite; lower lr" in said
 
 
 def test_batches_of_one_image_meet_batchnorm(folder, capsys):

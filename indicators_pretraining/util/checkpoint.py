@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from model.masks import checked_masks
 from model.weights import load_state
 from util import distributed
 from util.archive import pack, unpack
-from util.config import differing_keys, to_plain
+from util.config import differing_keys, read_yaml, to_plain
 from util.entries import check_entries
 from util.errors import UserError, reason
 from util.exchange import strip_prefix, write_atomically
@@ -101,13 +102,21 @@ class RunFolder:
         Args:
             keep: of how many epochs the checkpoints stay; with more than one, each has a file of its own too.
         """
-        save_checkpoint(self.last, checkpoint)
-        if is_best:
+        if is_best:  # first: a run that ends in between comes to this epoch again
             save_checkpoint(self.best, checkpoint)
-        if keep > 1 and "inside" not in checkpoint:
-            copy_file(self.last, self.epoch(checkpoint["epoch"]))
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.epoch(checkpoint["epoch"] - keep))
+        save_checkpoint(self.last, checkpoint)
+        if "inside" not in checkpoint:
+            self._keep(checkpoint["epoch"], keep)
+
+    def _keep(self, epoch, keep):
+        """Give the newest epoch's checkpoint a file of its own, and remove those of epochs that are too long ago."""
+        if keep > 1:
+            copy_file(self.last, self.epoch(epoch))
+        pattern = re.compile(re.escape(self.name) + r"_epoch_(\d+)_checkpoint\.pth\.tar")
+        for name in os.listdir(self.path):
+            match = pattern.fullmatch(name)
+            if match and (keep == 1 or int(match[1]) <= epoch - keep):
+                os.remove(os.path.join(self.path, name))
 
 
 def copy_file(source, target):
@@ -355,7 +364,16 @@ def training_state(model, optimizer, epoch, best, config, monitor):
 
 def is_finished(epoch, config, folder):
     """Whether `epoch` completed epochs are all that the configuration asks for, and their results are written."""
-    return epoch >= config.epochs + config.cooldown_epochs and distributed.on_main(os.path.exists, folder.summary)
+    last = config.epochs + config.cooldown_epochs
+    return epoch >= last and distributed.on_main(read_summary, folder.summary).get("epochs") == last
+
+
+def read_summary(path):
+    """What summary.yaml says, {} where it is missing or is none."""
+    try:
+        return read_yaml(path)
+    except UserError:
+        return {}
 
 
 def announce_finished(folder, config):

@@ -236,7 +236,7 @@ def folder_batches(config, image_set, plan, seed, device, augment, keep_workers)
         FileBatches(image_set, transforms.Compose([*steps, transforms.PILToTensor()]), seed),
         sampler=plan, batch_size=None, num_workers=config.workers,
         persistent_workers=keep_workers and config.workers > 0, pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=leave_signals_to_main,
         generator=torch.Generator())  # its own, so that iterating draws nothing from the global one
 
 
@@ -276,6 +276,7 @@ def sample_seed(seed, epoch, index):
     return int(generator(Stream.AUGMENTATION, seed, epoch, index).integers(2 ** 63))
 
 
-def ignore_interrupts(worker):
-    """Leave Ctrl-C to the main process, which then stops its workers."""
+def leave_signals_to_main(worker):
+    """Leave Ctrl-C and SIGTERM, which may come to all processes, to the main one; it stops its workers when it is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -95,7 +95,12 @@ class Training:
                                         self.images_per_step, self.steps, first)
         for step, group in enumerate(batches, first):
             set_learning_rate(self.optimizer, learning_rate(self.config, epoch + step / self.steps))
-            self.take_step(group, epoch, step, metrics)
+            # Before the step, which would spread what is not finite over the whole network.
+            check = self.optimizer.register_step_pre_hook(lambda *_, done=step + 1: self.check_where_due(epoch, done, metrics))
+            try:
+                self.take_step(group, epoch, step, metrics)
+            finally:
+                check.remove()
             self.after_step(epoch, step + 1, metrics, begun)
         distributed.average_batchnorm_statistics(self.model)
         for label, value in metrics.items():
@@ -113,10 +118,7 @@ class Training:
     def after_step(self, epoch, done, metrics, begun):
         """Show figures, and write a checkpoint or stop where it is due, after `done` steps of an epoch."""
         log, is_last = self.config.log, done == self.steps
-        is_shown = done % log.print_freq == 0
-        if is_shown or is_last or self.device.type == "cpu":  # elsewhere, reading a number would hold up the step
-            self.check_finite(epoch, done, metrics)
-        if is_shown:
+        if done % log.print_freq == 0:
             figures = metrics[self.shown].result()
             self.monitor.step(self.epochs_before + epoch + 1, done, self.steps, loss=figures["loss"], top1=figures["top1"])
         if is_last:
@@ -156,6 +158,11 @@ class Training:
                                       batchnorms=distributed.batchnorm_statistics(self.model)).as_plain()
         self.write(state, is_best)
 
+    def check_where_due(self, epoch, done, metrics):
+        """Check each step on the CPU; elsewhere, where reading a number holds it up, those that are shown and the last."""
+        if self.device.type == "cpu" or done % self.config.log.print_freq == 0 or done == self.steps:
+            self.check_finite(epoch, done, metrics)
+
     def check_finite(self, epoch, done, metrics):
         """Stop all ranks where the loss of one is not finite."""
         sums = torch.stack([value.sums for value in metrics.values()])
@@ -167,7 +174,7 @@ class Training:
                         f"{what}; {REMEDY}")
 
 
-REMEDY = "lower lr, or add warmup_epochs (the last checkpoint, from before, is kept)"
+REMEDY = "lower lr, or add warmup_epochs (a checkpoint from before is kept)"
 
 
 def not_finite(model):

@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 class Lost(Exception):
-    """Another process of the run is gone, so that this one cannot go on."""
+    """Another process of the run is gone, so that this one cannot go on. The message is empty where that one told why."""
 
 
 def nearest(name, choices):
@@ -63,7 +63,7 @@ def user_errors_on_one_line():
     except Interrupted as stop:
         _stop(f"{stop}; the same command goes on from there" if is_first_process() else "", SIGNAL_STATUS + stop.number)
     except Lost as error:
-        _stop(f"error: {error}", 1)
+        _stop(str(error), 1)
     except BrokenPipeError:  # what read our output is gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(SIGNAL_STATUS + signal.SIGPIPE)

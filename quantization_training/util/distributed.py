@@ -62,7 +62,7 @@ def process_group(training_device):
     try:
         with one_process_tells():
             yield device
-        leave_process_group()
+            leave_process_group()
     finally:
         if is_distributed():  # an error: the other ranks may be gone, so nothing is waited for
             dist.destroy_process_group()
@@ -80,20 +80,31 @@ def one_process_tells():
             raise mended from None
         if not isinstance(error, RuntimeError) or not any(word in str(error).lower() for word in CONNECTION):
             raise
-        raise Lost(f"rank {rank()} lost another process of the run ({reason(error)[:120]}); its own error stands above, if it "
-                   "had one") from None
+        raise Lost("" if _is_told() else f"error: rank {rank()} lost another process of the run ({reason(error)[:120]})") \
+            from None
 
 
 def _tells(message):
     """Whether this rank is the first to meet an error, or meets another one than the first."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        first = store.compare_set(f"limpqp/error/{attempt}", "", f"{rank()}:{message}").decode()
+        first = store.compare_set(_error_key(), "", f"{rank()}:{message}").decode()
     except Exception:  # the store may be gone with the process that held it; an error told twice is better than none
         return True
     told_by, _, told = first.partition(":")
     return told_by == str(rank()) or told != message
+
+
+def _is_told():
+    """Whether any rank has told an error."""
+    try:
+        return dist.distributed_c10d._get_default_store().check([_error_key()])
+    except Exception:  # as above
+        return False
+
+
+def _error_key():
+    return f"limpqp/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def largest_over_ranks(number):

@@ -111,7 +111,10 @@ def test_the_step_size_that_is_not_finite_is_named(folder, capsys, monkeypatch):
         step(model, *arguments)
 
     monkeypatch.setattr(process, "joint_step", step_with_a_bad_one)
-    said = complaint(capsys, main.main, "config.yaml")
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
     assert "in epoch 1, step 3 of 4: the step size layer2.0.conv1.quan_w_fn.s is not finite; lower lr" in said
 
 

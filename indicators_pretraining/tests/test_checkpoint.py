@@ -278,7 +278,7 @@ def test_which_checkpoint_resume_path_stands_for(tmp_path):
     for wrong in (config(evaluate=True), config("none", evaluate=True)):
         with pytest.raises(UserError, match="resume.path"):
             find_checkpoint(wrong, folder)
-    folder.save({"state_dict": {}}, is_best=True)
+    folder.save({"epoch": 1, "state_dict": {}}, is_best=True)
     assert find_checkpoint(config(), folder) == (str(tmp_path / "n" / "n_checkpoint.pth.tar"), False)
     assert find_checkpoint(config(evaluate=True), folder) == (str(tmp_path / "n" / "n_best.pth.tar"), True)
     assert find_checkpoint(config("other", evaluate=True), folder) == ("other", True)

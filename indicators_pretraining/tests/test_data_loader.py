@@ -2,10 +2,12 @@
 
 import gzip
 import math
+import multiprocessing
 import os
 import pickle
 import signal
 import struct
+import time
 from dataclasses import replace
 from fractions import Fraction
 
@@ -19,7 +21,7 @@ from PIL import Image
 
 from util import datasets
 from util.config import DataConfig
-from util.data_loader import FileBatches, create_loaders, crop_and_flip, draw_crops
+from util.data_loader import FileBatches, create_loaders, crop_and_flip, draw_crops, leave_signals_to_main
 from util.datasets import FASHION_FILES, describe_data, find_idx_file
 from util.errors import UserError
 from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, stratified_split
@@ -581,3 +583,20 @@ def test_too_large_a_batch_over_all_ranks_is_refused():
     with pytest.raises(UserError, match="found 4 processes x 400, but only 1438 .* take at most 359"):
         loaders(replace(DIGITS, batch_size=400), rank=3, world_size=4)
     assert len(loaders(replace(DIGITS, batch_size=359), rank=3, world_size=4).train) == math.floor(1438 / 359 / 4)
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="there are no process groups")
+def test_workers_do_not_get_the_signals_of_their_group_but_those_of_the_main_process():
+    ready, tell = multiprocessing.Pipe(duplex=False)
+    worker = multiprocessing.get_context("fork").Process(target=wait_as_worker, args=(tell,))
+    worker.start()
+    assert ready.recv() != os.getpgrp()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == -signal.SIGTERM
+
+
+def wait_as_worker(tell):
+    leave_signals_to_main(0)
+    tell.send(os.getpgrp())
+    time.sleep(60)

@@ -277,6 +277,7 @@ def sample_seed(seed, epoch, index):
 
 
 def leave_signals_to_main(worker):
-    """Leave Ctrl-C and SIGTERM, which may come to all processes, to the main one; it stops its workers when it is done."""
+    """Leave Ctrl-C and SIGTERM that go to the whole process group to the main process, which stops its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # SIGTERM is not ignored, because the main process ends its workers by it

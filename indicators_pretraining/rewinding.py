@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 
 import pruning_report
-from model.masks import companions, count_to_remove, counted, next_masks, prunable_layers, rounded, units
+from model.masks import Prunable, count_to_remove, counted, rounded
 from model.weights import load_state
 from util import distributed
 from util.checkpoint import (
@@ -268,7 +268,12 @@ class Group:
         return min(count_to_remove(self.total, self.left, amount, target), self.left - self.spared)
 
 
-class Plan:
+def sums_of(groups):
+    """(all weights or channels of some groups, those that are left)."""
+    return sum(group.total for group in groups), sum(group.left for group in groups)
+
+
+class Plan(Prunable):
     """What each level removes, of which layers, and when it is enough.
 
     Args:
@@ -277,22 +282,16 @@ class Plan:
     """
 
     def __init__(self, network, prune):
-        self.model, self.graph, self.pruned, self.prune = network.model, network.graph, network.pruned, prune
-        self.layers = prunable_layers(network.graph, prune.excepts)
-        self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
-
-    def weights(self):
-        return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
+        super().__init__(network, prune)
+        self.graph, self.pruned = network.graph, network.pruned
 
     def masks_for(self, level, masks):
         """The masks of a level (the first is 1), ranked by the weights as they are at the end of the level before."""
-        prune = self.prune
-        return next_masks(self.weights(), masks, self.followers, prune.type, prune.scope, prune.amount_of(level),
-                          prune.target)
+        return self.more_masks(masks, self.prune.amount_of(level), self.prune.target)
 
     def groups(self, masks):
         """A Group for all layers together, or for each layer, as the scope says."""
-        _, left = units(self.weights(), masks, self.prune.type)
+        left = self.left(masks)
         groups = [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
         spares_one = self.prune.type == "structured"
         return [Group(*counted(left, names), sum(int(left[name].any()) for name in names) if spares_one else 0)
@@ -300,8 +299,7 @@ class Plan:
 
     def count(self, masks):
         """(all prunable weights or channels, those that are left)."""
-        groups = self.groups(masks)
-        return sum(group.total for group in groups), sum(group.left for group in groups)
+        return sums_of(self.groups(masks))
 
     def is_last(self, level, masks):
         """Whether no level comes after one with these masks."""
@@ -323,16 +321,12 @@ class Plan:
             level += 1
             counts = [group.to_remove(self.prune.amount_of(level), self.prune.target) for group in groups]
             if not any(counts):
-                left, total = (sum(getattr(group, key) for group in groups) for key in ("left", "total"))
+                total, left = sums_of(groups)
                 raise UserError(f"prune.amount: level {level} would remove none of the {left} {self.unit} that are left of "
                                 f"{total}; give a larger amount, or fewer levels")
             groups = [replace(group, left=group.left - count) for group, count in zip(groups, counts, strict=True)]
             ahead.append((level, sum(group.total - group.left for group in groups)))
         return ahead
-
-    @property
-    def unit(self):
-        return "channels" if self.prune.type == "structured" else "weights"
 
     def share_removed(self, masks):
         total, left = self.count(masks)
@@ -346,7 +340,7 @@ class Plan:
         """Refuse a target that lies below what is removed already, fewer levels than are there, and levels to come that
         would remove nothing."""
         groups = self.groups(masks)
-        total, left = self.count(masks)
+        total, left = sums_of(groups)
         # Each group of layers rounds for itself.
         if self.prune.target is not None and sum(rounded(self.prune.target * group.total) for group in groups) < total - left:
             raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but {100 * (1 - left / total):.2f} % "

@@ -1,6 +1,6 @@
 """Gradual magnitude pruning during training (Zhu & Gupta, arXiv 1710.01878)."""
 
-from model.masks import companions, counted, next_masks, prunable_layers, rounded, units
+from model.masks import Prunable, counted, rounded
 from util import distributed
 from util.errors import UserError
 
@@ -33,7 +33,7 @@ def create_pruning(network, config, found):
     return pruning
 
 
-class GradualPruning:
+class GradualPruning(Prunable):
     """Removes the smallest weights, more and more, while a network is trained.
 
     Args:
@@ -46,25 +46,19 @@ class GradualPruning:
     """
 
     def __init__(self, network, config, initial=None):
-        self.model, self.pruned, self.prune = network.model, network.pruned, config.prune
-        self.start, self.end = config.prune.start_epoch, config.prune_until
-        self.layers = prunable_layers(network.graph, config.prune.excepts)
-        self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
+        super().__init__(network, config.prune)
+        self.pruned, self.start, self.end = network.pruned, config.prune.start_epoch, config.prune_until
         self.initial = self.share_removed() if initial is None else initial
 
     def share_removed(self):
         """The share of the prunable weights, or channels, that is removed already."""
-        _, left = units(self.weights(), self.pruned.masks, self.prune.type)
+        left = self.left(self.pruned.masks)
         total, remaining = counted(left, left)
         share = 1 - remaining / total
         if total - remaining > rounded(self.prune.target_sparsity * total):
-            unit = "channels" if self.prune.type == "structured" else "weights"
             raise UserError(f"prune.target_sparsity: found {self.prune.target_sparsity:g}, but {100 * share:.2f} % of "
-                            f"the {unit} are removed already")
+                            f"the {self.unit} are removed already")
         return share
-
-    def weights(self):
-        return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
 
     def after_step(self, epoch, step, steps):
         """Prune where it is due: every `frequency` steps, at the end of each epoch, and when the end is reached.
@@ -79,8 +73,7 @@ class GradualPruning:
         if (epoch * steps + step + 1) % self.prune.frequency and step + 1 < steps and now < self.end:
             return
         share = sparsity_at(now, self.start, self.end, self.initial, self.prune.target_sparsity)
-        self.pruned.set(distributed.on_main(next_masks, self.weights(), self.pruned.masks, self.followers, self.prune.type,
-                                            self.prune.scope, 1, share))
+        self.pruned.set(distributed.on_main(self.more_masks, self.pruned.masks, 1, share))
         self.pruned.apply()
 
     def is_complete(self, epochs):

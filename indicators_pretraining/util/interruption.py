@@ -38,11 +38,15 @@ def noted():
     return _noted[0] if _noted else 0
 
 
-def check():
-    """Raise Interrupted on every rank where a signal came to any of them. All ranks have to call it alike."""
+def check(place=""):
+    """Raise Interrupted on every rank where a signal came to any of them. All ranks have to call it alike.
+
+    Args:
+        place: where the run stands, in words.
+    """
     number = distributed.largest_over_ranks(noted())
     if number:
-        raise Interrupted(number)
+        raise Interrupted(number, place)
 
 
 def watched(loader):

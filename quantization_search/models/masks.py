@@ -8,7 +8,6 @@ import math
 from fractions import Fraction
 
 import torch
-from torch import nn
 
 from util.errors import UserError, nearest
 
@@ -51,8 +50,8 @@ class PrunedParameters:
 def parameters_called(model, name):
     """The parameters that stand for the parameter `name` of the full-precision network: one, or one of each copy."""
     layer, _, entry = name.rpartition(".")
-    owners = (module for module in model.get_submodule(layer).modules() if isinstance(module, nn.Module))
-    return [module._parameters[entry] for module in owners if module._parameters.get(entry) is not None]
+    return [module._parameters[entry] for module in model.get_submodule(layer).modules()
+            if module._parameters.get(entry) is not None]
 
 
 def checked_masks(model, masks, source):
@@ -118,6 +117,36 @@ def companions(model, graph, layer):
                                 if before == layer for entry in ("weight", "bias"))]
     parameters = dict(model.named_parameters())
     return [name for name in names if name in parameters]
+
+
+class Prunable:
+    """The weights of a network that may be pruned, as one kind and scope of pruning sees them.
+
+    Args:
+        network: what has a model and its graph; weights are taken as they are when they are asked for.
+        prune: a configuration with type, scope and excepts.
+    """
+
+    def __init__(self, network, prune):
+        self.model, self.prune = network.model, prune
+        self.layers = prunable_layers(network.graph, prune.excepts)
+        self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
+
+    @property
+    def unit(self):
+        """What is removed as one, in the plural."""
+        return "channels" if self.prune.type == "structured" else "weights"
+
+    def weights(self):
+        return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
+
+    def left(self, masks):
+        """{layer: which of its weights or channels are left}."""
+        return units(self.weights(), masks, self.prune.type)[1]
+
+    def more_masks(self, masks, amount, target):
+        """Masks that remove more, ranked by the weights as they are now; arguments as for next_masks."""
+        return next_masks(self.weights(), masks, self.followers, self.prune.type, self.prune.scope, amount, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

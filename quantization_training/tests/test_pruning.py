@@ -12,6 +12,7 @@ from test_bad_input import complaint
 
 import gradual
 import main
+import model.masks as masks_module
 from gradual import sparsity_at
 from model import create_model
 from model.layer_table import trace
@@ -254,14 +255,14 @@ def test_masks_change_every_frequency_steps_at_ends_of_epochs_and_at_the_end(fol
 
 
 def test_what_goes_is_smallest_when_it_goes(folder, monkeypatch):
-    chosen, choose = [], gradual.next_masks
+    chosen, choose = [], masks_module.next_masks
 
     def noted(weights, masks, *arguments):
         found = choose(weights, masks, *arguments)
         chosen.append(({name: weight.clone() for name, weight in weights.items()}, masks, found))
         return found
 
-    monkeypatch.setattr(gradual, "next_masks", noted)
+    monkeypatch.setattr(masks_module, "next_masks", noted)
     finetune("prune.target_sparsity=0.5", "epochs=2")
     assert chosen
     for weights, masks, found in chosen:

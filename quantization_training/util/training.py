@@ -81,7 +81,7 @@ class Training:
             is_best = scores is not None and scores[0] > self.best[0]
             self.best = scores if is_best else self.best
             self.save(epoch + 1, is_best=is_best)
-            self.stop_if_asked(epoch, self.steps)
+            interruption.check(self.place(epoch, self.steps))
 
     def train(self, epoch, inside=None):
         """Train for one epoch, from where a checkpoint was written inside it, and log what it reached."""
@@ -137,11 +137,6 @@ class Training:
         except Interrupted as stop:
             self.save(epoch, Inside(self.steps, 0.0, self.images_per_step, True, []))
             raise Interrupted(stop.number, self.place(epoch, self.steps)) from None
-
-    def stop_if_asked(self, epoch, done):
-        number = distributed.largest_over_ranks(interruption.noted())
-        if number:
-            raise Interrupted(number, self.place(epoch, done))
 
     def place(self, epoch, done):
         number = self.epochs_before + epoch + 1

@@ -6,6 +6,7 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 
 import process
 from network import build_network
+from quan.quantizer import kernel
 from schema import IndicatorsConfig
 from util import distributed
 from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
@@ -30,6 +31,7 @@ def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
     distributed.set_threads(config.threads, recorded_threads(found))
+    kernel.use(config.kernels)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)

@@ -7,6 +7,7 @@ from torch import nn
 from model import create_model, load_weights
 from model.layer_table import Graph, trace
 from model.masks import PrunedParameters, weights_left
+from quan.stem import SharedStem, find_stem
 from quan.utils import (
     BitSwitch,
     freeze_weights,
@@ -19,6 +20,7 @@ from quan.utils import (
 from util import distributed
 from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
+from util.precision import to_device
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class DenseNetwork:
 
 @dataclass(frozen=True)
 class JointNetwork:
-    """A network with quantized layers for all candidates, the switch between them, what is pruned of it, the facts about
-    it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms, masks), and a remark on
-    what is left alone, or ''."""
+    """A network with quantized layers for all candidates, the switch between them, the stem that all passes share, what is
+    pruned of it, the facts about it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms,
+    masks), and a remark on what is left alone, or ''."""
 
     model: nn.Module
     switch: BitSwitch
+    stem: SharedStem
     pruned: PrunedParameters
     facts: dict
     remark: str
@@ -47,7 +50,7 @@ def build_dense(config, num_classes, input_size, found, device):
     """Build the full-precision network of a configuration; the arguments are those of build_network."""
     model, masks = create_initial(config, num_classes, found)
     graph = trace(model, input_size)
-    model.to(device)
+    to_device(model, device)
     distributed.broadcast_model(model)
     return DenseNetwork(model, graph, PrunedParameters(model, masks))
 
@@ -70,10 +73,11 @@ def build_network(config, num_classes, input_size, found, device):
         freeze_weights(model)
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
     facts = describe_network(config, model, graph, num_classes, input_size, masks)
-    model.to(device)
+    stem = SharedStem(model, find_stem(model, input_size), len(config.target_bits) + 1)
+    to_device(model, device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())
-    return JointNetwork(model, switch, PrunedParameters(model, masks), facts, graph.describe_uncounted())
+    return JointNetwork(model, switch, stem, PrunedParameters(model, masks), facts, graph.describe_uncounted())
 
 
 def create_initial(config, num_classes, found):

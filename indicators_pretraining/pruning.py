@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import rewinding
 from network import build_dense
+from quan.quantizer import kernel
 from rewinding import Plan, Pruning, PruningFolder
 from schema import PruningConfig
 from util import distributed
@@ -33,6 +34,7 @@ def run(config, device, is_dry_run):
     folder = PruningFolder.of(config)
     found = folder.find(config)
     distributed.set_threads(config.threads, recorded_threads(found))
+    kernel.use(config.kernels)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_dense(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)

@@ -187,7 +187,7 @@ class Pruning:
         rewind_epoch, criterion = self.config.prune.rewind_epoch, criterion_of(self.config)
 
         def take_step(batches, epoch, step, metrics):
-            training_step(self.model, batches, criterion, self.optimizer, metrics[None])
+            training_step(self.model, batches, criterion, self.optimizer, metrics[None], self.config.precision)
 
         def write(state, is_best=False):
             if level == 0 and state["epoch"] == rewind_epoch and "inside" not in state:
@@ -354,7 +354,7 @@ def dry_run(network, plan, loaders, optimizer, config, level):
     """Compute one step and report sizes and the levels after `level`; nothing is written."""
     network.model.train()
     metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
-    training_step(network.model, batches, criterion_of(config), optimizer, metrics)
+    training_step(network.model, batches, criterion_of(config), optimizer, metrics, config.precision)
     loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
     epochs, ahead = last_epoch(config), plan.forecast(level, network.pruned.masks)
     report = [f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "

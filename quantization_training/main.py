@@ -7,6 +7,7 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 import process
 from gradual import create_pruning
 from network import build_network, create_teacher
+from quan.quantizer import kernel
 from schema import FinetuneConfig
 from util import distributed
 from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
@@ -31,6 +32,7 @@ def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
     distributed.set_threads(config.threads, recorded_threads(found))
+    kernel.use(config.kernels)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found and found.content, device)
     criterion = process.create_criterion(config, create_teacher(config, num_classes, device))

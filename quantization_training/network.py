@@ -24,6 +24,7 @@ from util import distributed
 from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
 from util.exchange import read_policy
+from util.precision import to_device
 
 IMAGENET_CLASSES = 1000
 
@@ -80,7 +81,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         check_same_bits(checkpoint, facts)
     if config.freeze_weights:
         freeze_weights(model)
-    model.to(device)
+    to_device(model, device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     return PolicyNetwork(model, graph, PrunedParameters(model, masks), facts, graph.describe_uncounted())
@@ -170,4 +171,4 @@ def create_teacher(config, num_classes, device):
         model = create_model(config.arch, num_classes)
         if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
             raise UserError(f"distillation.teacher: {teacher} has another number of classes than the data ({num_classes})")
-    return model.eval().requires_grad_(False).to(device)
+    return to_device(model.eval().requires_grad_(False), device)

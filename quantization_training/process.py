@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from quan.utils import BATCHNORM
+from quan.utils import BATCHNORM, weights_quantized_once
 from util import distributed
 from util.errors import UserError
 from util.interruption import watched
@@ -62,7 +62,7 @@ def batchnorms_estimating_anew(model):
 @torch.no_grad()
 def calibrate_batchnorm(model, loader):
     """Re-estimate the BatchNorm statistics of a quantized network on a loader's images and over ranks."""
-    with batchnorms_estimating_anew(model):
+    with batchnorms_estimating_anew(model), weights_quantized_once(model):
         for images, _ in watched(loader):
             model(images)
     distributed.average_batchnorm_statistics(model)
@@ -92,7 +92,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
     log_start(monitor, start, network.remark)
 
     def take_step(batches, epoch, step, metrics):
-        training_step(model, batches, criterion, optimizer, metrics[None])
+        training_step(model, batches, criterion, optimizer, metrics[None], config.precision)
         if pruning is not None:
             pruning.after_step(epoch, step, steps)
 
@@ -161,7 +161,7 @@ def dry_run(network, loaders, criterion, optimizer, config):
     network.model.train()
     metrics = Metrics(next(network.model.parameters()).device)
     batches = next(grouped(loaders.train, config.accumulation))
-    training_step(network.model, batches, criterion, optimizer, metrics)
+    training_step(network.model, batches, criterion, optimizer, metrics, config.precision)
     cost, parameters = network.cost, sum(p.numel() for p in network.model.parameters())
     if distributed.is_main():
         print(f"{config.arch}: {len(network.facts.get('weight_bits', {}))} searched layers, {parameters / 1e6:.3f} M "

@@ -37,8 +37,8 @@ COMMANDS = {
 def kill(stage, script, folder, kills, seed, *words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(ROOT / "tests" / "killer.py"), str(stage), script, str(kills), str(seed),
-                           str(folder), *words], capture_output=True, text=True, timeout=60 + 60 * kills, check=False,
-                          env=environment)
+                           str(folder), *words], capture_output=True, text=True,
+                          timeout=60 + 20 * EPOCHS + 60 * kills, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["status"] == 0, done.stderr[-3000:]

@@ -1,12 +1,14 @@
 """Which modules of a network are quantized, by name, and how their bit-widths are switched."""
 
+import contextlib
+
 from torch import nn
 
 from model.layer_table import QUANTIZABLE
 from util.errors import UserError, nearest
 
 from .cost import FIXED_BIT
-from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, SwitchableBatchNorm
+from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import IdentityQuan, LsqQuan
 
 BATCHNORM = nn.modules.batchnorm._BatchNorm
@@ -148,6 +150,19 @@ def init_weight_steps(model, masks, untrained=lambda name: True):
         layer, _, kind = name.rpartition(".")
         if kind == "quan_w_fn" and untrained(name):
             quantizer.init_from_weight(model.get_submodule(layer).weight, masks.get(f"{layer}.weight"))
+
+
+@contextlib.contextmanager
+def weights_quantized_once(model):
+    """Within, computing without gradients quantizes each weight once; no weight and no bit-width may change meanwhile."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    try:
+        for layer in layers:
+            layer.keep_weight(True)
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_weight(False)
 
 
 def set_batch_parts(model, parts):

@@ -119,6 +119,8 @@ class RunConfig:
     training_device: Literal["auto", "gpu", "cpu"] = "auto"
     gpu: typing.Any = None
     threads: int | None = bounded(None, low=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    kernels: Literal["auto", "compiled", "plain"] = "auto"
     arch: str = "resnet50"
     pre_trained: bool | str = False
     target_bits: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2])

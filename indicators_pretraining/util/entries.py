@@ -155,4 +155,5 @@ ENTRIES = {
     "masks": lambda value: isinstance(value, dict), "initial_sparsity": lambda value: _is_number(value, 0, 1),
     "num_classes": lambda value: _is_count(value) and value > 0, "input_size": lambda value: _is_count(value) and value > 0}
 ENTRIES_OF_A_RUN = {"extras": _are_scores, "optimizer": _is_optimizer, "random_states": _are_random_states,
-                    "inside": _is_place, "machine": lambda value: _is_table(value, _is_count)}
+                    "inside": _is_place,
+                    "machine": lambda value: _is_table(value, lambda entry: _is_count(entry) or _is_name(entry))}

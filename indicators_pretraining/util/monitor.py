@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from quan.quantizer import kernel
 from util import distributed
 from util.checkpoint import FORMAT_VERSION
 from util.config import to_plain
@@ -265,7 +266,7 @@ def describe_start(device_name, world_size):
     return [
         "versions: " + ", ".join(versions),
         f"device: {device_name}, {count(world_size, 'process', 'processes')}, "
-        f"{count(torch.get_num_threads(), 'thread', 'threads')} each",
+        f"{count(torch.get_num_threads(), 'thread', 'threads')} each, quantizers on the CPU by {kernel.describe()}",
         f"command: {shlex.join(sys.argv)}",
     ]
 

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from .fused import quantized_operation
 from .quantizer import LsqQuan
 
 
@@ -18,15 +19,38 @@ def _take_over(layer, original, quan_w_fn, quan_a_fn):
     layer.train(original.training)
 
 
-class _Selectable:
-    """A layer whose two quantizers are switched together."""
+class QuantizedLayer:
+    """What quantized layers share: two quantizers that are switched together, and a weight that can be kept quantized.
+
+    Attributes:
+        kept_weight: the quantized weight, while weights_quantized_once is in force and the layer has been computed.
+    """
+
+    keeps_weight = False
+    kept_weight = None
 
     def select(self, bit):
         self.quan_w_fn.select(bit)
         self.quan_a_fn.select(bit)
 
+    def keep_weight(self, keeps):
+        """Begin, or end, to quantize the weight only once."""
+        self.keeps_weight, self.kept_weight = keeps, None
 
-class QuanConv2d(_Selectable, nn.Conv2d):
+    def quantized_weight(self):
+        if not self.keeps_weight or torch.is_grad_enabled():
+            return self.quan_w_fn(self.weight)
+        if self.kept_weight is None:
+            self.kept_weight = self.quan_w_fn(self.weight)
+        return self.kept_weight
+
+    @property
+    def learns_both(self):
+        """Whether weight and input are quantized by learned steps, and gradients are wanted."""
+        return (isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan) and torch.is_grad_enabled())
+
+
+class QuanConv2d(QuantizedLayer, nn.Conv2d):
     """A convolution with quantized weight and input. Takes over stride, padding, padding_mode, dilation, groups, bias.
 
     Args:
@@ -40,12 +64,15 @@ class QuanConv2d(_Selectable, nn.Conv2d):
         _take_over(self, conv, quan_w_fn, quan_a_fn)
 
     def forward(self, x):
-        weight = self.quan_w_fn(self.weight)
+        if self.learns_both and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            return quantized_operation(x, self.weight, self.bias, self.quan_a_fn, self.quan_w_fn, geometry)
+        weight = self.quantized_weight()
         x = self.quan_a_fn(x)
         return self._conv_forward(x, weight, self.bias)
 
 
-class QuanLinear(_Selectable, nn.Linear):
+class QuanLinear(QuantizedLayer, nn.Linear):
     """A linear layer with quantized weight and input.
 
     Args:
@@ -60,7 +87,9 @@ class QuanLinear(_Selectable, nn.Linear):
         _take_over(self, linear, quan_w_fn, quan_a_fn)
 
     def forward(self, x):
-        weight = self.quan_w_fn(self.weight)
+        if self.learns_both and not self.sat:
+            return quantized_operation(x, self.weight, self.bias, self.quan_a_fn, self.quan_w_fn)
+        weight = self.quantized_weight()
         if self.sat:
             weight = weight * scale_adjustment(weight)
         x = self.quan_a_fn(x)

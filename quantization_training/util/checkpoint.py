@@ -11,6 +11,7 @@ import yaml
 
 from model.masks import checked_masks
 from model.weights import load_state
+from quan.quantizer import kernel
 from util import distributed
 from util.archive import pack, unpack
 from util.config import differing_keys, read_yaml, to_plain
@@ -20,10 +21,11 @@ from util.exchange import strip_prefix, write_atomically
 
 FORMAT_VERSION = 2
 FIRST_WITH_CHECKSUM = 2
-HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "threads", "dataloader.workers",
+HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "threads", "kernels", "dataloader.workers",
                  "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
+NEW_KEYS = {"precision": "fp32"}  # what checkpoints from before a key was there were trained with
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
@@ -315,7 +317,8 @@ def _check_optimizer(optimizer):
 
 def machine():
     """What the last bits of a result depend on besides the configuration."""
-    return {"threads": torch.get_num_threads(), "processes": distributed.world_size()}
+    return {"threads": torch.get_num_threads(), "processes": distributed.world_size(),
+            "kernels": "compiled" if kernel.is_compiled() else "plain"}
 
 
 def other_machine(content):
@@ -340,7 +343,7 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
     """
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
-    keys = differing_keys(checkpoint["config"], to_plain(config))
+    keys = differing_keys({**NEW_KEYS, **checkpoint["config"]}, to_plain(config))
     keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless))]
     serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]
     if serious:

@@ -5,6 +5,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+from quan.utils import weights_quantized_once
 from util.distributed import sum_over_ranks
 from util.interruption import watched
 
@@ -44,7 +45,7 @@ def evaluation_mode(model):
 def evaluate(model, loader):
     """Cross-entropy loss, top-1 and top-5 (percent) of a model over a loader and all ranks."""
     metrics = Metrics(next(model.parameters()).device)
-    with evaluation_mode(model):
+    with evaluation_mode(model), weights_quantized_once(model):
         for images, target in watched(loader):
             logits = model(images)
             metrics.update(logits, target, F.cross_entropy(logits, target))

@@ -4,9 +4,11 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from util.distributed import mean_over_ranks
 
+from . import kernel
 from .quantizer import Quantizer, integer_range
 
 SMALLEST_STEP = 1e-5
@@ -19,20 +21,15 @@ class _Lsq(torch.autograd.Function):
     def forward(ctx, v, s, qn, qp, scale):
         ctx.save_for_backward(v, s)
         ctx.range = (qn, qp, scale)
-        return (v / s).clamp_(-qn, qp).round_().mul_(s)
+        return quantized(v, s, qn, qp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         v, s = ctx.saved_tensors
         qn, qp, scale = ctx.range
-        scaled = v / s
-        inside = (scaled >= -qn) & (scaled <= qp)
-        grad_v = grad * inside if ctx.needs_input_grad[0] else None
-        grad_s = None
-        if ctx.needs_input_grad[1]:
-            slope = scaled.clamp(-qn, qp).round_().sub_(scaled.mul_(inside))
-            grad_s = (slope.mul_(grad)).sum_to_size(s.shape).mul_(scale)
-        return grad_v, grad_s, None, None, None
+        grad_v, grad_s = gradients(grad, v, s, qn, qp, ctx.needs_input_grad[0])
+        return grad_v, grad_s * scale, None, None, None
 
 
 def lsq(v, s, qn, qp, scale=1.0):
@@ -42,19 +39,55 @@ def lsq(v, s, qn, qp, scale=1.0):
     included) and 0 outside; dq/ds is round(v/s) - v/s inside, -qn below and qp above, times `scale`.
 
     Args:
-        v: tensor of any shape.
+        v: tensor of any shape; in bfloat16 its arithmetic is done in float32.
         s: positive step sizes, of a shape that broadcasts to v's.
         qn, qp: the range of integers, as integer_range gives it.
         scale: factor on the gradient of s; LSQ takes 1/sqrt(N * qp), with N the number of values that share a step.
 
     Returns:
-        a tensor of v's shape.
+        a tensor of v's shape and type.
 
     Examples:
         >>> lsq(torch.tensor([-0.9, 0.26, 0.74, 9.0]), torch.tensor(0.5), 2, 1).tolist()
         [-1.0, 0.5, 0.5, 0.5]
     """
     return _Lsq.apply(v, s, qn, qp, scale)
+
+
+def quantized(v, s, qn, qp, dtype=None):
+    """The values of lsq(), without gradients, in `dtype` (by default v's)."""
+    dtype = dtype or v.dtype
+    q = kernel.quantize(v, s, qn, qp, dtype) if kernel.takes(v, s) else None
+    return _quantized(v, s, qn, qp).to(dtype) if q is None else q
+
+
+def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False):
+    """The gradients of lsq() from the gradient of its result, before `scale`.
+
+    Args:
+        grad: of v's shape; its memory may be taken for the result where `may_overwrite` is set.
+        needs_v: whether the gradient of v is wanted.
+
+    Returns:
+        (gradient of v, in its type, or None; gradient of s, of its shape).
+    """
+    found = kernel.differentiate(grad, v, s, qn, qp, needs_v, may_overwrite) if kernel.takes(v, s) else None
+    if found is not None:
+        return found
+    grad_v, grad_s = _gradients(grad, v, s, qn, qp)
+    return grad_v if needs_v else None, grad_s
+
+
+def _quantized(v, s, qn, qp):
+    """round(clip(v/s, -Qn, Qp)) * s in s's type."""
+    return (v.to(s.dtype) / s).clamp_(-qn, qp).round_().mul_(s)
+
+
+def _gradients(grad, v, s, qn, qp):
+    scaled = v.to(s.dtype) / s
+    inside = (scaled >= -qn) & (scaled <= qp)
+    slope = scaled.clamp(-qn, qp).round_().sub_(scaled.mul_(inside))
+    return (grad * inside).to(v.dtype), slope.mul_(grad).sum_to_size(s.shape)
 
 
 def _statistics(values, kept):
@@ -108,18 +141,26 @@ class LsqQuan(Quantizer):
         return self.s[self.index]
 
     def forward(self, x):
+        self.meet(x)
+        return self.quantize(x)
+
+    def meet(self, x):
+        """Take the initial step size from x, where it is a first batch in training."""
         if self.training and not self._initialized[self.index]:
             self.init_from_activation(x.detach())
-        return self.quantize(x)
 
     def quantize(self, v):
         """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
+        return lsq(v, *self.terms(v))
+
+    def terms(self, v):
+        """What lsq() takes besides v: (s in a shape that broadcasts to v's, Qn, Qp, scale of the gradient of s)."""
         qn, qp = self.integers
         step = self.step
         if step.dim():
             step = step.view(-1, *[1] * (v.dim() - 1))
         shared = v.numel() * self.batch_parts / step.numel()
-        return lsq(v, step, qn, qp, 1 / math.sqrt(shared * qp))
+        return step, qn, qp, 1 / math.sqrt(shared * qp)
 
     @torch.no_grad()
     def init_from_activation(self, x):

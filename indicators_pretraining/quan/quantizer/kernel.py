@@ -1,0 +1,192 @@
+"""LSQ on the CPU as compiled loops over lsq.cpp, where a C++ compiler with OpenMP is found; the file says what they compute.
+
+They are compiled once for each machine, in about a second, and kept in ~/.cache/limpqp (or under $XDG_CACHE_HOME).
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from util.errors import UserError, reason
+from util.exchange import CHECKSUM_LENGTH, checksum, write_atomically
+
+SOURCE = Path(__file__).with_name("lsq.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+COMPILERS = ("c++", "g++", "clang++")
+COMPILE_SECONDS = 120
+NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
+ARITHMETIC = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
+QUANTIZE = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16)]  # (type of v, type of the result)
+DIFFERENTIATE = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                 (torch.bfloat16, torch.bfloat16)]  # (type of the gradient that comes in, type of v)
+POINTER, COUNT, BOUND, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
+
+_quantize, _differentiate = {}, {}  # the loaded functions, by types; empty where there are none
+_state = "tensor operations"
+
+
+def use(wanted):
+    """Choose how LSQ is computed on the CPU.
+
+    Args:
+        wanted: "auto" (compiled where that can be had), "compiled" or "plain" (tensor operations).
+
+    Raises:
+        UserError: where "compiled" cannot be had.
+    """
+    global _state
+    _quantize.clear()
+    _differentiate.clear()
+    _state = "tensor operations"
+    if wanted == "plain":
+        return
+    try:
+        _take_functions(_load())
+        _state = "compiled loops"
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        if wanted == "compiled":
+            raise UserError(f"kernels: found compiled, but {reason(error)}; install a C++ compiler with OpenMP (or name it in "
+                            "CXX), or give auto or plain") from None
+        _state = f"tensor operations ({reason(error)[:160]})"
+
+
+def is_compiled():
+    return bool(_quantize)
+
+
+def describe():
+    """How LSQ is computed on the CPU, in words."""
+    return _state
+
+
+def takes(v, steps):
+    """Whether the compiled loops can quantize v with these steps: one for all, or one for each entry along the first axis."""
+    return (is_compiled() and type(v) in (torch.Tensor, torch.nn.Parameter) and v.device.type == "cpu"
+            and ARITHMETIC.get(v.dtype) == steps.dtype and v.layout == torch.strided
+            and (steps.numel() == 1 or (v.dim() == steps.dim() and steps.numel() == steps.shape[0] == v.shape[0]))
+            and not torch.compiler.is_compiling())
+
+
+def quantize(v, steps, qn, qp, dtype):
+    """round(clip(v/s, -qn, qp)) * s as a new tensor of type `dtype`; None where there are no such loops."""
+    function = _quantize.get((v.dtype, dtype))
+    if function is None:
+        return None
+    v, steps = _dense(v), steps.contiguous()
+    q = torch.empty_like(v, dtype=dtype)
+    function(v.data_ptr(), steps.data_ptr(), steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp,
+             torch.get_num_threads(), q.data_ptr())
+    return q
+
+
+def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite):
+    """The gradients of quantize(): (for v or None, for the steps, of their shape); None where there are no such loops.
+
+    Args:
+        grad: of v's shape; where `may_overwrite` is set, its memory may be taken for the result.
+        needs_v: whether the gradient for v is wanted.
+    """
+    function = _differentiate.get((grad.dtype, v.dtype))
+    if function is None:
+        return None
+    v, steps = _dense(v), steps.contiguous()
+    if grad.stride() != v.stride():
+        grad, may_overwrite = torch.empty_like(v, dtype=grad.dtype).copy_(grad), True
+    grad_v = None
+    if needs_v:
+        grad_v = grad if may_overwrite and grad.dtype == v.dtype else torch.empty_like(v)
+    sums = torch.empty(steps.shape, dtype=torch.float64)
+    function(grad.data_ptr(), v.data_ptr(), steps.data_ptr(), steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp,
+             torch.get_num_threads(), None if grad_v is None else grad_v.data_ptr(), sums.data_ptr())
+    return grad_v, sums.to(steps.dtype)
+
+
+def _dense(tensor):
+    """The tensor itself where its values lie one after the other, the first axis outermost; else such a copy."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    return tensor.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling and loading.
+
+
+def _take_functions(library):
+    for v, q in QUANTIZE:
+        function = getattr(library, f"quantize_{NAMES[v]}_{NAMES[q]}")
+        function.argtypes = [POINTER, POINTER, COUNT, COUNT, BOUND, BOUND, THREADS, POINTER]
+        function.restype = None
+        _quantize[v, q] = function
+    for grad, v in DIFFERENTIATE:
+        function = getattr(library, f"differentiate_{NAMES[grad]}_{NAMES[v]}")
+        function.argtypes = [POINTER, POINTER, POINTER, COUNT, COUNT, BOUND, BOUND, THREADS, POINTER, POINTER]
+        function.restype = None
+        _differentiate[grad, v] = function
+
+
+def _load():
+    """The compiled library: from the cache, or compiled now."""
+    command = _compiler()
+    # What is compiled for one processor may not run on another one that shares the home directory.
+    version = subprocess.run([*command, "--version"], capture_output=True, timeout=COMPILE_SECONDS, check=True).stdout
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor()])).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limpqp"
+    target = folder / f"lsq_{key}.so"
+    if _is_whole(target):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory() as elsewhere:
+        compiled = Path(elsewhere) / target.name
+        done = subprocess.run([*command, *FLAGS, "-o", str(compiled), str(SOURCE)], capture_output=True, text=True,
+                              timeout=COMPILE_SECONDS, check=False)
+        if done.returncode:
+            raise OSError(f"{shlex.join(command)} cannot compile {SOURCE.name} ({reason(done.stderr)})")
+        library = ctypes.CDLL(str(compiled))  # a loaded library outlives its file
+        with contextlib.suppress(OSError, UserError):
+            _keep(compiled, target)
+        return library
+
+
+def _keep(compiled, target):
+    """Put a compiled file into the cache, with its checksum, whole at every moment, whatever other processes do."""
+    own, code = f"{target}.{os.getpid()}", compiled.read_bytes()
+    write_atomically(own, code + checksum(code))
+    os.replace(own, target)
+
+
+def _is_whole(path):
+    """Whether a file lies in the cache as _keep wrote it; code from one that was cut off would end the process."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return content[-CHECKSUM_LENGTH:] == checksum(content[:-CHECKSUM_LENGTH])
+
+
+def _compiler():
+    """The command that compiles C++, as a list of words."""
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    found = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if found is None:
+        raise OSError("no C++ compiler is found")
+    return [found]
+
+
+def _processor():
+    """What tells processors apart that do not know the same instructions."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return b"".join(sorted({line for line in lines if line.lower().startswith((b"flags", b"features"))}))
+    return f"{platform.machine()} {platform.processor()}".encode()

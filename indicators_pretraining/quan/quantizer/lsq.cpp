@@ -1,0 +1,115 @@
+// LSQ on the CPU in one pass forward and one pass backward; what lsq.py computes with tensor operations.
+//
+// A tensor is seen as `rows` rows of `columns` values that lie one after the other; each row has a step size. Blocks of a
+// row are spread over threads, and their sums added in order, so that results do not depend on the number of threads.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t BLOCK = 1 << 14;  // values, few enough for the second-level cache
+
+struct bfloat16 {
+    uint16_t bits;
+
+    bfloat16() = default;
+
+    explicit bfloat16(float value) {  // to the nearest, ties to even
+        uint32_t wide;
+        std::memcpy(&wide, &value, 4);
+        const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+        bits = std::isnan(value) ? 0x7fc0 : rounded;
+    }
+
+    explicit operator float() const {
+        const uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, 4);
+        return value;
+    }
+};
+
+template <typename V> struct Arithmetic { using type = V; };
+template <> struct Arithmetic<bfloat16> { using type = float; };
+
+template <typename A> inline A clip(A value, A low, A high) {  // what is not a number stays so
+    return value < low ? low : value > high ? high : value;
+}
+
+template <typename V, typename Q>
+void quantize(const V* v, const typename Arithmetic<V>::type* steps, int64_t rows, int64_t columns, double qn, double qp,
+              int threads, Q* q) {
+    using A = typename Arithmetic<V>::type;
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+    const A low = -qn, high = qp;
+    #pragma omp parallel for num_threads(threads) if(rows * blocks > 1)
+    for (int64_t block = 0; block < rows * blocks; block++) {
+        const A step = steps[block / blocks];
+        const int64_t first = (block / blocks) * columns, begin = first + (block % blocks) * BLOCK;
+        const int64_t end = begin + BLOCK < first + columns ? begin + BLOCK : first + columns;
+        #pragma omp simd
+        for (int64_t i = begin; i < end; i++)
+            q[i] = Q(std::nearbyint(clip(A(v[i]) / step, low, high)) * step);
+    }
+}
+
+// grad_v may be the same memory as grad, where their types are the same; it may be null.
+template <typename G, typename V>
+void differentiate(const G* grad, const V* v, const typename Arithmetic<V>::type* steps, int64_t rows, int64_t columns,
+                   double qn, double qp, int threads, V* grad_v, double* grad_steps) {
+    using A = typename Arithmetic<V>::type;
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+    const A low = -qn, high = qp;
+    std::vector<double> sums(rows * blocks);
+    #pragma omp parallel for num_threads(threads) if(rows * blocks > 1)
+    for (int64_t block = 0; block < rows * blocks; block++) {
+        const A step = steps[block / blocks];
+        const int64_t first = (block / blocks) * columns, begin = first + (block % blocks) * BLOCK;
+        const int64_t end = begin + BLOCK < first + columns ? begin + BLOCK : first + columns;
+        double sum = 0;
+        if (grad_v == nullptr) {
+            #pragma omp simd reduction(+:sum)
+            for (int64_t i = begin; i < end; i++) {
+                const A scaled = A(v[i]) / step, clipped = clip(scaled, low, high);
+                sum += double(A(grad[i]) * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
+            }
+        } else {
+            #pragma omp simd reduction(+:sum)
+            for (int64_t i = begin; i < end; i++) {
+                const A scaled = A(v[i]) / step, clipped = clip(scaled, low, high), given = A(grad[i]);
+                sum += double(given * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
+                grad_v[i] = V(scaled == clipped ? given : A(0));
+            }
+        }
+        sums[block] = sum;
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        grad_steps[row] = 0;
+        for (int64_t block = row * blocks; block < (row + 1) * blocks; block++) grad_steps[row] += sums[block];
+    }
+}
+
+}  // namespace
+
+#define QUANTIZE(name, V, A, Q)                                                                                            \
+    extern "C" void quantize_##name(const V* v, const A* steps, int64_t rows, int64_t columns, double qn, double qp,       \
+                                    int threads, Q* q) {                                                                   \
+        quantize(v, steps, rows, columns, qn, qp, threads, q);                                                             \
+    }
+#define DIFFERENTIATE(name, G, V, A)                                                                                       \
+    extern "C" void differentiate_##name(const G* grad, const V* v, const A* steps, int64_t rows, int64_t columns,         \
+                                         double qn, double qp, int threads, V* grad_v, double* grad_steps) {               \
+        differentiate(grad, v, steps, rows, columns, qn, qp, threads, grad_v, grad_steps);                                 \
+    }
+
+QUANTIZE(float64_float64, double, double, double)
+QUANTIZE(float32_float32, float, float, float)
+QUANTIZE(float32_bfloat16, float, float, bfloat16)
+QUANTIZE(bfloat16_bfloat16, bfloat16, float, bfloat16)
+DIFFERENTIATE(float64_float64, double, double, double)
+DIFFERENTIATE(float32_float32, float, float, float)
+DIFFERENTIATE(bfloat16_float32, bfloat16, float, float)
+DIFFERENTIATE(bfloat16_bfloat16, bfloat16, bfloat16, float)

@@ -1,0 +1,131 @@
+"""The stem of a network, computed once for all passes of a joint step, against computing it in each."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import process
+from model import create_model
+from model.layer_table import trace
+from quan.func import QuanConv2d
+from quan.quantizer import LsqQuan
+from quan.stem import SharedStem, find_stem
+from quan.utils import BitSwitch, joint_modules, replace_module_by_names
+from util.config import ActQuantizerConfig, ExceptionConfig, QuanConfig
+
+BITS = [4, 3, 2]
+
+
+def joint_network(arch, excepts, size, seed=0):
+    torch.manual_seed(seed)
+    model = create_model(arch, 10).double()
+    excepts = {name: ExceptionConfig() for name in excepts}
+    graph = trace(model, size)
+    replace_module_by_names(model, joint_modules(model, graph, QuanConfig(act=ActQuantizerConfig(), excepts=excepts), BITS))
+    return model.double().train(), BitSwitch(model, graph, excepts, BITS)
+
+
+@pytest.mark.parametrize("arch, excepts, size, expected", [
+    ("resnet18", ("conv1", "bn1", "fc"), 32, ["conv1", "bn1", "relu", "maxpool"]),
+    ("resnet18", ("conv1", "fc"), 32, ["conv1"]),  # its BatchNorm has a copy for each candidate
+    ("resnet18", (), 32, []),
+    ("mobilenetv1", ("stem.0", "stem.1"), 32, ["stem.0", "stem.1", "stem.2"])])
+def test_the_stem_ends_where_bit_widths_begin(arch, excepts, size, expected):
+    model, _ = joint_network(arch, excepts, size)
+    assert find_stem(model, size) == expected
+
+
+class Net(nn.Module):
+    """conv, norm and act, then a quantized convolution, put together as `variant` says."""
+
+    def __init__(self, variant="plain"):
+        super().__init__()
+        self.variant = variant
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.quantized = QuanConv2d(conv, LsqQuan(BITS, signed=True), LsqQuan(BITS, signed=True))
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.variant == "shortcut of conv":
+            return self.quantized(self.act(self.norm(y))) + y
+        y = self.norm(y)
+        if self.variant == "shortcut of images":
+            return self.quantized(self.act(y)) + x
+        if self.variant == "function":
+            return self.quantized(F.relu(y))
+        if self.variant == "in place":
+            y.relu_()
+            return self.quantized(y)
+        if self.variant == "dropout":
+            return self.quantized(self.drop(y))
+        y = self.act(y)
+        if self.variant == "used twice":
+            return self.quantized(self.conv(y))
+        if self.variant == "two users":
+            return self.quantized(y) + y
+        if self.variant == "a quantized user before":
+            return self.quantized(x) + self.quantized(y)
+        return self.quantized(y)
+
+
+@pytest.mark.parametrize("variant, expected", [
+    ("plain", ["conv", "norm", "act"]), ("shortcut of conv", ["conv"]), ("shortcut of images", []),
+    ("function", ["conv", "norm"]), ("in place", ["conv"]), ("dropout", ["conv", "norm"]), ("used twice", []),
+    ("two users", ["conv", "norm", "act"]), ("a quantized user before", [])])
+def test_what_others_use_or_change_is_not_shared(variant, expected):
+    assert find_stem(Net(variant), 8) == expected
+
+
+def step_of(model, switch, stem, passes=2):
+    """{name: gradient} and buffers after joint steps on fixed batches."""
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    target = torch.tensor([1, 2, 3, 4])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    chosen = {name: BITS[index % 3] for index, name in enumerate(switch.layers)}
+    for _ in range(passes):
+        process.joint_step(model, switch, images, target, nn.CrossEntropyLoss(), optimizer, chosen, stem=stem)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("arch, excepts", [("resnet18", ("conv1", "bn1", "fc")), ("mobilenetv1", ("stem.0", "stem.1")),
+                                           ("resnet18", ())])
+def test_gradients_and_statistics_are_those_of_computing_it_in_each_pass(arch, excepts):
+    model, switch = joint_network(arch, excepts, 32)
+    twin, twin_switch = joint_network(arch, excepts, 32)
+    gradients, buffers = step_of(model, switch, SharedStem(model, find_stem(model, 32), len(BITS) + 1))
+    wanted, wanted_buffers = step_of(twin, twin_switch, None)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+    for name, buffer in wanted_buffers.items():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-7, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_the_stem_is_computed_once_and_the_network_is_itself_again_afterwards():
+    model, switch = joint_network("resnet18", ("conv1", "bn1", "fc"), 32)
+    stem, calls = SharedStem(model, find_stem(model, 32), len(BITS) + 1), []
+    model.conv1.register_forward_hook(lambda *_: calls.append(1))
+    step_of(model, switch, stem, passes=1)
+    assert len(calls) == 1 + len(BITS) + 1  # once in truth, and once in each pass as what hands its input on
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_error_in_a_pass_leaves_the_network_as_it_was():
+    model, _ = joint_network("resnet18", ("conv1", "bn1", "fc"), 32)
+    stem = SharedStem(model, find_stem(model, 32), 4)
+    with pytest.raises(ZeroDivisionError), stem.computed_once(torch.zeros(2, 3, 32, 32, dtype=torch.float64), "fp32"):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_frozen_stem_passes_no_gradient():
+    model, switch = joint_network("resnet18", ("conv1", "bn1", "fc"), 32)
+    for module in (model.conv1, model.bn1):
+        module.requires_grad_(False)
+    before = copy.deepcopy(model.conv1.weight)
+    step_of(model, switch, SharedStem(model, find_stem(model, 32), 4), passes=1)
+    assert model.conv1.weight.grad is None and torch.equal(before, model.conv1.weight)

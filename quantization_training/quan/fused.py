@@ -1,0 +1,89 @@
+"""Quantization and the operation that follows it as one function, which keeps what a layer without quantizers keeps.
+
+The quantized tensors are computed again in the backward pass instead of being kept: this costs less than to write and to
+read them, and the input of the layer mostly lies in memory anyway, kept by what computed it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .quantizer.lsq import gradients, quantized
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A convolution, or a linear layer, of quantized tensors.
+
+    x_range, weight_range: (Qn, Qp, scale of the gradient of the step sizes).
+    dtype: of the quantized tensors.
+    geometry: (stride, padding, dilation, groups) of the convolution; None for a linear layer.
+    """
+
+    x_range: tuple
+    weight_range: tuple
+    dtype: torch.dtype
+    geometry: tuple | None
+
+    def of(self, q, weight, bias):
+        if self.geometry is None:
+            return F.linear(q, weight, bias)
+        return F.conv2d(q, weight, bias, *self.geometry)
+
+    def gradients(self, grad, q, weight, has_bias):
+        """The gradients of q, weight and bias from the gradient of of(q, weight, bias)."""
+        if self.geometry is not None:
+            *geometry, groups = self.geometry
+            return torch.ops.aten.convolution_backward(grad, q, weight, [weight.shape[0]] if has_bias else None, *geometry,
+                                                       False, [0, 0], groups, [True, True, has_bias])
+        flat = grad.reshape(-1, grad.shape[-1])
+        return grad @ weight, flat.T @ q.reshape(-1, q.shape[-1]), flat.sum(0) if has_bias else None
+
+
+class _QuantizedOperation(torch.autograd.Function):
+    """operation(lsq(x), lsq(weight)) + bias; keeps x and the parameters."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, x_step, weight_step, operation):
+        ctx.save_for_backward(x, weight, x_step, weight_step)
+        ctx.operation, ctx.bias_type = operation, None if bias is None else bias.dtype
+        q = quantized(x, x_step, *operation.x_range[:2], operation.dtype)
+        quantized_weight = quantized(weight, weight_step, *operation.weight_range[:2], operation.dtype)
+        return operation.of(q, quantized_weight, None if bias is None else bias.to(operation.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, x_step, weight_step = ctx.saved_tensors
+        operation = ctx.operation
+        (*x_range, x_scale), (*weight_range, weight_scale) = operation.x_range, operation.weight_range
+        q = quantized(x, x_step, *x_range, operation.dtype)
+        quantized_weight = quantized(weight, weight_step, *weight_range, operation.dtype)
+        grad_q, grad_weight, grad_bias = operation.gradients(grad, q, quantized_weight, ctx.bias_type is not None)
+        del q, quantized_weight
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_x_step = gradients(grad_q, x, x_step, *x_range, needs_x, may_overwrite=True)
+        grad_weight, grad_weight_step = gradients(grad_weight, weight, weight_step, *weight_range, needs_weight,
+                                                  may_overwrite=True)
+        return (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_type), grad_x_step * x_scale,
+                grad_weight_step * weight_scale, None)
+
+
+def quantized_operation(x, weight, bias, quan_a_fn, quan_w_fn, geometry=None):
+    """Quantize x and weight and convolve them, or multiply them; values and gradients are those of doing so one by one.
+
+    Args:
+        x: input of the layer, [batch, channels, height, width], or [..., in_features].
+        weight, bias: of the layer; bias may be None.
+        quan_a_fn, quan_w_fn: the LsqQuan of input and weight.
+        geometry: (stride, padding, dilation, groups) of a convolution with zero padding; None for a linear layer.
+    """
+    quan_a_fn.meet(x)
+    x_step, *x_range = quan_a_fn.terms(x)
+    weight_step, *weight_range = quan_w_fn.terms(weight)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _QuantizedOperation.apply(x, weight, bias, x_step, weight_step,
+                                     Operation(tuple(x_range), tuple(weight_range), dtype, geometry))

@@ -1,0 +1,168 @@
+"""The modules at the beginning of a network that know nothing of bit-widths: computed once for all passes of a joint step."""
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from util.precision import autocast
+
+from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
+
+BATCHNORM = nn.modules.batchnorm._BatchNorm
+# What gives the same output whenever it gets the same input; a module that draws random numbers does not.
+SHAREABLE = (nn.Conv2d, nn.Linear, BATCHNORM, ExceptedBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6,
+             nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+class _Consumers(TorchFunctionMode):
+    """Notes which outputs of a chain of modules are used by anything but the next module of the chain."""
+
+    def __init__(self, images):
+        super().__init__()
+        self.chain = [images]
+        self.inside = None  # the module of the chain that is being computed
+        self.used_at = []  # indices into the chain
+
+    def index(self, value):
+        """Where a tensor stands in the chain (the last place, for one that was changed in place), or None."""
+        return next((index for index in reversed(range(len(self.chain))) if self.chain[index] is value), None)
+
+    def use(self, values):
+        self.used_at += [index for index in map(self.index, _tensors(values)) if index is not None]
+
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if self.inside is None and any(True for _ in _tensors(result)):  # asking for a shape uses nothing
+            self.use((args, kwargs or {}))
+        return result
+
+
+def _tensors(values):
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def find_stem(model, input_size):
+    """Names of the modules that a network begins with, one after the other, until one that depends on bit-widths.
+
+    Args:
+        model: a network with the modules of joint_modules.
+        input_size: height and width of the images.
+
+    Returns:
+        a list in the order of computation. What lies between two of these modules is used by nothing else, and nothing
+        changes the output of the last one in place.
+    """
+    twin = copy.deepcopy(model).to("meta").eval()
+    consumers = _Consumers(torch.empty(1, 3, input_size, input_size, device="meta"))
+    names, versions = [], []
+
+    def enter(module, inputs):
+        if consumers.inside is not None:
+            return
+        if module in shareable and module not in met and len(inputs) == 1 and inputs[0] is consumers.chain[-1]:
+            consumers.inside = module
+        else:
+            consumers.use(inputs)
+            if module in met and shareable.get(module) in names:  # a module used twice is no part of the stem
+                consumers.used_at.append(names.index(shareable[module]))
+        met.add(module)
+
+    def leave(module, inputs, output):
+        if consumers.inside is module:
+            consumers.inside = None
+            consumers.chain.append(output)
+            names.append(shareable[module])
+            versions.append(output._version)
+
+    switched = {module for switch in twin.modules() if isinstance(switch, SwitchableBatchNorm) for module in switch.modules()}
+    shareable = {module: name for name, module in twin.named_modules() if _is_shareable(module) and module not in switched}
+    met = set()
+    for module in twin.modules():
+        if module in shareable or isinstance(module, QuantizedLayer) or not any(True for _ in module.children()):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+    with torch.no_grad(), consumers:
+        twin(consumers.chain[0])
+    length = min([len(names), *(index for index in consumers.used_at if index < len(names))])
+    while length and consumers.chain[length]._version != versions[length - 1]:
+        length -= 1
+    return names[:length]
+
+
+def _is_shareable(module):
+    if isinstance(module, ExceptedBatchNorm):
+        return module.bn.momentum is not None
+    return type(module) in SHAREABLE or (isinstance(module, BATCHNORM) and module.momentum is not None)
+
+
+class SharedStem:
+    """Computes the stem of a jointly trained network once for several passes.
+
+    Args:
+        model: the network.
+        names: what find_stem gave.
+        passes: how many passes there are in a step.
+    """
+
+    def __init__(self, model, names, passes):
+        self.modules = [model.get_submodule(name) for name in names]
+        self.batchnorms = [module for stem in self.modules for module in stem.modules() if isinstance(module, BATCHNORM)]
+        self.passes = passes
+
+    @contextlib.contextmanager
+    def computed_once(self, images, precision):
+        """Within, every pass of the network over `images` takes the stem's output from one computation, at `precision`.
+
+        On leaving, the gradients that the passes added up are carried through the stem, and its BatchNorm statistics are
+        as if each pass had computed it.
+        """
+        if not self.modules:
+            yield
+            return
+        tracking = [module for module in self.batchnorms if module.training and module.track_running_stats]
+        before = [(module.running_mean.clone(), module.running_var.clone()) for module in tracking]
+        output = images
+        with autocast(images.device, precision):
+            for module in self.modules:
+                output = module(output)
+        boundary = output.detach().requires_grad_(output.requires_grad)
+        try:
+            for module in self.modules[:-1]:
+                module.forward = _pass_through
+            self.modules[-1].forward = lambda _: boundary
+            yield
+        finally:
+            for module in self.modules:
+                vars(module).pop("forward", None)  # the one of its class shows again
+        if output.requires_grad:
+            output.backward(boundary.grad)
+        for module, statistics in zip(tracking, before, strict=True):  # the backward pass needs them unchanged
+            repeat_update(module, statistics, self.passes)
+
+
+def repeat_update(batchnorm, before, times):
+    """Make a BatchNorm's running statistics those after `times` updates by the batch that they took one update from.
+
+    An update with momentum m moves r towards the statistic b of the batch: r + m(b - r). After n of them by the same batch
+    that is r + (1 - (1 - m)^n)(b - r).
+
+    Args:
+        before: its (running mean, running variance) before the one update.
+    """
+    share = (1 - (1 - batchnorm.momentum) ** times) / batchnorm.momentum if batchnorm.momentum else 0
+    for buffer, start in zip((batchnorm.running_mean, batchnorm.running_var), before, strict=True):
+        buffer.copy_(torch.lerp(start, buffer, share))
+    batchnorm.num_batches_tracked += times - 1
+
+
+def _pass_through(x):
+    return x

@@ -6,7 +6,6 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 
 import process
 from network import build_network
-from quan.quantizer import kernel
 from schema import IndicatorsConfig
 from util import distributed
 from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
@@ -17,6 +16,7 @@ from util.errors import user_errors_on_one_line
 from util.interruption import signals_noted
 from util.monitor import open_monitor
 from util.optim import create_optimizer
+from util.passes import prepare
 
 
 def main(arguments=None):
@@ -30,8 +30,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
-    distributed.set_threads(config.threads, recorded_threads(found))
-    kernel.use(config.kernels)
+    prepare(config, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)

@@ -20,27 +20,28 @@ from quan.utils import (
 from util import distributed
 from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
-from util.precision import to_device
+from util.passes import Passes, to_device
 
 
 @dataclass(frozen=True)
 class DenseNetwork:
-    """A full-precision network, its graph, and what is pruned of it."""
+    """A full-precision network, its graph, its passes in training, and what is pruned of it."""
 
     model: nn.Module
     graph: Graph
+    passes: Passes
     pruned: PrunedParameters
 
 
 @dataclass(frozen=True)
 class JointNetwork:
-    """A network with quantized layers for all candidates, the switch between them, the stem that all passes share, what is
+    """A network with quantized layers for all candidates, the switch between them, its passes in training, what is
     pruned of it, the facts about it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms,
     masks), and a remark on what is left alone, or ''."""
 
     model: nn.Module
     switch: BitSwitch
-    stem: SharedStem
+    passes: Passes
     pruned: PrunedParameters
     facts: dict
     remark: str
@@ -52,7 +53,7 @@ def build_dense(config, num_classes, input_size, found, device):
     graph = trace(model, input_size)
     to_device(model, device)
     distributed.broadcast_model(model)
-    return DenseNetwork(model, graph, PrunedParameters(model, masks))
+    return DenseNetwork(model, graph, Passes(model, config.precision, config.compile), PrunedParameters(model, masks))
 
 
 def build_network(config, num_classes, input_size, found, device):
@@ -77,7 +78,10 @@ def build_network(config, num_classes, input_size, found, device):
     to_device(model, device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())
-    return JointNetwork(model, switch, stem, PrunedParameters(model, masks), facts, graph.describe_uncounted())
+    if config.compile:
+        switch.keep_as_data(device)
+    passes = Passes(model, config.precision, config.compile, stem)
+    return JointNetwork(model, switch, passes, PrunedParameters(model, masks), facts, graph.describe_uncounted())
 
 
 def create_initial(config, num_classes, found):

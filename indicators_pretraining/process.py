@@ -1,7 +1,5 @@
 """Joint training: one network learns the step sizes of all candidate bit-widths together."""
 
-import contextlib
-
 import numpy as np
 from torch import nn
 
@@ -9,7 +7,7 @@ from quan.utils import keep_steps_positive
 from util import distributed
 from util.metrics import Metrics, evaluate
 from util.monitor import log_start
-from util.precision import logits_of
+from util.passes import Passes
 from util.sampling import Stream, generator
 from util.training import Training
 
@@ -22,8 +20,7 @@ def random_policy(layers, bits, seed, epoch, step):
     return {layer: bits[draw] for layer, draw in zip(layers, draws, strict=True)}
 
 
-def joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation=False, metrics=None, stem=None,
-                    precision="fp32"):
+def joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation=False, metrics=None, passes=None):
     """Add up the gradients of one pass per candidate and one pass at the policy `chosen`.
 
     Args:
@@ -34,18 +31,18 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
         chosen: {layer: bit} for the last pass.
         in_place_distillation: passes after the widest learn from its answers instead of from the labels.
         metrics: {bit or "random": Metrics} to add to.
-        stem: a SharedStem of the network, to be computed once for all passes; None: it is computed in each.
-        precision: "fp32" or "bf16", for the passes.
+        passes: the Passes of the model; None stands for plain ones.
     """
+    passes = passes or Passes(model)
     widest, wanted = max(switch.bits), target
     first = [widest] if in_place_distillation else []
-    with stem.computed_once(images, precision) if stem else contextlib.nullcontext():
+    with passes.entered(images) as entering:
         for candidate in [*first, *(bit for bit in switch.bits if bit not in first), RANDOM]:
             if candidate == RANDOM:
                 switch.policy(chosen)
             else:
                 switch.uniform(candidate)
-            logits = logits_of(model, images, precision)
+            logits = passes.logits(entering)
             loss = criterion(logits, wanted)
             loss.backward()
             if metrics is not None:
@@ -55,10 +52,10 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
 
 
 def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_place_distillation=False, metrics=None,
-               stem=None, precision="fp32"):
+               passes=None):
     """One optimizer step on the gradients of all passes: added up, averaged over ranks, clipped to [-1, 1]."""
     optimizer.zero_grad(set_to_none=True)
-    joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation, metrics, stem, precision)
+    joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation, metrics, passes)
     distributed.average_gradients(model.parameters())
     nn.utils.clip_grad_value_(model.parameters(), 1.0)
     optimizer.step()
@@ -93,7 +90,7 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         [(images, target)] = batches
         chosen = random_policy(layers, switch.bits, config.seed, epoch, step)
         joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics,
-                   network.stem, config.precision)
+                   network.passes)
 
     def validate_where_due(epoch):
         if (epoch + 1) % config.val_cycle == 0 or epoch + 1 == last:
@@ -143,7 +140,7 @@ def dry_run(network, loaders, optimizer, config):
     metrics = {candidate: Metrics(images.device) for candidate in [*switch.bits, RANDOM]}
     chosen = random_policy(list(switch.layers), switch.bits, config.seed, 0, 0)
     joint_step(network.model, switch, images, target, criterion_of(config), optimizer, chosen,
-               config.in_place_distillation, metrics, network.stem, config.precision)
+               config.in_place_distillation, metrics, network.passes)
     layers, size = [*facts["layers"].values(), *facts["fixed"].values()], facts["input_size"]
     report = [f"{config.arch}: {len(facts['layers'])} searchable layers, {len(facts['fixed'])} fixed; "
               f"{sum(row['params'] for row in layers) / 1e6:.3f} M weights, "

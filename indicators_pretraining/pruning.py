@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import rewinding
 from network import build_dense
-from quan.quantizer import kernel
 from rewinding import Plan, Pruning, PruningFolder
 from schema import PruningConfig
 from util import distributed
@@ -20,6 +19,7 @@ from util.errors import user_errors_on_one_line
 from util.interruption import signals_noted
 from util.monitor import log_start, open_monitor
 from util.optim import create_optimizer
+from util.passes import prepare
 
 
 def main(arguments=None):
@@ -33,8 +33,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = PruningFolder.of(config)
     found = folder.find(config)
-    distributed.set_threads(config.threads, recorded_threads(found))
-    kernel.use(config.kernels)
+    prepare(config, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_dense(config, num_classes, input_size, found, device)
     optimizer = create_optimizer(network.model, config)

@@ -138,7 +138,7 @@ class Pruning:
     def __init__(self, network, plan, loaders, optimizer, config, monitor, folder):
         self.model, self.graph, self.pruned = network.model, network.graph, network.pruned
         self.plan, self.loaders, self.optimizer, self.config = plan, loaders, optimizer, config
-        self.monitor, self.folder = monitor, folder
+        self.monitor, self.folder, self.passes = monitor, folder, network.passes
         self.last_epoch = last_epoch(config)
         self.rows = []
 
@@ -187,7 +187,7 @@ class Pruning:
         rewind_epoch, criterion = self.config.prune.rewind_epoch, criterion_of(self.config)
 
         def take_step(batches, epoch, step, metrics):
-            training_step(self.model, batches, criterion, self.optimizer, metrics[None], self.config.precision)
+            training_step(self.model, batches, criterion, self.optimizer, metrics[None], self.passes)
 
         def write(state, is_best=False):
             if level == 0 and state["epoch"] == rewind_epoch and "inside" not in state:
@@ -354,7 +354,7 @@ def dry_run(network, plan, loaders, optimizer, config, level):
     """Compute one step and report sizes and the levels after `level`; nothing is written."""
     network.model.train()
     metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
-    training_step(network.model, batches, criterion_of(config), optimizer, metrics, config.precision)
+    training_step(network.model, batches, criterion_of(config), optimizer, metrics, network.passes)
     loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
     epochs, ahead = last_epoch(config), plan.forecast(level, network.pruned.masks)
     report = [f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "

@@ -24,18 +24,19 @@ from util import distributed
 from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
 from util.exchange import read_policy
-from util.precision import to_device
+from util.passes import Passes, to_device
 
 IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
 class PolicyNetwork:
-    """A network at a policy's bits, or in full precision; its graph; what is pruned of it; the facts about it that travel
-    in its checkpoint, besides the masks; and a remark on what is left alone, or ''."""
+    """A network at a policy's bits, or in full precision; its graph; its passes in training; what is pruned of it; the facts
+    about it that travel in its checkpoint, besides the masks; and a remark on what is left alone, or ''."""
 
     model: nn.Module
     graph: Graph
+    passes: Passes
     pruned: PrunedParameters
     facts: dict
     remark: str
@@ -84,7 +85,8 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     to_device(model, device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
-    return PolicyNetwork(model, graph, PrunedParameters(model, masks), facts, graph.describe_uncounted())
+    passes = Passes(model, config.precision, config.compile)
+    return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), facts, graph.describe_uncounted())
 
 
 def create_dense(arch, num_classes, pre_trained):

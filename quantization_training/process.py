@@ -92,7 +92,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
     log_start(monitor, start, network.remark)
 
     def take_step(batches, epoch, step, metrics):
-        training_step(model, batches, criterion, optimizer, metrics[None], config.precision)
+        training_step(model, batches, criterion, optimizer, metrics[None], network.passes)
         if pruning is not None:
             pruning.after_step(epoch, step, steps)
 
@@ -161,7 +161,7 @@ def dry_run(network, loaders, criterion, optimizer, config):
     network.model.train()
     metrics = Metrics(next(network.model.parameters()).device)
     batches = next(grouped(loaders.train, config.accumulation))
-    training_step(network.model, batches, criterion, optimizer, metrics, config.precision)
+    training_step(network.model, batches, criterion, optimizer, metrics, network.passes)
     cost, parameters = network.cost, sum(p.numel() for p in network.model.parameters())
     if distributed.is_main():
         print(f"{config.arch}: {len(network.facts.get('weight_bits', {}))} searched layers, {parameters / 1e6:.3f} M "

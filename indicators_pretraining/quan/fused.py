@@ -43,24 +43,26 @@ class Operation:
 
 
 class _QuantizedOperation(torch.autograd.Function):
-    """operation(lsq(x), lsq(weight)) + bias; keeps x and the parameters."""
+    """operation(lsq(x), lsq(weight)) + bias; keeps x and the parameters, and a quantized weight of half their size."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, x_step, weight_step, operation):
-        ctx.save_for_backward(x, weight, x_step, weight_step)
         ctx.operation, ctx.bias_type = operation, None if bias is None else bias.dtype
         q = quantized(x, x_step, *operation.x_range[:2], operation.dtype)
         quantized_weight = quantized(weight, weight_step, *operation.weight_range[:2], operation.dtype)
+        kept = quantized_weight if operation.dtype.itemsize < weight.dtype.itemsize else None
+        ctx.save_for_backward(x, weight, x_step, weight_step, kept)
         return operation.of(q, quantized_weight, None if bias is None else bias.to(operation.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, x_step, weight_step = ctx.saved_tensors
+        x, weight, x_step, weight_step, quantized_weight = ctx.saved_tensors
         operation = ctx.operation
         (*x_range, x_scale), (*weight_range, weight_scale) = operation.x_range, operation.weight_range
         q = quantized(x, x_step, *x_range, operation.dtype)
-        quantized_weight = quantized(weight, weight_step, *weight_range, operation.dtype)
+        if quantized_weight is None:
+            quantized_weight = quantized(weight, weight_step, *weight_range, operation.dtype)
         grad_q, grad_weight, grad_bias = operation.gradients(grad, q, quantized_weight, ctx.bias_type is not None)
         del q, quantized_weight
         needs_x, needs_weight = ctx.needs_input_grad[:2]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from util.precision import autocast
+from util.passes import autocast
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
 
@@ -120,13 +120,13 @@ class SharedStem:
 
     @contextlib.contextmanager
     def computed_once(self, images, precision):
-        """Within, every pass of the network over `images` takes the stem's output from one computation, at `precision`.
+        """Compute the stem, at `precision`, and give its output; within, the network takes that in place of `images`.
 
         On leaving, the gradients that the passes added up are carried through the stem, and its BatchNorm statistics are
         as if each pass had computed it.
         """
         if not self.modules:
-            yield
+            yield images
             return
         tracking = [module for module in self.batchnorms if module.training and module.track_running_stats]
         before = [(module.running_mean.clone(), module.running_var.clone()) for module in tracking]
@@ -136,10 +136,9 @@ class SharedStem:
                 output = module(output)
         boundary = output.detach().requires_grad_(output.requires_grad)
         try:
-            for module in self.modules[:-1]:
+            for module in self.modules:
                 module.forward = _pass_through
-            self.modules[-1].forward = lambda _: boundary
-            yield
+            yield boundary
         finally:
             for module in self.modules:
                 vars(module).pop("forward", None)  # the one of its class shows again

@@ -261,7 +261,7 @@ def test_without_a_compiler_tensor_operations_take_over(monkeypatch, tmp_path):
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", f"{kernel._compiler()[0]} --no-such-flag")
+    monkeypatch.setenv("CXX", f"{kernel.find_compiler()[0]} --no-such-flag")
     kernel.use("auto")
     assert not kernel.is_compiled() and "no-such-flag" in kernel.describe()
 

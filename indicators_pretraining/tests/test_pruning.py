@@ -98,12 +98,12 @@ def watched(monkeypatch):
         epochs.append({"epoch": epoch, "number": training.epochs_before + epoch, **state})
         train(training, epoch, inside)
 
-    def noted_step(model, batches, criterion, optimizer, metrics, precision):
+    def noted_step(model, batches, criterion, optimizer, metrics, passes):
         torch.rand(1), random.random(), np.random.rand()
         [(images, target)] = batches
         steps.append({"rates": [group["lr"] for group in optimizer.param_groups], "images": images.clone(),
                       "target": target.clone(), "momentum": [group.get("momentum") for group in optimizer.param_groups]})
-        training_step(model, batches, criterion, optimizer, metrics, precision)
+        training_step(model, batches, criterion, optimizer, metrics, passes)
 
     monkeypatch.setattr(Training, "train", noted_epoch)
     monkeypatch.setattr(rewinding, "training_step", noted_step)

@@ -15,6 +15,7 @@ from quan.quantizer import LsqQuan
 from quan.stem import SharedStem, find_stem
 from quan.utils import BitSwitch, joint_modules, replace_module_by_names
 from util.config import ActQuantizerConfig, ExceptionConfig, QuanConfig
+from util.passes import Passes
 
 BITS = [4, 3, 2]
 
@@ -88,7 +89,8 @@ def step_of(model, switch, stem, passes=2):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     chosen = {name: BITS[index % 3] for index, name in enumerate(switch.layers)}
     for _ in range(passes):
-        process.joint_step(model, switch, images, target, nn.CrossEntropyLoss(), optimizer, chosen, stem=stem)
+        process.joint_step(model, switch, images, target, nn.CrossEntropyLoss(), optimizer, chosen,
+                           passes=Passes(model, stem=stem))
     return {name: parameter.grad for name, parameter in model.named_parameters()}, dict(model.named_buffers())
 
 

@@ -11,21 +11,22 @@ from util.checkpoint import Inside, training_state
 from util.errors import Interrupted, UserError
 from util.metrics import Metrics
 from util.optim import learning_rate, set_learning_rate
-from util.precision import logits_of
+from util.passes import Passes
 
 
-def training_step(model, batches, criterion, optimizer, metrics, precision="fp32"):
+def training_step(model, batches, criterion, optimizer, metrics, passes=None):
     """One optimizer step on the mean loss over batches of equal size, and over ranks.
 
     Args:
         batches: [(images, target), ...].
         criterion: loss of (logits, images, target).
         metrics: the Metrics to add to.
-        precision: "fp32" or "bf16", for the passes.
+        passes: the Passes of the model; None stands for plain ones.
     """
+    passes = passes or Passes(model)
     optimizer.zero_grad(set_to_none=True)
     for images, target in batches:
-        logits = logits_of(model, images, precision)
+        logits = passes.logits(images)
         loss = criterion(logits, images, target)
         (loss / len(batches)).backward()
         metrics.update(logits.detach(), target, loss.detach())

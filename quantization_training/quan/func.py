@@ -46,8 +46,9 @@ class QuantizedLayer:
 
     @property
     def learns_both(self):
-        """Whether weight and input are quantized by learned steps, and gradients are wanted."""
-        return (isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan) and torch.is_grad_enabled())
+        """Whether weight and input are quantized by learned steps, gradients are wanted, and no compiler sees to it all."""
+        return (isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan) and torch.is_grad_enabled()
+                and not torch.compiler.is_compiling())
 
 
 class QuanConv2d(QuantizedLayer, nn.Conv2d):
@@ -114,12 +115,31 @@ class SwitchableBatchNorm(nn.Module):
         self.bits = tuple(bits)
         self.bns = nn.ModuleList(copy.deepcopy(bn) for _ in self.bits)
         self.index = 0
+        self.place = None  # the index as a tensor, for a compiled network
+
+    @property
+    def can_be_chosen_by_data(self):
+        return all(bn.affine and bn.track_running_stats and bn.momentum is not None for bn in self.bns)
 
     def select(self, bit):
         self.index = self.bits.index(bit)
 
     def forward(self, x):
+        if torch.compiler.is_compiling() and self.place is not None:
+            return self._forward_at_place(x)
         return self.bns[self.index](x)
+
+    def _forward_at_place(self, x):
+        """The same in training, with the copy chosen by a tensor, so that one compiled function serves all of them."""
+        weight, bias, mean, var = (torch.stack([getattr(bn, name) for bn in self.bns])[self.place]
+                                   for name in ("weight", "bias", "running_mean", "running_var"))
+        out = nn.functional.batch_norm(x, mean, var, weight, bias, True, self.bns[0].momentum, self.bns[0].eps)
+        for index, bn in enumerate(self.bns):
+            is_chosen = self.place == index
+            bn.running_mean.copy_(torch.where(is_chosen, mean, bn.running_mean))
+            bn.running_var.copy_(torch.where(is_chosen, var, bn.running_var))
+            bn.num_batches_tracked += is_chosen
+        return out
 
 
 class ExceptedBatchNorm(nn.Module):

@@ -2,6 +2,7 @@
 
 import contextlib
 
+import torch
 from torch import nn
 
 from model.layer_table import QUANTIZABLE
@@ -207,6 +208,24 @@ class BitSwitch:
         self.layers = {name: modules[name] for name in searchable_layers(graph, excepts)}
         self.batchnorms = {name: (modules[name], graph.batchnorms.get(name)) for name in modules
                            if isinstance(modules[name], SwitchableBatchNorm)}
+        self.places = None
+
+    def keep_as_data(self, device):
+        """Say in tensors, too, which bit-widths are selected, so that a network compiled once computes with all of them."""
+        switched = self.switched()
+        self.places = torch.zeros(len(switched), dtype=torch.long, device=device)
+        for place, module in zip(self.places.unbind(), switched, strict=True):
+            if not isinstance(module, SwitchableBatchNorm) or module.can_be_chosen_by_data:
+                module.place = place
+
+    def switched(self):
+        """The quantizers and BatchNorms that have an index."""
+        return [*(quantizer for layer in self.layers.values() for quantizer in (layer.quan_w_fn, layer.quan_a_fn)),
+                *(batchnorm for batchnorm, _ in self.batchnorms.values())]
+
+    def note_places(self):
+        if self.places is not None:
+            self.places.copy_(torch.tensor([module.index for module in self.switched()]), non_blocking=True)
 
     def uniform(self, bit):
         """Every searchable layer at `bit` bits, every BatchNorm on its own copy for it."""
@@ -214,6 +233,7 @@ class BitSwitch:
             layer.select(bit)
         for batchnorm, _ in self.batchnorms.values():
             batchnorm.select(bit)
+        self.note_places()
 
     def policy(self, chosen):
         """Each searchable layer at its own bits, {layer: bit}; a BatchNorm follows the one searchable layer before it.
@@ -224,3 +244,4 @@ class BitSwitch:
             layer.select(chosen[name])
         for batchnorm, before in self.batchnorms.values():
             batchnorm.select(chosen.get(before, max(self.bits)))
+        self.note_places()

@@ -25,7 +25,7 @@ HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "thread
                  "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
-NEW_KEYS = {"precision": "fp32"}  # what checkpoints from before a key was there were trained with
+NEW_KEYS = {"precision": "fp32", "compile": False}  # what checkpoints from before a key was there were trained with
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 

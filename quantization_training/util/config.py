@@ -120,6 +120,7 @@ class RunConfig:
     gpu: typing.Any = None
     threads: int | None = bounded(None, low=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     kernels: Literal["auto", "compiled", "plain"] = "auto"
     arch: str = "resnet50"
     pre_trained: bool | str = False

@@ -12,25 +12,25 @@ namespace {
 
 constexpr int64_t BLOCK = 1 << 14;  // values, few enough for the second-level cache
 
-struct bfloat16 {
-    uint16_t bits;
+using bfloat16 = uint16_t;  // the upper half of a float; a class of its own would keep loops from being vectorized
 
-    bfloat16() = default;
+inline double load(double value) { return value; }
+inline float load(float value) { return value; }
+inline float load(bfloat16 value) {
+    const uint32_t wide = uint32_t(value) << 16;
+    float loaded;
+    std::memcpy(&loaded, &wide, 4);
+    return loaded;
+}
 
-    explicit bfloat16(float value) {  // to the nearest, ties to even
-        uint32_t wide;
-        std::memcpy(&wide, &value, 4);
-        const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-        bits = std::isnan(value) ? 0x7fc0 : rounded;
-    }
-
-    explicit operator float() const {
-        const uint32_t wide = uint32_t(bits) << 16;
-        float value;
-        std::memcpy(&value, &wide, 4);
-        return value;
-    }
-};
+inline void store(double value, double* place) { *place = value; }
+inline void store(float value, float* place) { *place = value; }
+inline void store(float value, bfloat16* place) {  // to the nearest, ties to even
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    *place = bfloat16((wide & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // what is not a number stays so
+}
 
 template <typename V> struct Arithmetic { using type = V; };
 template <> struct Arithmetic<bfloat16> { using type = float; };
@@ -52,7 +52,7 @@ void quantize(const V* v, const typename Arithmetic<V>::type* steps, int64_t row
         const int64_t end = begin + BLOCK < first + columns ? begin + BLOCK : first + columns;
         #pragma omp simd
         for (int64_t i = begin; i < end; i++)
-            q[i] = Q(std::nearbyint(clip(A(v[i]) / step, low, high)) * step);
+            store(std::nearbyint(clip(load(v[i]) / step, low, high)) * step, q + i);
     }
 }
 
@@ -73,15 +73,15 @@ void differentiate(const G* grad, const V* v, const typename Arithmetic<V>::type
         if (grad_v == nullptr) {
             #pragma omp simd reduction(+:sum)
             for (int64_t i = begin; i < end; i++) {
-                const A scaled = A(v[i]) / step, clipped = clip(scaled, low, high);
-                sum += double(A(grad[i]) * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
+                const A scaled = load(v[i]) / step, clipped = clip(scaled, low, high);
+                sum += double(load(grad[i]) * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
             }
         } else {
             #pragma omp simd reduction(+:sum)
             for (int64_t i = begin; i < end; i++) {
-                const A scaled = A(v[i]) / step, clipped = clip(scaled, low, high), given = A(grad[i]);
+                const A scaled = load(v[i]) / step, clipped = clip(scaled, low, high), given = load(grad[i]);
                 sum += double(given * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
-                grad_v[i] = V(scaled == clipped ? given : A(0));
+                store(scaled == clipped ? given : A(0), grad_v + i);
             }
         }
         sums[block] = sum;

@@ -137,7 +137,9 @@ def _take_functions(library):
 
 def _load():
     """The compiled library: from the cache, or compiled now."""
-    command = _compiler()
+    command = find_compiler()
+    if not command:
+        raise OSError("no C++ compiler is found")
     # What is compiled for one processor may not run on another one that shares the home directory.
     version = subprocess.run([*command, "--version"], capture_output=True, timeout=COMPILE_SECONDS, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor()])).hexdigest()[:16]
@@ -174,14 +176,11 @@ def _is_whole(path):
     return content[-CHECKSUM_LENGTH:] == checksum(content[:-CHECKSUM_LENGTH])
 
 
-def _compiler():
-    """The command that compiles C++, as a list of words."""
+def find_compiler():
+    """The command that compiles C++, as a list of words; empty where none is found."""
     if os.environ.get("CXX"):
         return shlex.split(os.environ["CXX"])
-    found = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if found is None:
-        raise OSError("no C++ compiler is found")
-    return [found]
+    return [path for path in map(shutil.which, COMPILERS) if path][:1]
 
 
 def _processor():

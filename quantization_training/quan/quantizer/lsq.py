@@ -54,6 +54,14 @@ def lsq(v, s, qn, qp, scale=1.0):
     return _Lsq.apply(v, s, qn, qp, scale)
 
 
+def traceable_lsq(v, s, qn, qp, scale):
+    """lsq() written for a compiler, with straight-through estimators; qn, qp and scale may be tensors too."""
+    s = s.detach() + (s * scale - (s * scale).detach())
+    scaled = v.to(s.dtype) / s
+    clipped = torch.where(scaled < -qn, -qn, torch.where(scaled > qp, qp, scaled))
+    return ((clipped.round().detach() + (clipped - clipped.detach())) * s).to(v.dtype)
+
+
 def quantized(v, s, qn, qp, dtype=None):
     """The values of lsq(), without gradients, in `dtype` (by default v's)."""
     dtype = dtype or v.dtype
@@ -126,6 +134,10 @@ class LsqQuan(Quantizer):
         self.register_buffer("init_state", torch.zeros(len(self.bits)))
         self._initialized = [False] * len(self.bits)  # init_state, to be asked without reading from the device
         self.index = 0
+        # For a compiled network, which would be compiled anew for each bit-width if these were numbers of Python's.
+        self.place = None  # the index as a tensor, where BitSwitch.keep_as_data asks for it
+        self.register_buffer("ranges", torch.tensor([integer_range(bit, signed, symmetric) for bit in self.bits],
+                                                    dtype=torch.float32), persistent=False)
 
     def select(self, bit):
         self.index = self.bits.index(bit)
@@ -144,23 +156,33 @@ class LsqQuan(Quantizer):
         self.meet(x)
         return self.quantize(x)
 
+    @property
+    def is_initialized(self):
+        """Whether every step size has its initial value from data."""
+        return all(self._initialized)
+
     def meet(self, x):
-        """Take the initial step size from x, where it is a first batch in training."""
+        """Take the initial step size from x, where it is a first batch in training; compiled passes come later."""
+        if torch.compiler.is_compiling():
+            return
         if self.training and not self._initialized[self.index]:
             self.init_from_activation(x.detach())
 
     def quantize(self, v):
         """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
+        if torch.compiler.is_compiling():
+            return traceable_lsq(v, *self.terms(v))
         return lsq(v, *self.terms(v))
 
     def terms(self, v):
         """What lsq() takes besides v: (s in a shape that broadcasts to v's, Qn, Qp, scale of the gradient of s)."""
-        qn, qp = self.integers
-        step = self.step
+        step, (qn, qp) = self.step, self.integers
+        if torch.compiler.is_compiling() and self.place is not None:
+            step, (qn, qp) = self.s[self.place], self.ranges[self.place].unbind()
         if step.dim():
             step = step.view(-1, *[1] * (v.dim() - 1))
         shared = v.numel() * self.batch_parts / step.numel()
-        return step, qn, qp, 1 / math.sqrt(shared * qp)
+        return step, qn, qp, (shared * qp) ** -0.5
 
     @torch.no_grad()
     def init_from_activation(self, x):

@@ -1,0 +1,498 @@
+"""What quantization costs in time and memory, next to the plain chain of operations and to the network without quantizers.
+
+python bench.py [--output results/bench.csv] [--only CASE ...] [--rounds N]
+
+Both sides of each comparison run in turn in one process, on buffers already touched; medians are printed, and ratios. The
+plain chain is what published LSQ code computes (divide, clamp, round with a straight-through gradient, multiply); the floor
+is the network without quantizers in the default memory layout, as many passes and one optimizer step. Memory is the peak
+of what tensors take during a step. On a GPU the table is the one for ResNet-50 at 224x224.
+"""
+
+import csv
+import functools
+import io
+import os
+import socket
+import statistics
+import sys
+import time
+
+import torch
+from torch import nn
+
+import process
+from model import create_model
+from model.layer_table import trace
+from quan.quantizer import LsqQuan, Quantizer, kernel, lsq
+from quan.stem import SharedStem, find_stem
+from quan.utils import (
+    BitSwitch,
+    joint_modules,
+    policy_modules,
+    replace_module_by_names,
+    searchable_layers,
+    weights_quantized_once,
+)
+from util import distributed
+from util.command import Parser
+from util.config import ExceptionConfig, QuanConfig
+from util.data_loader import CROP_PADDING, CropAndFlip, normalise
+from util.errors import UserError, nearest, user_errors_on_one_line
+from util.exchange import write_atomically
+from util.metrics import Metrics
+from util.passes import Passes, keep_freed_memory, to_device
+from util.plots import new_figure, save_figure
+from util.training import training_step
+
+BITS = (6, 5, 4, 3, 2)
+EXCEPTS = {"mobilenetv1": ("stem.0", "stem.1", "fc")}
+USUAL_EXCEPTS = ("conv1", "bn1", "fc")
+CLASSES = 1000
+COLUMNS = ("case", "what", "side", "ms", "peak_mb", "time_over_floor", "time_over_chain", "memory_over_floor",
+           "memory_over_chain", "note")
+FLOOR, CHAIN = "floor", "plain chain"
+MB = 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring.
+
+
+class Clock:
+    """Times and memory of callables on a device."""
+
+    def __init__(self, device, rounds):
+        self.device, self.rounds = device, rounds
+
+    def milliseconds(self, work):
+        self.wait()
+        begun = time.perf_counter()
+        work()
+        self.wait()
+        return 1e3 * (time.perf_counter() - begun)
+
+    def wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def in_turn(self, sides):
+        """{side: median milliseconds} of {side: callable}, each called once before, then one after the other."""
+        for work in sides.values():
+            work()
+            work()
+        times = {side: [] for side in sides}
+        for _ in range(self.rounds):
+            for side, work in sides.items():
+                times[side].append(self.milliseconds(work))
+        return {side: statistics.median(values) for side, values in times.items()}
+
+    def peak(self, work):
+        """The most bytes that tensors made by a callable take at a time."""
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            work()
+        events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
+                        if event.name() == "[memory]")
+        taken = most = 0
+        for _, size in events:
+            taken += size
+            most = max(most, taken)
+        return most
+
+
+def table(clock, case, what, sides, kept=0, notes=None):
+    """Rows of a comparison.
+
+    Args:
+        sides: {side: callable}; FLOOR and CHAIN are what the others are compared with.
+        kept: bytes that lie in memory all the while, such as parameters and their momentum.
+    """
+    print(f"{case}: {what} ...", file=sys.stderr, flush=True)
+    times = clock.in_turn(sides)
+    peaks = {side: (clock.peak(work) + kept) / MB for side, work in sides.items()}
+    rows = []
+    for side in sides:
+        row = {"case": case, "what": what, "side": side, "ms": times[side], "peak_mb": peaks[side],
+               "note": (notes or {}).get(side, "")}
+        for other, key in ((FLOOR, "floor"), (CHAIN, "chain")):
+            if other in sides:
+                row |= {f"time_over_{key}": times[side] / times[other], f"memory_over_{key}": peaks[side] / peaks[other]}
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is compared.
+
+
+def plain_chain(v, s, qn, qp, scale):
+    s = (s - s * scale).detach() + s * scale
+    clipped = (v / s).clamp(-qn, qp)
+    return ((clipped.round() - clipped).detach() + clipped) * s
+
+
+class ChainQuan(Quantizer):
+    """The step sizes of an LsqQuan, used by the plain chain."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def select(self, bit):
+        self.inner.select(bit)
+
+    def forward(self, x):
+        self.inner.meet(x)
+        return plain_chain(x, *self.inner.terms(x))
+
+
+def use_plain_chain(model):
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LsqQuan):
+            replace_module_by_names(model, {name: ChainQuan(module)})
+
+
+def excepts_of(arch):
+    return {name: ExceptionConfig() for name in EXCEPTS.get(arch, USUAL_EXCEPTS)}
+
+
+class Workload:
+    """A batch, and networks of one architecture that take a training step on it.
+
+    Args:
+        device, arch, batch, size: where, what, how many images and of how many pixels on a side.
+    """
+
+    def __init__(self, device, arch, batch, size):
+        self.device, self.arch, self.size = device, arch, size
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(batch, 3, size, size, generator=generator).to(device)
+        self.target = torch.randint(CLASSES, (batch,), generator=generator).to(device)
+
+    def model(self):
+        torch.manual_seed(0)
+        return create_model(self.arch, CLASSES)
+
+    def optimizer(self, model):
+        return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+    def floor(self, passes, precision="fp32", channels_last=False, compiled=False):
+        """Forward and backward passes of the network without quantizers, and one optimizer step."""
+        model = self.model().train()
+        model = to_device(model, self.device) if channels_last else model.to(self.device)
+        optimizer, computing = self.optimizer(model), Passes(model, precision, compiled)
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            for _ in range(passes):
+                nn.functional.cross_entropy(computing.logits(self.images), self.target).backward()
+            optimizer.step()
+        return step
+
+    def joint(self, bits=BITS, chain=False, precision="fp32", compiled=False):
+        """A step of joint training."""
+        model, excepts = self.model(), excepts_of(self.arch)
+        graph = trace(model, self.size)
+        replace_module_by_names(model, joint_modules(model, graph, QuanConfig(excepts=excepts), bits))
+        switch = BitSwitch(model.train(), graph, excepts, bits)
+        stem = None if chain else SharedStem(model, find_stem(model, self.size), len(bits) + 1)
+        if chain:
+            use_plain_chain(model)
+            model.to(self.device)
+        else:
+            to_device(model, self.device)
+        if compiled:
+            switch.keep_as_data(self.device)
+        optimizer, passes = self.optimizer(model), Passes(model, precision, compiled, stem)
+        chosen = process.random_policy(list(switch.layers), bits, 0, 0, 0)
+        return lambda: process.joint_step(model, switch, self.images, self.target, nn.functional.cross_entropy, optimizer,
+                                          chosen, passes=passes)
+
+    def tuned(self, chain=False, precision="fp32", compiled=False):
+        """A step of fine-tuning at 4 bits."""
+        model = self.tuned_model().train()
+        if chain:
+            use_plain_chain(model)
+            model.to(self.device)
+        else:
+            to_device(model, self.device)
+        optimizer, passes = self.optimizer(model), Passes(model, precision, compiled)
+        metrics = Metrics(self.device)
+
+        def criterion(logits, images, target):
+            return nn.functional.cross_entropy(logits, target)
+        return lambda: training_step(model, [(self.images, self.target)], criterion, optimizer, metrics, passes)
+
+    def tuned_model(self):
+        model, excepts = self.model(), excepts_of(self.arch)
+        graph = trace(model, self.size)
+        bits = dict.fromkeys(searchable_layers(graph, excepts), 4)
+        return replace_module_by_names(model, policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {}, True))
+
+    @functools.cached_property
+    def kept(self):
+        """Bytes of the parameters with their momentum."""
+        return 2 * 4 * sum(parameter.numel() for parameter in self.model().parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cases.
+
+
+def quantizer(clock):
+    """Forward and backward of one quantizer, and what it keeps between them."""
+    x = torch.randn(16, 256, 56, 56, generator=torch.Generator().manual_seed(0)).relu_()
+    incoming, qp = torch.ones_like(x), 15
+    scale, rows = (x.numel() * qp) ** -0.5, []
+    compiled_chain = torch.compile(plain_chain)
+
+    def side(function, name):
+        leaf, step = x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_()
+
+        def work():
+            kernel.use("plain" if name == "not compiled" else "auto")
+            leaf.grad = step.grad = None
+            function(leaf, step, 0, qp, scale).backward(incoming)
+        return work
+
+    functions = {CHAIN: plain_chain, FLOOR: compiled_chain, "not compiled": lsq, "compiled": lsq}
+    kept = {name: kept_bytes(function, x, qp, scale) / (x.numel() * 4) for name, function in functions.items()}
+    rows = table(clock, "quantizer", "16x256x56x56, unsigned 4 bits",
+                 {name: side(function, name) for name, function in functions.items()},
+                 notes={FLOOR: "the chain through torch.compile",
+                        **{name: f"keeps {kept[name]:.2f}x its input" for name in functions if name != FLOOR}})
+    kernel.use("auto")
+    return rows
+
+
+def kept_bytes(function, x, qp, scale):
+    """Bytes that a function of (v, s, qn, qp, scale) keeps for its backward pass."""
+    storages = {}
+
+    def note(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = function(x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_(), 0, qp, scale)
+    del out
+    return sum(storages.values())
+
+
+def joint(clock):
+    """A step of joint training, against six passes of the network without quantizers."""
+    work, passes = Workload(clock.device, "resnet18", 16, 128), len(BITS) + 1
+    return table(clock, "joint step", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2", {
+        FLOOR: work.floor(passes), "floor, channels last": work.floor(passes, channels_last=True),
+        CHAIN: work.joint(chain=True), "float32": work.joint(), "bfloat16": work.joint(precision="bf16")}, work.kept)
+
+
+def joint_compiled(clock):
+    """The same with the whole network compiled."""
+    work, passes = Workload(clock.device, "resnet18", 16, 128), len(BITS) + 1
+    return table(clock, "joint step, compiled", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2", {
+        FLOOR: work.floor(passes), "float32, compile: true": work.joint(compiled=True),
+        "bfloat16, compile: true": work.joint(precision="bf16", compiled=True)}, work.kept)
+
+
+def finetuning(clock):
+    """A step of fine-tuning, against the network without quantizers."""
+    work = Workload(clock.device, "resnet50", 8, 224)
+    return table(clock, "fine-tuning step", "ResNet-50, batch 8 at 224x224, W4A4", {
+        FLOOR: work.floor(1), "floor, channels last": work.floor(1, channels_last=True),
+        CHAIN: work.tuned(chain=True), "float32": work.tuned(), "bfloat16": work.tuned(precision="bf16")}, work.kept)
+
+
+def scaling(clock):
+    """How a joint step compares with as many passes, by batch size, by number of candidates, by network."""
+    cases = [("batch", batch, "resnet18", batch, 64, BITS) for batch in (1, 4, 16, 64)]
+    cases += [("candidates", len(bits), "resnet18", 16, 64, bits) for bits in (range(2 + count - 1, 1, -1) for count in
+                                                                                 range(2, 8))]
+    cases += [("network", arch, arch, 4, 96, BITS) for arch in ("resnet18", "resnet50", "mobilenetv1")]
+    rows = []
+    for kind, value, arch, batch, size, bits in cases:
+        work = Workload(clock.device, arch, batch, size)
+        rows += table(clock, f"scaling, {kind}", str(value), {FLOOR: work.floor(len(bits) + 1),
+                                                              "float32": work.joint(tuple(bits))}, work.kept)
+    return rows
+
+
+def evaluation(clock):
+    """Evaluation with weights quantized once, against quantizing them for each batch."""
+    work = Workload(clock.device, "resnet50", 8, 64)
+    model = to_device(work.tuned_model(), clock.device).eval()
+
+    def evaluate(context):
+        with torch.no_grad(), context:
+            for _ in range(8):
+                model(work.images)
+
+    sides = {"each batch": lambda: evaluate(torch.no_grad()), "once": lambda: evaluate(weights_quantized_once(model))}
+    return table(clock, "evaluation", "ResNet-50, 8 batches of 8 at 64x64, weights quantized", sides)
+
+
+def augmentation(clock):
+    """Random crops and flips of 32x32 images, normalised."""
+    images = torch.randint(256, (10_000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crop = CropAndFlip(0, len(images), 32 // CROP_PADDING, True, torch.device("cpu"))
+    scale, shift = torch.full((2, 1, 3, 1, 1), 0.5)
+    batches = torch.arange(len(images)).split(128)
+
+    def epoch():
+        for indices in batches:
+            normalise(crop(images[indices], 0, indices), scale, shift)
+
+    [row] = table(clock, "augmentation", "32x32 colour images in batches of 128", {"one epoch of 10,000": epoch})
+    row["note"] = f"{len(images) / row['ms'] * 1e3:,.0f} images a second"
+    return [row]
+
+
+def processes(clock):
+    """A joint step over two processes of one thread each, against one process of two threads with the same images."""
+    rows = []
+    for count in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        torch.multiprocessing.spawn(one_process, (count, port, clock.rounds, answers), nprocs=count)
+        milliseconds, reductions = answers.get()
+        rows.append({"case": "processes", "what": "ResNet-18, 16 images at 128x128 in all", "side": f"{count} of {2 // count} "
+                     "threads", "ms": milliseconds, "note": f"{reductions} reductions of gradients per step"})
+    return rows
+
+
+def one_process(rank, count, port, rounds, answers):
+    torch.set_num_threads(2 // count)
+    kernel.use("auto")
+    keep_freed_memory()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
+    reductions = []
+    with distributed.process_group("cpu") as device:
+        clock, step = Clock(device, rounds), Workload(device, "resnet18", 16 // count, 128).joint()
+        milliseconds = clock.in_turn({"step": step})["step"]
+        reduce = torch.distributed.all_reduce
+        torch.distributed.all_reduce = lambda *words, **options: reductions.append(1) or reduce(*words, **options)
+        step()
+        torch.distributed.all_reduce = reduce
+    if rank == 0:
+        answers.put((milliseconds, len(reductions)))
+
+
+def gpu(clock):
+    """ResNet-50 at 224x224 on a GPU: float32 and bfloat16, compiled and not."""
+    rows = []
+    for batch in (64, 256):
+        work = Workload(clock.device, "resnet50", batch, 224)
+        for kind, make, floor in (("fine-tuning", work.tuned, 1), ("joint", work.joint, len(BITS) + 1)):
+            for precision in ("fp32", "bf16"):
+                for compiled in (False, True):
+                    try:
+                        sides = {FLOOR: work.floor(floor, precision, True, compiled), "ours": make(precision=precision,
+                                                                                                  compiled=compiled)}
+                        if precision == "fp32" and not compiled:
+                            sides[CHAIN] = make(chain=True)
+                        found = table(clock, f"GPU, {kind}", f"ResNet-50, batch {batch} at 224x224, {precision}"
+                                      + (", compiled" if compiled else ""), sides, work.kept)
+                        found[1]["note"] = f"{100 * (1 - found[0]['ms'] / found[1]['ms']):.0f} % in quantizers"
+                        rows += found
+                    except torch.OutOfMemoryError:
+                        rows.append({"case": f"GPU, {kind}", "what": f"batch {batch}, {precision}", "note": "out of memory"})
+                    torch.cuda.empty_cache()
+    return rows
+
+
+CASES = {function.__name__: function for function in (quantizer, joint, finetuning, evaluation, augmentation, processes,
+                                                      scaling, joint_compiled)}
+GPU_CASES = {"gpu": gpu}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing.
+
+
+def show(rows):
+    cells = [COLUMNS, *([row.get(key, "") for key in COLUMNS] for row in rows)]
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def draw(path, rows):
+    """Draw the ratios to the floor into a PNG file: bars for each case, lines for how they grow."""
+    bars = [row for row in rows if row.get("time_over_floor") and row["side"] != FLOOR and not row["case"].startswith("scal")]
+    lines = [kind for kind in ("batch", "candidates", "network") if any(row["case"] == f"scaling, {kind}" for row in rows)]
+    if not bars and not lines:
+        return
+    figure = new_figure("time and memory over the network without quantizers", (12, 7 if lines and bars else 4))
+    parts = figure.subfigures(bool(bars) + bool(lines), 1, squeeze=False).flatten()
+    if bars:
+        draw_bars(parts[0].subplots(1, 2, sharey=True), bars)
+    if lines:
+        for axes, kind in zip(parts[-1].subplots(1, len(lines), squeeze=False).flatten(), lines, strict=True):
+            draw_growth(axes, kind, [row for row in rows if row["case"] == f"scaling, {kind}" and row["side"] != FLOOR])
+    save_figure(figure, path)
+
+
+def draw_bars(panels, rows):
+    names = [f"{row['case']}: {row['side']}" for row in rows]
+    for axes, key, title in zip(panels, ("time_over_floor", "memory_over_floor"), ("time", "peak memory"), strict=True):
+        values = [row[key] for row in rows]
+        colours = ["0.6" if row["side"] in (CHAIN, "floor, channels last") else "tab:blue" for row in rows]
+        axes.barh(names, values, color=colours)
+        for place, value in enumerate(values):
+            axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_title(title, fontsize=10)
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].invert_yaxis()  # the axis is shared, and was turned twice
+
+
+def draw_growth(axes, kind, rows):
+    labels = [row["what"] for row in rows]
+    for key, name in (("time_over_floor", "time"), ("memory_over_floor", "peak memory")):
+        axes.plot(labels, [row[key] for row in rows], marker="o", linestyle="" if kind == "network" else "-", label=name)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel({"batch": "batch size", "candidates": "number of candidates", "network": ""}[kind])
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(arguments=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--output", default="results/bench.csv", help="the table; the picture stands beside it")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *GPU_CASES])}")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = CASES if device.type == "cpu" else GPU_CASES
+    for name in options.only or ():
+        if name not in cases:
+            raise UserError(f"--only: found {name}, allowed on this machine is {', '.join(cases)}{nearest(name, cases)}")
+    if options.rounds < 1:
+        raise UserError(f"--rounds: found {options.rounds}, allowed is at least 1")
+    kernel.use("auto")
+    keep_freed_memory()
+    clock = Clock(device, options.rounds)
+    print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers on the CPU by {kernel.describe()}")
+    rows = [row for name in options.only or cases for row in cases[name](clock)]
+    show(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(options.output, text.getvalue().encode())
+    draw(os.path.splitext(options.output)[0] + ".png", rows)
+    print(f"table written to {options.output}")
+
+
+if __name__ == "__main__":
+    with user_errors_on_one_line():
+        main()

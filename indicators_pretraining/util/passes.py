@@ -1,0 +1,89 @@
+"""How the passes of a training step are computed: in which numbers, in which memory layout, compiled or not."""
+
+import contextlib
+import ctypes
+
+import torch
+
+from quan.quantizer import LsqQuan, kernel
+from util import distributed
+from util.errors import UserError, reason
+
+# mallopt(3): M_TRIM_THRESHOLD off, M_TOP_PAD in bytes, M_MMAP_MAX none, as numbered in glibc's malloc.h
+GLIBC_KEEPS = {-1: -1, -2: 2**26, -4: 0}
+
+
+def prepare(config, recorded_threads):
+    """Choose with how many threads, and how, this process computes; called before anything is computed.
+
+    Args:
+        config: the RunConfig.
+        recorded_threads: how many a run that is continued had, or None.
+    """
+    distributed.set_threads(config.threads, recorded_threads)
+    kernel.use(config.kernels)
+    keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Let the C library keep memory that was freed, where it is glibc.
+
+    A training step frees and takes the same large tensors again and again; given back to the system each time, their pages
+    come back empty, and to fill them costs more than to quantize what lies in them.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in GLIBC_KEEPS.items():
+            mallopt(parameter, value)
+
+
+def autocast(device, precision):
+    """The context of a pass: as it is for "fp32", autocast to bfloat16 for "bf16".
+
+    The integers of every candidate up to 8 bits fit into bfloat16; step sizes and their gradients stay in float32.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def to_device(model, device):
+    """Move a network, with images and convolution weights laid out as convolutions compute them fastest: channels last."""
+    return model.to(device, memory_format=torch.channels_last)
+
+
+class Passes:
+    """The forward passes of a network in training.
+
+    Args:
+        model: the network.
+        precision: "fp32" or "bf16".
+        compiled: whether torch.compile makes one function of the whole network.
+        stem: the SharedStem of a jointly trained network, computed once for all passes of a step; None: in each of them.
+    """
+
+    def __init__(self, model, precision="fp32", compiled=False, stem=None):
+        self.model, self.precision, self.stem = model, precision, stem
+        self._compiled = torch.compile(model, dynamic=False) if compiled else None
+        self._starting = compiled
+
+    def entered(self, images):
+        """The context of all passes over the same images; what it gives is what logits() takes."""
+        return self.stem.computed_once(images, self.precision) if self.stem else contextlib.nullcontext(images)
+
+    def logits(self, images):
+        """What the network answers, [batch, classes], in the type of its loss: float32 where it computes in less."""
+        forward = self.model if self._is_starting() else self._compiled
+        try:
+            with autocast(images.device, self.precision):
+                logits = forward(images)
+        except Exception as error:  # of the compiler, which has many types of them
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise UserError(f"compile: the network cannot be compiled ({reason(error)[:200]}); give compile: false") from None
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def _is_starting(self):
+        """Whether passes are not compiled: at all, or yet, because step sizes still take their values from the data."""
+        if self._starting:
+            quantizers = (module for module in self.model.modules() if isinstance(module, LsqQuan))
+            self._starting = not all(quantizer.is_initialized for quantizer in quantizers)
+        return self._compiled is None or self._starting

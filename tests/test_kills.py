@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING, TRAINING = ROOT / "indicators_pretraining", ROOT / "quantization_training"
@@ -137,4 +139,76 @@ def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(tmp
     said = restarted.communicate(timeout=300)[0]
     assert restarted.returncode == 0, said[-3000:]
     assert said.count("continuing after epoch") >= 2, said[-3000:]
+    assert_equal_folders(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loader workers.
+
+
+def write_images(folder):
+    """A small image folder: two classes, train/ and val/."""
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 4)):
+        for label in ("one", "two"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+
+
+def start(config, *words):
+    """Start fine-tuning as the leader of a process group of its own, as a shell or a batch system does."""
+    return subprocess.Popen([sys.executable, "main.py", str(config), *words], cwd=TRAINING, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def children_of(process):
+    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def to_group(process, number):
+    os.killpg(process.pid, number)
+
+
+def to_each(process, number):
+    """To every process, workers first, as a batch system does that knows no groups."""
+    for child in [*children_of(process), process.pid]:
+        os.kill(child, number)
+        time.sleep(0.02)
+
+
+def is_there(number):
+    """Whether a process is there, zombies left aside."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds worker processes in /proc")
+def test_a_signal_that_reaches_loader_workers_too_ends_in_a_checkpoint_and_leaves_none_behind(tmp_path):
+    write_images(tmp_path / "images")
+    config = tmp_path / "config.yaml"
+    config.write_text(COMMON + COMMANDS["fine-tuning"][2])
+    words = [f"output_dir={tmp_path}", "epochs=3", "dataloader.dataset=folder", f"dataloader.path={tmp_path / 'images'}",
+             "dataloader.input_size=16", "dataloader.batch_size=8", "dataloader.val_split=0", "dataloader.data_fraction=1",
+             "dataloader.workers=2", "calibration_images=16"]
+    undisturbed = start(config, *words, "name=undisturbed")
+    said = undisturbed.communicate(timeout=120)[0]
+    assert undisturbed.returncode == 0, said[-3000:]
+    checkpoint = tmp_path / "killed" / "killed_checkpoint.pth.tar"
+    for send, number in ((to_group, signal.SIGTERM), (to_group, signal.SIGINT), (to_each, signal.SIGTERM)):
+        stopped = start(config, *words, "name=killed")
+        wait_for_step(checkpoint, stopped)
+        workers = children_of(stopped)
+        send(stopped, number)
+        said = stopped.communicate(timeout=60)[0]
+        assert stopped.returncode == 128 + number, said[-3000:]
+        assert said.splitlines()[-1].startswith(f"stopped by {signal.Signals(number).name}"), said[-3000:]
+        assert said.endswith("the same command goes on from there\n") and "Traceback" not in said
+        assert len(workers) >= 2 and not any(map(is_there, workers))
+    resumed = start(config, *words, "name=killed")
+    said = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, said[-3000:]
     assert_equal_folders(tmp_path / "undisturbed", tmp_path / "killed")

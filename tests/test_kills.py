@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+from comparing import assert_equal_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING, TRAINING = ROOT / "indicators_pretraining", ROOT / "quantization_training"
@@ -60,29 +61,6 @@ def test_a_run_that_is_killed_again_and_again_equals_an_undisturbed_one(title, t
     print(f"{title}: {result}")
     assert result["killed"] == kills and result["writing"] >= 1
     assert_equal_folders(folders["undisturbed"], folders["killed"])
-
-
-def assert_equal_folders(one, other):
-    """Checkpoints have the same bytes in every tensor; metrics.csv has the same rows, but for the seconds."""
-    names = sorted(path.name.replace("undisturbed", "killed") for path in one.glob("*.pth.tar"))
-    assert names == sorted(path.name for path in other.glob("*.pth.tar"))
-    for path in one.glob("*.pth.tar"):
-        states = [torch.load(file, weights_only=True) for file in (path, other / path.name.replace("undisturbed", "killed"))]
-        assert "inside" not in states[1]
-        for key in states[0].keys() - {"config", "wandb_id"}:
-            assert as_bytes(states[0][key]) == as_bytes(states[1][key]), f"{path.name}: {key}"
-    rows = [[line.rpartition(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()] for folder in (one, other)]
-    assert rows[0] == rows[1]
-    assert (one / "summary.yaml").read_text().replace("undisturbed", "killed") == (other / "summary.yaml").read_text()
-
-
-def as_bytes(value):
-    """A nest of containers with tensors as bytes, to be compared."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: as_bytes(element) for key, element in value.items()}
-    return [as_bytes(element) for element in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Level 0 trains the dense network and keeps its state after `rewind_epoch` epochs
 smallest of the weights that are left, loads that early state back, and trains what remains to the end.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -292,10 +293,12 @@ class Plan(Prunable):
     def groups(self, masks):
         """A Group for all layers together, or for each layer, as the scope says."""
         left = self.left(masks)
-        groups = [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
         spares_one = self.prune.type == "structured"
         return [Group(*counted(left, names), sum(int(left[name].any()) for name in names) if spares_one else 0)
-                for names in groups]
+                for names in self.names_of_groups()]
+
+    def names_of_groups(self):
+        return [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
 
     def count(self, masks):
         """(all prunable weights or channels, those that are left)."""
@@ -337,9 +340,10 @@ class Plan(Prunable):
         return f"{total - left:,} of {total:,} {self.unit} removed ({100 * (1 - left / total):.2f} %)"
 
     def check(self, level, masks):
-        """Refuse a target that lies below what is removed already, fewer levels than are there, and levels to come that
-        would remove nothing."""
+        """Refuse a target that lies below what is removed already or out of reach, fewer levels than are there, and levels
+        to come that would remove nothing."""
         groups = self.groups(masks)
+        self.check_reach(groups)
         total, left = sums_of(groups)
         # Each group of layers rounds for itself.
         if self.prune.target is not None and sum(rounded(self.prune.target * group.total) for group in groups) < total - left:
@@ -348,6 +352,16 @@ class Plan(Prunable):
         if self.prune.last_level is not None and level > self.prune.last_level:
             raise UserError(f"prune.levels: found {self.prune.last_level}, but level {level} is there already")
         self.forecast(level, masks)
+
+    def check_reach(self, groups):
+        """Refuse a target that is out of reach because one channel of each layer stays."""
+        for group, names in zip(groups, self.names_of_groups(), strict=True):
+            most = group.total - group.spared
+            if self.prune.target is not None and rounded(self.prune.target * group.total) > most:
+                where = names[0] if self.prune.scope == "layer" else "all layers"
+                raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but one channel of each layer "
+                                f"stays; {most} of {group.total} channels of {where} can go "
+                                f"({math.floor(1e4 * most / group.total) / 1e4:g})")
 
 
 def dry_run(network, plan, loaders, optimizer, config, level):

@@ -1,5 +1,6 @@
 """A run that stops and goes on ends with the same tensors as one that does not."""
 
+import shutil
 import signal
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import main
 import process
-from comparing import assert_equal_folders
+from comparing import assert_equal_folders, assert_equal_states
 from util import checkpoint, distributed, metrics
 from util.checkpoint import RunFolder
 from util.errors import Interrupted
@@ -144,6 +145,26 @@ def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
                                                                     "run_epoch_3_checkpoint.pth.tar"]
     assert (folder / "run_epoch_3_checkpoint.pth.tar").read_bytes() == (folder / "run_checkpoint.pth.tar").read_bytes()
     assert torch.load(folder / "run_epoch_2_checkpoint.pth.tar", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_run_starts_from_an_earlier_checkpoint_once_and_then_goes_on_from_its_own(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    words = ["config.yaml", "epochs=2"]
+    main.main([*words, "name=first", "log.keep_checkpoints=2"])
+    expected = shutil.copytree("results/first", "results/undisturbed")
+    back = [*words, f"name={name}", "resume.path=results/first/first_epoch_1_checkpoint.pth.tar", "log.keep_checkpoints=2"]
+    with monkeypatch.context() as patch:
+        send_signals(patch, *STEP, 2)
+        with pytest.raises(Interrupted):
+            main.main(back)
+    capsys.readouterr()
+    main.main(back)
+    assert "continuing after epoch 1 and 2 steps" in capsys.readouterr().out
+    assert_equal_states(f"results/{name}/{name}_checkpoint.pth.tar", f"{expected}/first_checkpoint.pth.tar")
+    main.main(back)
+    assert "this run is finished" in capsys.readouterr().out
 
 
 def test_another_number_of_threads_is_taken_over_or_said(tmp_path, monkeypatch, capsys):

@@ -297,3 +297,10 @@ def test_a_damaged_newest_checkpoint_is_a_reason_to_go_back(tmp_path):
     with open(folder.last, "r+b") as file:
         file.truncate(100)
     assert find_checkpoint(config, folder) == (config.resume.path, False)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+    (os.mkfifo if kind == "pipe" else os.mkdir)(tmp_path / "c")
+    with pytest.raises(UserError, match=r"c: cannot read the checkpoint \(not a regular file\)"):
+        load_checkpoint(tmp_path / "c")

@@ -42,6 +42,8 @@ def load_checkpoint(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise UserError(f"{path}: cannot read the checkpoint (not a regular file)")
     try:
         with open(path, "rb") as file:
             data = file.read()

@@ -40,7 +40,7 @@ test: $(READY)
 soak: $(READY)
 	@set -e; export OMP_NUM_THREADS=1; \
 	echo "== one run of each command, killed 200 times in all"; \
-	LIMPQP_KILLS=200 $(RUN) -m pytest -q -s tests/test_kills.py -k equals; \
+	LIMPQP_KILLS=200 $(RUN) -m pytest -q -s tests/test_kills.py; \
 	echo "== 300 epochs, continued again and again"; \
 	(cd $(MASTER) && LIMPQP_EPOCHS=300 $(RUN) -m pytest -q tests/test_endurance.py); \
 	for folder in $(STAGES); do \
@@ -61,7 +61,8 @@ sync:
 	cp -r $(MASTER)/model quantization_search/models
 	mkdir quantization_search/util
 	cp $(MASTER)/tests/fuzzing.py quantization_search/tests/
-	cp $(MASTER)/tests/fuzzing.py quantization_training/tests/
+	cp $(MASTER)/tests/fuzzing.py $(MASTER)/tests/comparing.py quantization_training/tests/
+	cp $(MASTER)/tests/comparing.py tests/
 	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
 
 clean:

@@ -82,7 +82,7 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         network: the JointNetwork.
         start: the Start of this run.
     """
-    model, switch, last = network.model, network.switch, config.epochs + config.cooldown_epochs
+    model, switch, last = network.model, network.switch, config.last_epoch
     criterion, layers = criterion_of(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
 
@@ -118,11 +118,10 @@ def validate(model, switch, loader, epoch, monitor):
 def final_evaluation(network, loaders, config, monitor, folder):
     """Evaluate every candidate on the test set, log it, and write summary.yaml."""
     figures = evaluate_candidates(network.model, network.switch, loaders.test)
-    epochs = config.epochs + config.cooldown_epochs
     for bit, row in figures.items():
-        monitor.epoch(epochs, "test", row, bits=bit)
+        monitor.epoch(config.last_epoch, "test", row, bits=bit)
     if distributed.is_main():
-        folder.summarise({"name": config.name, "arch": config.arch, "epochs": epochs, "candidates": figures})
+        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, "candidates": figures})
 
 
 def evaluate_only(network, loaders, path):

@@ -4,6 +4,7 @@ Level 0 trains the dense network and keeps its state after `rewind_epoch` epochs
 smallest of the weights that are left, loads that early state back, and trains what remains to the end.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -102,19 +103,14 @@ def level_of(found):
     return found.content["level"] if found else 0
 
 
-def last_epoch(config):
-    """The number of epochs after which a level is finished."""
-    return config.epochs + config.cooldown_epochs
-
-
 def epochs_before(level, config):
     """What is added to the epochs of a level to number those of the whole run: a level begins at rewind_epoch."""
-    return level * (last_epoch(config) - config.prune.rewind_epoch)
+    return level * (config.last_epoch - config.prune.rewind_epoch)
 
 
 def is_finished(found, plan, config, folder):
     """Whether the last level is trained and the results are written."""
-    return (found is not None and found.content["epoch"] >= last_epoch(config)
+    return (found is not None and found.content["epoch"] >= config.last_epoch
             and plan.is_last(level_of(found), plan.pruned.masks)
             and distributed.on_main(pruning_report.is_complete, folder.path, plan.graph, level_of(found)))
 
@@ -139,7 +135,6 @@ class Pruning:
         self.model, self.graph, self.pruned = network.model, network.graph, network.pruned
         self.plan, self.loaders, self.optimizer, self.config = plan, loaders, optimizer, config
         self.monitor, self.folder, self.passes = monitor, folder, network.passes
-        self.last_epoch = last_epoch(config)
         self.rows = []
 
     def run(self, found, start):
@@ -199,11 +194,11 @@ class Pruning:
                                                           self.monitor), level)
         Training(self.model, self.optimizer, self.loaders.train, self.config, self.monitor, take_step,
                  lambda epoch: self.validate(level, epoch), write,
-                 epochs_before=epochs_before(level, self.config)).run(start, self.last_epoch)
+                 epochs_before=epochs_before(level, self.config)).run(start, self.config.last_epoch)
 
     def validate(self, level, epoch):
         """Validate where it is due and log it; return top-1 and top-5, or None."""
-        if (epoch + 1) % self.config.val_cycle and epoch + 1 < self.last_epoch:
+        if (epoch + 1) % self.config.val_cycle and epoch + 1 < self.config.last_epoch:
             return None
         figures, number = evaluate(self.model, self.loaders.val), epochs_before(level, self.config) + epoch + 1
         self.monitor.epoch(number, "val", figures)
@@ -219,7 +214,7 @@ class Pruning:
         if any(row["level"] == level for row in self.rows):
             return
         figures = evaluate(self.model, self.loaders.test)
-        number = epochs_before(level, self.config) + self.last_epoch
+        number = epochs_before(level, self.config) + self.config.last_epoch
         self.monitor.epoch(number, "test", figures)
         masks = self.pruned.masks
         self.rows.append(pruning_report.make_row(level, figures, self.graph, masks, self.plan.share_removed(masks)))
@@ -229,7 +224,7 @@ class Pruning:
 
     def find_rows(self, found):
         """Read the report of the levels that are finished; one that is missing there is evaluated again."""
-        newest, is_finished = level_of(found), found and found.content["epoch"] >= self.last_epoch
+        newest, is_finished = level_of(found), found and found.content["epoch"] >= self.config.last_epoch
         known = distributed.on_main(pruning_report.read, self.folder.path, self.graph)
         missing = [level for level in range(newest) if level not in known]
         for level in range(newest):
@@ -292,10 +287,12 @@ class Plan(Prunable):
     def groups(self, masks):
         """A Group for all layers together, or for each layer, as the scope says."""
         left = self.left(masks)
-        groups = [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
         spares_one = self.prune.type == "structured"
         return [Group(*counted(left, names), sum(int(left[name].any()) for name in names) if spares_one else 0)
-                for names in groups]
+                for names in self.names_of_groups()]
+
+    def names_of_groups(self):
+        return [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
 
     def count(self, masks):
         """(all prunable weights or channels, those that are left)."""
@@ -337,9 +334,10 @@ class Plan(Prunable):
         return f"{total - left:,} of {total:,} {self.unit} removed ({100 * (1 - left / total):.2f} %)"
 
     def check(self, level, masks):
-        """Refuse a target that lies below what is removed already, fewer levels than are there, and levels to come that
-        would remove nothing."""
+        """Refuse a target that lies below what is removed already or out of reach, fewer levels than are there, and levels
+        to come that would remove nothing."""
         groups = self.groups(masks)
+        self.check_reach(groups)
         total, left = sums_of(groups)
         # Each group of layers rounds for itself.
         if self.prune.target is not None and sum(rounded(self.prune.target * group.total) for group in groups) < total - left:
@@ -349,6 +347,16 @@ class Plan(Prunable):
             raise UserError(f"prune.levels: found {self.prune.last_level}, but level {level} is there already")
         self.forecast(level, masks)
 
+    def check_reach(self, groups):
+        """Refuse a target that is out of reach because one channel of each layer stays."""
+        for group, names in zip(groups, self.names_of_groups(), strict=True):
+            most = group.total - group.spared
+            if self.prune.target is not None and rounded(self.prune.target * group.total) > most:
+                where = names[0] if self.prune.scope == "layer" else "all layers"
+                raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but one channel of each layer "
+                                f"stays; {most} of {group.total} channels of {where} can go "
+                                f"({math.floor(1e4 * most / group.total) / 1e4:g})")
+
 
 def dry_run(network, plan, loaders, optimizer, config, level):
     """Compute one step and report sizes and the levels after `level`; nothing is written."""
@@ -356,7 +364,7 @@ def dry_run(network, plan, loaders, optimizer, config, level):
     metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
     training_step(network.model, batches, criterion_of(config), optimizer, metrics, network.passes)
     loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
-    epochs, ahead = last_epoch(config), plan.forecast(level, network.pruned.masks)
+    epochs, ahead = config.last_epoch, plan.forecast(level, network.pruned.masks)
     report = [f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "
               f"{len(network.graph.layers)} layers; {epochs} epochs per level, {epochs - config.prune.rewind_epoch} of them "
               "after rewinding",

@@ -76,8 +76,7 @@ def check_accumulation(loaders, config):
 
 def is_validated(epoch, config):
     """Whether the epoch (the first is 0) ends with a validation."""
-    last = config.epochs + config.cooldown_epochs
-    return epoch == 0 or (epoch + 1) % config.val_cycle == 0 or epoch >= last - ALWAYS_VALIDATED
+    return epoch == 0 or (epoch + 1) % config.val_cycle == 0 or epoch >= config.last_epoch - ALWAYS_VALIDATED
 
 
 def finetune(network, loaders, criterion, optimizer, config, monitor, folder, start, pruning=None):
@@ -105,7 +104,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
                             config.log.keep_checkpoints)
 
     Training(model, optimizer, loaders.train, config, monitor, take_step, validate_where_due, write,
-             batches_per_step=config.accumulation).run(start, config.epochs + config.cooldown_epochs)
+             batches_per_step=config.accumulation).run(start, config.last_epoch)
 
 
 def validate(model, loaders, config, epoch, monitor):
@@ -124,11 +123,10 @@ def validate(model, loaders, config, epoch, monitor):
 def final_evaluation(network, loaders, config, monitor, folder):
     """Evaluate the final model on the test set, log it with what it costs, and write summary.yaml."""
     figures = evaluate(network.model, loaders.test)
-    epochs = config.epochs + config.cooldown_epochs
-    monitor.epoch(epochs, "test", figures)
+    monitor.epoch(config.last_epoch, "test", figures)
     monitor.log(f"final model on the test set: {report(figures, network.cost)}")
     if distributed.is_main():
-        folder.summarise({"name": config.name, "arch": config.arch, "epochs": epochs, **figures, **network.cost})
+        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, **figures, **network.cost})
 
 
 def report(figures, cost):

@@ -67,9 +67,9 @@ class FinetuneConfig(RunConfig):
     def _check_pruning(self):
         if self.prune.target_sparsity is None:
             return
-        last = self.epochs + self.cooldown_epochs
-        if self.prune_until > last:
-            raise UserError(f"prune.end_epoch: found {self.prune_until:g}, allowed is at most the {last} epochs of the run")
+        if self.prune_until > self.last_epoch:
+            raise UserError(f"prune.end_epoch: found {self.prune_until:g}, allowed is at most the {self.last_epoch} epochs of "
+                            "the run")
         if self.prune.start_epoch >= self.prune_until:
             raise UserError(f"prune.start_epoch: found {self.prune.start_epoch:g}, allowed is less than end_epoch "
                             f"({self.prune_until:g})")

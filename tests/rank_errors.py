@@ -1,8 +1,10 @@
 """One process of a run that meets an error: python rank_errors.py KIND, started by a launcher.
 
-KIND: alone (rank 1 meets it), alike (every rank meets the same one), loss (rank 1's loss is not finite).
+KIND: alone (rank 1 meets it), alike (every rank meets the same one), loss (rank 1's loss is not finite), restart (rank 1 is
+lost at the first start).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +29,12 @@ def fail(kind):
         training.model, training.epochs_before, training.steps = torch.nn.Linear(2, 2), 0, 10
         metrics.sums[0] = float("nan") if rank == 1 else 1.0
         training.check_finite(2, 5, {None: metrics})
+    if kind == "restart":
+        starts = torch.distributed.distributed_c10d._get_default_store().add("starts", 1)
+        distributed.barrier()
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(1)
+        print(f"entry {starts} of this start")
     distributed.barrier()
 
 

@@ -10,6 +10,8 @@ MASTER = ROOT / "indicators_pretraining"
 SEARCH_UTIL = ["__init__.py", "command.py", "config.py", "errors.py", "exchange.py"]
 COPIES = {"quantization_training/model": "model", "quantization_training/quan": "quan",
           "quantization_training/util": "util", "quantization_search/models": "model"}
+TEST_HELPERS = {"fuzzing.py": ["quantization_search/tests", "quantization_training/tests"],
+                "comparing.py": ["quantization_training/tests", "tests"]}
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
 
 
@@ -30,9 +32,10 @@ def test_the_search_carries_equal_copies_of_what_it_needs():
         assert content == (MASTER / "util" / name).read_bytes(), "run make sync"
 
 
-def test_the_stages_change_inputs_in_the_same_way():
-    for stage in STAGES:
-        assert (ROOT / stage / "tests/fuzzing.py").read_bytes() == (MASTER / "tests/fuzzing.py").read_bytes(), "run make sync"
+@pytest.mark.parametrize(("name", "folders"), TEST_HELPERS.items())
+def test_tests_share_what_helps_them(name, folders):
+    for folder in folders:
+        assert (ROOT / folder / name).read_bytes() == (MASTER / "tests" / name).read_bytes(), "run make sync"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -10,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from comparing import assert_equal_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING, TRAINING = ROOT / "indicators_pretraining", ROOT / "quantization_training"
@@ -60,47 +64,30 @@ def test_a_run_that_is_killed_again_and_again_equals_an_undisturbed_one(title, t
     assert_equal_folders(folders["undisturbed"], folders["killed"])
 
 
-def assert_equal_folders(one, other):
-    """Checkpoints have the same bytes in every tensor; metrics.csv has the same rows, but for the seconds."""
-    names = sorted(path.name.replace("undisturbed", "killed") for path in one.glob("*.pth.tar"))
-    assert names == sorted(path.name for path in other.glob("*.pth.tar"))
-    for path in one.glob("*.pth.tar"):
-        states = [torch.load(file, weights_only=True) for file in (path, other / path.name.replace("undisturbed", "killed"))]
-        assert "inside" not in states[1]
-        for key in states[0].keys() - {"config", "wandb_id"}:
-            assert as_bytes(states[0][key]) == as_bytes(states[1][key]), f"{path.name}: {key}"
-    rows = [[line.rpartition(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()] for folder in (one, other)]
-    assert rows[0] == rows[1]
-    assert (one / "summary.yaml").read_text().replace("undisturbed", "killed") == (other / "summary.yaml").read_text()
-
-
-def as_bytes(value):
-    """A nest of containers with tensors as bytes, to be compared."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: as_bytes(element) for key, element in value.items()}
-    return [as_bytes(element) for element in value] if isinstance(value, (list, tuple)) else value
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Two processes under torchrun.
 
 
-def torchrun(config, *words):
+def torchrun(stage, script, *words):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
-                             f"--master_port={port}", "main.py", str(config), *words], cwd=PRETRAINING, text=True,
+                             f"--master_port={port}", f"{script}.py", *words], cwd=stage, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def workers_of(launcher):
-    """Process numbers of the workers that a launcher started."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    return [int(child) for child in children.read_text().split()
-            if "main.py" in Path(f"/proc/{child}/cmdline").read_text()]
+def children_of(process, script=""):
+    """Process numbers of the children of a process, those that run a script where one is named."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if script in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def finish(process, status=0):
+    """Wait until a process has ended as expected; return what it said."""
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == status, said[-3000:]
+    return said
 
 
 def wait_for_step(checkpoint, launcher, seconds=120):
@@ -115,26 +102,101 @@ def wait_for_step(checkpoint, launcher, seconds=120):
     raise AssertionError(launcher.communicate()[0][-3000:])
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds worker processes in /proc")
-def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(tmp_path):
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds processes in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("title", COMMANDS if KILLS > 20 else list(COMMANDS)[:2])  # fine-tuning in make soak alone
+def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(title, tmp_path):
+    stage, script, more, suffix, _ = COMMANDS[title]
     config = tmp_path / "config.yaml"
-    config.write_text(COMMON + "target_bits: [4, 2]\n")
-    words = [f"output_dir={tmp_path}", "epochs=3"]
-    undisturbed = torchrun(config, *words, "name=undisturbed")
-    said = undisturbed.communicate(timeout=300)[0]
-    assert undisturbed.returncode == 0, said[-3000:]
+    config.write_text(COMMON + more)
+    words = [str(config), f"output_dir={tmp_path}", "epochs=2", "dataloader.data_fraction=0.4"]
+    folders = [tmp_path / f"{name}{suffix}" for name in ("undisturbed", "killed")]
+    undisturbed = torchrun(stage, script, *words, "name=undisturbed")
 
-    checkpoint = tmp_path / "killed" / "killed_checkpoint.pth.tar"
-    stopped = torchrun(config, *words, "name=killed")
-    wait_for_step(checkpoint, stopped)
-    stopped.send_signal(signal.SIGTERM)
-    said = stopped.communicate(timeout=60)[0]
-    assert re.search(r"stopped by SIGTERM.*; the same command goes on from there", said), said[-3000:]
+    files = ["level_0", "level_1"] if title == "pruning" else ["killed", "killed"]
+    first, second = (folders[1] / f"{name}_checkpoint.pth.tar" for name in files)
+    for _ in range(5):  # until it comes inside an epoch, where BatchNorm statistics differ between the two
+        stopped = torchrun(stage, script, *words, "name=killed")
+        wait_for_step(first, stopped)
+        stopped.send_signal(signal.SIGTERM)
+        said = stopped.communicate(timeout=60)[0]
+        assert re.search(r"stopped by SIGTERM.*; the same command goes on from there", said), said[-3000:]
+        inside = torch.load(first, weights_only=True).get("inside", {"batchnorms": []})
+        if inside["batchnorms"]:
+            break
+    one, other = inside["batchnorms"]
+    assert any(not torch.equal(one[name], other[name]) for name in one)
 
-    restarted = torchrun(config, *words, "name=killed")
-    wait_for_step(checkpoint, restarted)
-    os.kill(workers_of(restarted)[1], signal.SIGKILL)
-    said = restarted.communicate(timeout=300)[0]
-    assert restarted.returncode == 0, said[-3000:]
+    restarted = torchrun(stage, script, *words, "name=killed")
+    wait_for_step(second, restarted)
+    os.kill(children_of(restarted, script)[1], signal.SIGKILL)
+    said = finish(restarted)
     assert said.count("continuing after epoch") >= 2, said[-3000:]
+    finish(undisturbed)
+    assert_equal_folders(*folders)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loader workers.
+
+
+def write_images(folder):
+    """A small image folder: two classes, train/ and val/."""
+    draws = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 4)):
+        for label in ("one", "two"):
+            (folder / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
+
+
+def start(config, *words):
+    """Start fine-tuning as the leader of a process group of its own, as a shell or a batch system does."""
+    return subprocess.Popen([sys.executable, "main.py", str(config), *words], cwd=TRAINING, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def to_group(process, number):
+    os.killpg(process.pid, number)
+
+
+def to_each(process, number):
+    """To every process, workers first, as a batch system does that knows no groups."""
+    for child in [*children_of(process), process.pid]:
+        os.kill(child, number)
+        time.sleep(0.02)
+
+
+def is_there(number):
+    """Whether a process is there, zombies left aside."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@needs_proc
+def test_a_signal_that_reaches_loader_workers_too_ends_in_a_checkpoint_and_leaves_none_behind(tmp_path):
+    write_images(tmp_path / "images")
+    config = tmp_path / "config.yaml"
+    config.write_text(COMMON + COMMANDS["fine-tuning"][2])
+    words = [f"output_dir={tmp_path}", "epochs=4", "dataloader.dataset=folder", f"dataloader.path={tmp_path / 'images'}",
+             "dataloader.input_size=16", "dataloader.batch_size=8", "dataloader.val_split=0", "dataloader.data_fraction=1",
+             "dataloader.workers=2", "calibration_images=16"]
+    undisturbed = start(config, *words, "name=undisturbed")
+    checkpoint = tmp_path / "killed" / "killed_checkpoint.pth.tar"
+    for send, number in ((to_group, signal.SIGTERM), (to_group, signal.SIGINT), (to_each, signal.SIGTERM)):
+        stopped = start(config, *words, "name=killed")
+        wait_for_step(checkpoint, stopped)
+        workers = children_of(stopped)
+        send(stopped, number)
+        said = finish(stopped, 128 + number)
+        assert said.splitlines()[-1].startswith(f"stopped by {signal.Signals(number).name}"), said[-3000:]
+        assert said.endswith("the same command goes on from there\n") and "Traceback" not in said
+        assert len(workers) >= 2 and not any(map(is_there, workers))
+    finish(start(config, *words, "name=killed"))
+    finish(undisturbed)
     assert_equal_folders(tmp_path / "undisturbed", tmp_path / "killed")

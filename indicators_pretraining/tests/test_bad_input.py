@@ -1,6 +1,7 @@
 """What a newcomer gets wrong: one clear line on stderr, exit status 2, nothing written."""
 
 import pathlib
+import resource
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import importance_extractor
 import main
 import process
-from util.checkpoint import save_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import user_errors_on_one_line
 
 CONFIG = """
@@ -116,6 +117,72 @@ def test_the_step_size_that_is_not_finite_is_named(folder, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
     assert "in epoch 1, step 3 of 4: the step size layer2.0.conv1.quan_w_fn.s is not finite; lower lr" in said
+
+
+@pytest.mark.parametrize(("step", "place"), [(3, " in epoch 1, after 3 of 4 steps"), (4, " after epoch 1"),
+                                             (6, " in epoch 2, after 2 of 4 steps")])
+def test_weights_that_an_update_made_not_finite_reach_no_checkpoint(folder, capsys, monkeypatch, step, place):
+    take_step, calls = process.joint_step, []
+
+    def step_with_a_bad_end(model, *arguments):
+        take_step(model, *arguments)
+        calls.append(1)
+        if len(calls) == step:
+            model.layer1[0].conv2.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(process, "joint_step", step_with_a_bad_end)
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml", "epochs=2", "log.checkpoint_steps=1"])
+    assert stop.value.code == 2
+    assert f"error: the parameter layer1.0.conv2.weight is not finite{place}; lower lr" in capsys.readouterr().err
+    kept = load_checkpoint("out/run/run_checkpoint.pth.tar")
+    assert 4 * kept["epoch"] + kept.get("inside", {}).get("step", 0) == step - 1
+    assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore on it"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), MemoryError()])
+def test_a_lack_of_memory_ends_in_one_line_with_the_knobs_to_turn(folder, capsys, monkeypatch, error):
+    def need_too_much(*arguments):
+        raise error
+
+    monkeypatch.setattr(process, "joint_step", need_too_much)
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: out of memory (")
+    assert all(knob in said for knob in ("dataloader.batch_size", "accumulation", "dataloader.input_size"))
+
+
+@pytest.fixture
+def largest_file():
+    """Sets how many bytes a file may have, as if the disk were full; put back at the end."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_gets_full_leaves_the_checkpoint_whole_and_says_what_is_needed(folder, capsys, monkeypatch, largest_file):
+    take_step, path = process.joint_step, pathlib.Path("out/run/run_checkpoint.pth.tar")
+    before = []
+
+    def step_on_a_full_disk(*arguments):
+        take_step(*arguments)
+        if path.exists() and not before:
+            before.append(path.read_bytes())
+            largest_file(2**20)
+
+    monkeypatch.setattr(process, "joint_step", step_on_a_full_disk)
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main(["config.yaml", "log.checkpoint_steps=1"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    needed = len(before[0]) / 2**20
+    assert f"run_checkpoint.pth.tar: cannot write the file (File too large; {needed:.1f} MB are needed)" in said
+    assert path.read_bytes() == before[0]
+    assert not list(path.parent.glob("*.partial"))
 
 
 def test_batches_of_one_image_meet_batchnorm(folder, capsys):

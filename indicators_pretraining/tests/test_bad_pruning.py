@@ -95,6 +95,21 @@ def test_a_list_that_ends_below_the_target(folder, capsys):
     assert "prune.amount: its 1 levels end below target_sparsity (0.5)" in said
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    (["prune.target_sparsity=0.98"], "654 of 672 channels of all layers can go (0.9732)"),
+    (["prune.target_sparsity=0.97", "prune.scope=layer"], "15 of 16 channels of layer1.0.conv1 can go (0.9375)"),
+    (["prune.amount=0.98", "prune.method=one_shot", "prune.levels=1"], "654 of 672 channels of all layers can go (0.9732)")])
+def test_a_target_that_needs_the_last_channel_of_a_layer(folder, capsys, changes, message):
+    said = refused(capsys, "prune.type=structured", "prune.levels=", *changes)
+    assert "prune.target_sparsity: found 0.9" in said and "but one channel of each layer stays; " + message in said
+
+
+def test_all_but_one_channel_of_each_layer_can_be_removed(folder):
+    prune("prune.type=structured", "prune.levels=", "prune.target_sparsity=0.9732", "prune.amount=0.9732")
+    masks = load_checkpoint("out/run_pruning/level_1_checkpoint.pth.tar")["masks"]
+    assert {int(mask.flatten(1).any(1).sum()) for mask in masks.values() if mask.dim() > 1} == {1}
+
+
 def test_less_than_is_there_already(folder, capsys):
     prune("prune.levels=2")
     capsys.readouterr()

@@ -16,7 +16,7 @@ from network import build_network
 from process import joint_step
 from schema import IndicatorsConfig
 from util.checkpoint import RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, ResumeConfig
+from util.config import ExceptionConfig, QuanConfig, ResumeConfig, to_plain
 from util.distributed import random_states, set_random_states
 from util.errors import UserError
 from util.exchange import write_atomically
@@ -287,3 +287,20 @@ def test_which_checkpoint_resume_path_stands_for(tmp_path):
     for wrong in (config("none"), config("other")):
         with pytest.raises(UserError, match="holds a run"):
             find_checkpoint(wrong, folder)
+
+
+def test_a_damaged_newest_checkpoint_is_a_reason_to_go_back(tmp_path):
+    config = IndicatorsConfig(name="n", output_dir=str(tmp_path), resume=ResumeConfig(path=str(tmp_path / "n" / "earlier")))
+    folder = RunFolder.of(config)
+    folder.save({"epoch": 1, "state_dict": {}, "config": to_plain(config)}, is_best=False)
+    assert find_checkpoint(config, folder) == (folder.last, False)  # that has happened
+    with open(folder.last, "r+b") as file:
+        file.truncate(100)
+    assert find_checkpoint(config, folder) == (config.resume.path, False)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+    (os.mkfifo if kind == "pipe" else os.mkdir)(tmp_path / "c")
+    with pytest.raises(UserError, match=r"c: cannot read the checkpoint \(not a regular file\)"):
+        load_checkpoint(tmp_path / "c")

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import struct
+import subprocess
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -23,7 +24,7 @@ from util import datasets
 from util.config import DataConfig
 from util.data_loader import FileBatches, create_loaders, crop_and_flip, draw_crops, leave_signals_to_main
 from util.datasets import FASHION_FILES, describe_data, find_idx_file
-from util.errors import UserError
+from util.errors import UserError, user_errors_on_one_line
 from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, stratified_split
 
 CPU = torch.device("cpu")
@@ -585,18 +586,30 @@ def test_too_large_a_batch_over_all_ranks_is_refused():
     assert len(loaders(replace(DIGITS, batch_size=359), rank=3, world_size=4).train) == math.floor(1438 / 359 / 4)
 
 
-@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="there are no process groups")
-def test_workers_do_not_get_the_signals_of_their_group_but_those_of_the_main_process():
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not told")
+def test_workers_obey_sigterm_of_the_main_process_and_of_nobody_else():
     ready, tell = multiprocessing.Pipe(duplex=False)
     worker = multiprocessing.get_context("fork").Process(target=wait_as_worker, args=(tell,))
     worker.start()
-    assert ready.recv() != os.getpgrp()
+    assert ready.recv()
+    subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}"], check=True)
+    worker.join(timeout=0.5)
+    assert worker.is_alive()
     worker.terminate()
     worker.join(timeout=10)
-    assert worker.exitcode == -signal.SIGTERM
+    assert worker.exitcode == 0
 
 
 def wait_as_worker(tell):
     leave_signals_to_main(0)
-    tell.send(os.getpgrp())
+    tell.send(True)
     time.sleep(60)
+
+
+def test_a_worker_that_is_lost_is_told_in_one_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(FileBatches, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        read(loaders(folder_config(folder, workers=1)).train)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "error: a process that reads images was lost" in said and "lower dataloader.workers" in said

@@ -1,5 +1,6 @@
 """A run that stops and goes on ends with the same tensors as one that does not."""
 
+import shutil
 import signal
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import main
 import process
-from util import distributed, metrics
+from comparing import assert_equal_folders, assert_equal_states
+from util import checkpoint, distributed, metrics
 from util.checkpoint import RunFolder
 from util.errors import Interrupted
 
@@ -52,27 +54,26 @@ def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
             main.main(["config.yaml", "name=stopped"])
     monkeypatch.setattr(RunFolder, "save", save)
     main.main(["config.yaml", "name=stopped"])
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
-def assert_equal_runs(place, one, other):
-    """Every tensor of two checkpoints has the same bytes, and metrics.csv the same rows but for the seconds."""
-    states = [torch.load(place / f"results/{name}/{name}_checkpoint.pth.tar", weights_only=True) for name in (one, other)]
-    for key in ("state_dict", "optimizer", "random_states", "extras", "epoch"):
-        assert as_bytes(states[0][key]) == as_bytes(states[1][key]), key
-    assert "inside" not in states[1]
-    rows = [(place / "results" / name / "metrics.csv").read_text().splitlines() for name in (one, other)]
-    without_seconds = [[line.rpartition(",")[0] for line in lines] for lines in rows]
-    assert without_seconds[0] == without_seconds[1]
+def test_a_kill_between_the_writes_of_an_epoch_does_not_lose_the_best_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    words = ["config.yaml", "epochs=1", "warmup_epochs=0"]
+    main.main([*words, "name=undisturbed"])
+    save = checkpoint.save_checkpoint
 
+    def save_one_and_stop(*arguments):
+        save(*arguments)
+        raise Stopped
 
-def as_bytes(value):
-    """A nest of containers with tensors as bytes, to be compared."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: as_bytes(element) for key, element in value.items()}
-    return [as_bytes(element) for element in value] if isinstance(value, (list, tuple)) else value
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", save_one_and_stop)
+        with pytest.raises(Stopped):
+            main.main([*words, "name=stopped"])
+    main.main([*words, "name=stopped"])
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
 def send_signals(monkeypatch, place, function, after):
@@ -110,7 +111,7 @@ def test_a_run_that_a_signal_stops_again_and_again_equals_an_undisturbed_one(tmp
                 stops += 1
         assert stops < 30
     assert stops >= 2
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
 def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
@@ -132,7 +133,7 @@ def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
                 main.main(["config.yaml", "name=stopped", "log.checkpoint_steps=3"])
     assert steps == [(0, 3), (1, 3), (2, 3)]
     main.main(["config.yaml", "name=stopped", "log.checkpoint_steps=1"])
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
 def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
@@ -144,6 +145,26 @@ def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
                                                                     "run_epoch_3_checkpoint.pth.tar"]
     assert (folder / "run_epoch_3_checkpoint.pth.tar").read_bytes() == (folder / "run_checkpoint.pth.tar").read_bytes()
     assert torch.load(folder / "run_epoch_2_checkpoint.pth.tar", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_run_starts_from_an_earlier_checkpoint_once_and_then_goes_on_from_its_own(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    words = ["config.yaml", "epochs=2"]
+    main.main([*words, "name=first", "log.keep_checkpoints=2"])
+    expected = shutil.copytree("results/first", "results/undisturbed")
+    back = [*words, f"name={name}", "resume.path=results/first/first_epoch_1_checkpoint.pth.tar", "log.keep_checkpoints=2"]
+    with monkeypatch.context() as patch:
+        send_signals(patch, *STEP, 2)
+        with pytest.raises(Interrupted):
+            main.main(back)
+    capsys.readouterr()
+    main.main(back)
+    assert "continuing after epoch 1 and 2 steps" in capsys.readouterr().out
+    assert_equal_states(f"results/{name}/{name}_checkpoint.pth.tar", f"{expected}/first_checkpoint.pth.tar")
+    main.main(back)
+    assert "this run is finished" in capsys.readouterr().out
 
 
 def test_another_number_of_threads_is_taken_over_or_said(tmp_path, monkeypatch, capsys):

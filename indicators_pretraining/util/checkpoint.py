@@ -14,7 +14,7 @@ from model.weights import load_state
 from quan.quantizer import kernel
 from util import distributed
 from util.archive import pack, unpack
-from util.config import differing_keys, read_yaml, to_plain
+from util.config import differing_keys, flatten, read_yaml, to_plain
 from util.entries import check_entries
 from util.errors import UserError, reason
 from util.exchange import strip_prefix, write_atomically
@@ -44,6 +44,8 @@ def load_checkpoint(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise UserError(f"{path}: cannot read the checkpoint (not a regular file)")
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -140,8 +142,8 @@ def find_checkpoint(config, folder):
     """What resume.path stands for.
 
     `auto` is the run folder's own checkpoint, for evaluation its best one; `none` refuses a folder that holds a run. A
-    path names where a run starts; where it has started already, it goes on from its own checkpoint with resume.lean,
-    and otherwise the path has to lie in the same folder.
+    path names where a run starts; where it has started from there already, it goes on from its own checkpoint. A path that
+    an existing run has not started from takes it back to a checkpoint of its own folder.
 
     Returns:
         (path or None where a run starts afresh, whether only the weights are taken).
@@ -157,12 +159,21 @@ def find_checkpoint(config, folder):
         return None, False
     if not own:
         return wanted, config.resume.lean
-    if config.resume.lean:
+    if config.resume.lean or _has_started_from(wanted, folder):
         return folder.last, False
     if os.path.realpath(os.path.dirname(wanted)) != os.path.realpath(folder.path):
         raise UserError(f"resume.path: found {wanted}, but {folder.path} holds a run, which would be overwritten; "
                         "take another name, or auto")
     return wanted, False
+
+
+def _has_started_from(wanted, folder):
+    """Whether the newest checkpoint of a run was written after the run had started from a checkpoint, weights and all."""
+    try:
+        config = flatten(load_checkpoint(folder.last).get("config", {}))
+    except UserError:  # a damaged one is a reason to go back
+        return False
+    return config.get("resume.path") == wanted and config.get("resume.lean") is False
 
 
 def _find_for_evaluation(config, folder):
@@ -367,7 +378,7 @@ def training_state(model, optimizer, epoch, best, config, monitor):
 
 def is_finished(epoch, config, folder):
     """Whether `epoch` completed epochs are all that the configuration asks for, and their results are written."""
-    last = config.epochs + config.cooldown_epochs
+    last = config.last_epoch
     return epoch >= last and distributed.on_main(read_summary, folder.summary).get("epochs") == last
 
 
@@ -381,5 +392,5 @@ def read_summary(path):
 
 def announce_finished(folder, config):
     if distributed.is_main():
-        print(f"{folder.path}: this run is finished ({config.epochs + config.cooldown_epochs} epochs); "
-              "give more epochs to go on, or another name to start anew")
+        print(f"{folder.path}: this run is finished ({config.last_epoch} epochs); give more epochs to go on, "
+              "or another name to start anew")

@@ -6,6 +6,7 @@ read by worker processes. Either way the augmentation of a sample is drawn from 
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -277,7 +278,21 @@ def sample_seed(seed, epoch, index):
 
 
 def leave_signals_to_main(worker):
-    """Leave Ctrl-C and SIGTERM that go to the whole process group to the main process, which stops its workers itself."""
+    """Leave Ctrl-C and SIGTERM to the main process, which saves first and stops its workers itself.
+
+    A worker that ended before, whether the signal went to the process group or to each process, would take the run along.
+    One that ignored SIGTERM altogether would let the main process wait for it in vain.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # SIGTERM is not ignored, because the main process ends its workers by it
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_for, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(os, "setpgrp"):  # who sent a signal is not told here
+        os.setpgrp()
+
+
+def end_for(sender):
+    """End this process as soon as another one, by its number, sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)

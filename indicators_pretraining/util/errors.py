@@ -8,6 +8,9 @@ import sys
 
 USER_ERROR_STATUS = 2
 SIGNAL_STATUS = 128  # plus the number of the signal, as shells count
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+                 "DefaultCPUAllocator: can't allocate memory")
+LOST_WORKER = "DataLoader worker"  # how torch begins to say that one is gone
 SINGLE_VALUE = "Expected more than 1 value per channel"  # how torch begins to say it
 
 
@@ -84,10 +87,19 @@ def as_user_error(error):
     if SINGLE_VALUE in str(error):
         return UserError("dataloader.batch_size: a BatchNorm met a single value per channel; take larger batches or larger "
                          "images (calibration_images counts too)")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does without
-        return UserError(f"out of memory on the GPU ({reason(error)[:80]}); lower dataloader.batch_size (accumulation in "
-                         "fine-tuning keeps the step the same) or dataloader.input_size")
+    if isinstance(error, RuntimeError) and str(error).startswith(LOST_WORKER):
+        return UserError(f"a process that reads images was lost ({reason(error)[:100]}); where memory is short, lower "
+                         "dataloader.workers or dataloader.batch_size")
+    if is_out_of_memory(error):
+        return UserError(f"out of memory ({reason(error)[:80]}); lower dataloader.batch_size (accumulation in fine-tuning "
+                         "keeps the step the same) or dataloader.input_size")
     return None
+
+
+def is_out_of_memory(error):
+    """Whether a device or the machine had no memory left: torch, which this module does without, says so in many ways."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))
 
 
 def is_first_process():

@@ -149,7 +149,8 @@ class Training:
         """Write a checkpoint after `epochs` completed epochs, or inside the one that follows."""
         culprit = not_finite(self.model)
         if culprit:
-            raise UserError(f"{culprit} is not finite after epoch {self.epochs_before + epochs}; {REMEDY}")
+            place = self.place(epochs - 1, self.steps) if inside is None else self.place(epochs, inside.step)
+            raise UserError(f"{culprit} is not finite{place}; {REMEDY}")
         state = training_state(self.model, self.optimizer, epochs, self.best, self.config, self.monitor)
         if inside is not None:
             state["inside"] = replace(inside, sums=distributed.gather_objects([sums.cpu() for sums in inside.sums]),

@@ -348,6 +348,15 @@ def test_a_target_below_what_is_removed_already(folder, capsys):
     assert "prune.target_sparsity: found 0.3, but 40.00 % of the weights are removed already" in said
 
 
+@pytest.mark.parametrize(("scope", "target", "message"), [
+    ("global", 0.98, "found 0.98, but one channel of each layer stays; 654 of 672 channels of all layers can go (0.9732)"),
+    ("layer", 0.97, "found 0.97, but one channel of each layer stays; 15 of 16 channels of layer1.0.conv1 can go (0.9375)")])
+def test_a_target_that_needs_the_last_channel_of_a_layer(folder, capsys, scope, target, message):
+    words = ["prune.type=structured", f"prune.scope={scope}", "fp_model=true", "weight_bits=", "act_bits=", "epochs=1"]
+    assert message in complaint(capsys, f"prune.target_sparsity={target}", *words)
+    main.main(["config.yaml", "prune.target_sparsity=0.9375", *words])
+
+
 @pytest.mark.parametrize(("masks", "message"), [
     ({"layer1.0.con1.weight": torch.ones(16, 16, 3, 3, dtype=torch.bool)}, "did you mean 'layer1.0.conv1.weight'"),
     ({"layer1.0.conv1.weight": torch.ones(16, 16, 1, 1, dtype=torch.bool)}, "has shape [16, 16, 1, 1]"),

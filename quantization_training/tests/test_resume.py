@@ -9,6 +9,7 @@ from PIL import Image
 
 import main
 import process
+from comparing import assert_equal_folders
 from util import distributed, metrics
 from util.checkpoint import RunFolder
 from util.errors import Interrupted
@@ -54,27 +55,7 @@ def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
             main.main(["config.yaml", "name=stopped"])
     monkeypatch.setattr(RunFolder, "save", save)
     main.main(["config.yaml", "name=stopped"])
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
-
-
-def assert_equal_runs(place, one, other):
-    """Every tensor of two checkpoints has the same bytes, and metrics.csv the same rows but for the seconds."""
-    states = [torch.load(place / f"results/{name}/{name}_checkpoint.pth.tar", weights_only=True) for name in (one, other)]
-    for key in ("state_dict", "optimizer", "random_states", "extras", "epoch"):
-        assert as_bytes(states[0][key]) == as_bytes(states[1][key]), key
-    assert "inside" not in states[1]
-    rows = [(place / "results" / name / "metrics.csv").read_text().splitlines() for name in (one, other)]
-    without_seconds = [[line.rpartition(",")[0] for line in lines] for lines in rows]
-    assert without_seconds[0] == without_seconds[1]
-
-
-def as_bytes(value):
-    """A nest of containers with tensors as bytes, to be compared."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.contiguous().numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: as_bytes(element) for key, element in value.items()}
-    return [as_bytes(element) for element in value] if isinstance(value, (list, tuple)) else value
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
 def send_signals(monkeypatch, place, function, after):
@@ -112,7 +93,7 @@ def test_a_run_that_a_signal_stops_again_and_again_equals_an_undisturbed_one(tmp
                 stops += 1
         assert stops < 30
     assert stops >= 2
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
 def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
@@ -134,7 +115,7 @@ def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
                 main.main(["config.yaml", "name=stopped", "log.checkpoint_steps=3"])
     assert steps == [(0, 3), (1, 3), (2, 3)]
     main.main(["config.yaml", "name=stopped", "log.checkpoint_steps=1"])
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")
 
 
 def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
@@ -197,4 +178,4 @@ def test_image_files_read_by_workers_are_gone_on_with_inside_an_epoch(tmp_path, 
                 main.main([*words, "name=stopped"])
     assert stops == [1, None, 1]
     main.main([*words, "name=stopped"])
-    assert_equal_runs(tmp_path, "undisturbed", "stopped")
+    assert_equal_folders(tmp_path / "results" / "undisturbed", tmp_path / "results" / "stopped")

@@ -165,6 +165,11 @@ class RunConfig:
             raise UserError("quan.act.per_channel: activations have one step size per layer; leave it false")
         check_bits("target_bits", self.target_bits)
 
+    @property
+    def last_epoch(self):
+        """The number of epochs after which training is finished."""
+        return self.epochs + self.cooldown_epochs
+
 
 def check_bits(key, bits):
     """Refuse candidate bit-widths that are missing, repeated, or outside 2..8."""

@@ -7,10 +7,12 @@ import random
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from util.errors import Lost, UserError, as_user_error, reason
 
 CONNECTION = ("connection closed", "connection reset", "broken pipe", "connection refused", "socket", "recv", "timed out")
+ERROR_KEY = "limpqp/error"
 _control = None  # the group of processes that small numbers on the CPU travel in
 
 
@@ -54,10 +56,10 @@ def process_group(training_device):
     global _control
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, **_meeting_place())
         _control = dist.new_group(backend="gloo")
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting_place())
         _control = None
     try:
         with one_process_tells():
@@ -66,6 +68,17 @@ def process_group(training_device):
     finally:
         if is_distributed():  # an error: the other ranks may be gone, so nothing is waited for
             dist.destroy_process_group()
+
+
+def _meeting_place():
+    """Where the processes of a launcher find each other: the arguments of init_process_group, anew for each restart.
+
+    torchrun keeps its store over restarts unless told otherwise, with the addresses of processes that are gone; to wait
+    for one of these takes half an hour.
+    """
+    store, own, processes = next(rendezvous("env://"))
+    start = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return {"store": start, "rank": own, "world_size": processes}
 
 
 @contextlib.contextmanager
@@ -88,7 +101,7 @@ def _tells(message):
     """Whether this rank is the first to meet an error, or meets another one than the first."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        first = store.compare_set(_error_key(), "", f"{rank()}:{message}").decode()
+        first = store.compare_set(ERROR_KEY, "", f"{rank()}:{message}").decode()
     except Exception:  # the store may be gone with the process that held it; an error told twice is better than none
         return True
     told_by, _, told = first.partition(":")
@@ -98,13 +111,9 @@ def _tells(message):
 def _is_told():
     """Whether any rank has told an error."""
     try:
-        return dist.distributed_c10d._get_default_store().check([_error_key()])
+        return dist.distributed_c10d._get_default_store().check([ERROR_KEY])
     except Exception:  # as above
         return False
-
-
-def _error_key():
-    return f"limpqp/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def largest_over_ranks(number):

@@ -461,6 +461,8 @@ def flatten(data, prefix=""):
 
 
 def differing_keys(old, new):
-    """The dotted keys in which two plain configurations differ, in order."""
+    """The dotted keys in which two plain configurations differ, in order. A key that is not there counts as blank, but for
+    exceptions: a layer whose entry is blank is one."""
     old, new = flatten(old), flatten(new)
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    absent = {key: "absent" for key in old.keys() | new.keys() if key.startswith("quan.excepts.")}
+    return sorted(key for key in old.keys() | new.keys() if old.get(key, absent.get(key)) != new.get(key, absent.get(key)))

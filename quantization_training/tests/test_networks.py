@@ -1,16 +1,18 @@
 """Networks of the user's own and transformers, from stage 1 into fine-tuning."""
 
+import pathlib
+
 import pytest
 import torch
 from torch import nn
 
-from model import create_model
+from model import create_model, list_architectures
 from model.layer_table import trace
 from network import build_network
 from quan.utils import joint_modules, name_exceptions, replace_module_by_names, step_quantizers
 from schema import FinetuneConfig
 from util.checkpoint import save_checkpoint
-from util.config import ActQuantizerConfig, QuanConfig
+from util.config import ActQuantizerConfig, QuanConfig, load_config
 from util.errors import UserError
 from util.exchange import write_policy
 
@@ -103,3 +105,10 @@ def test_another_file_or_factory_is_another_network(tmp_path, monkeypatch):
     config = FinetuneConfig(arch="net.py:other", policy="policy.yaml")
     with pytest.raises(UserError, match="the policy is for net.py:Shared, but arch is net.py:other"):
         build_network(config, 10, 8, None, CPU)
+
+
+@pytest.mark.parametrize("path", sorted(pathlib.Path(__file__).parents[1].glob("*.yaml")), ids=lambda path: path.name)
+def test_configuration_files_are_valid_and_name_a_network(path):
+    config = load_config(FinetuneConfig, [str(path)])
+    assert config.arch in list_architectures() or config.arch.startswith("timm:")
+    assert config.eval or config.fp_model or config.policy or config.weight_bits

@@ -87,7 +87,7 @@ def find_network(path, indicators, model=None):
         rows = _checked_rows(path, "layers", indicators["layers"])
         fixed = _checked_rows(path, "fixed", indicators.get("fixed", {}))
     else:
-        rows, fixed = _rows_of_model(path, indicators, arch if model is None else model), {}
+        rows, fixed = _rows_of_model(path, indicators, arch, model), {}
     names = indicators["layer_name"]
     for name in names:
         if not name.isprintable() or not name:
@@ -124,15 +124,16 @@ def _check_ends(path, rows, others):
                             "of the network nor the last")
 
 
-def _rows_of_model(path, indicators, arch):
+def _rows_of_model(path, indicators, arch, model):
+    if model is None and split_arch(arch):  # code is run where the user names it, not where a file does
+        raise UserError(f"{path}: arch: is built by a file ({arch}), and the layer table is missing; extract the indicators "
+                        "again")
+    arch = model or arch
     usual, classes = CIFAR.get(arch, (INPUT_SIZE, CLASSES))
     size = indicators.get("input_size") or usual
     if type(size) is not int or not 1 <= size <= 4096:
         raise UserError(f"{path}: input_size: found {describe(size)}, expected the height and width of an image")
     rows = read_tables().get(arch, {}) if size == usual else {}
-    if split_arch(arch) and arch == indicators.get("arch"):  # code is run where the user names it, not where a file does
-        raise UserError(f"{path}: arch: is built by a file ({arch}), and the layer table is missing; extract the indicators "
-                        "again")
     return rows or trace_rows(arch, size, classes, f"{path}: arch" if "arch" in indicators else "model")
 
 

@@ -44,8 +44,8 @@ def test_the_commands_of_the_readme_bring_a_network_of_ones_own_through_all_stag
     assert f"loss {summary['loss']:.4f}  top-1 {summary['top1']:.3f}" in said.splitlines()[-1]
 
 
-def test_exceptions_and_products_of_attention_are_named(walked):
+def test_exceptions_and_the_products_of_attention_are_named(walked):
     _, said = walked
     assert said.count("exceptions found in the graph: stem.0 (first layer), stem.1 (its BatchNorm), head (classifier)") == 2
-    assert said.count("products of attention, in full precision and counted in no BitOPs") == 3
-    assert re.search(r"^products of attention: [\d.]+ G MACs in full precision, in no BitOPs$", said, re.MULTILINE)
+    assert said.count("products outside of the layers, as attention has them, in full precision and counted in no BitOPs") == 3
+    assert re.search(r"^products outside of the layers: [\d.]+ G MACs in full precision, in no BitOPs$", said, re.MULTILINE)

@@ -1,5 +1,6 @@
 """Networks that come from elsewhere: timm's, and those that a file of the user's own builds."""
 
+import contextlib
 import inspect
 import os
 import sys
@@ -57,22 +58,19 @@ def _run_file(arch, path):
     return module
 
 
-class _errors_of_the_user:
+@contextlib.contextmanager
+def _errors_of_the_user(arch, path):
     """Turns whatever the user's code raises into a UserError with the line of their file."""
-
-    def __init__(self, arch, path):
-        self.arch, self.path = arch, os.path.abspath(os.path.expanduser(path))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if error is None or isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
-            return
-        lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == self.path]
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        own = os.path.abspath(os.path.expanduser(path))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        raise UserError(f"arch: {self.arch} failed{f' in line {line}' if line else ''} "
-                        f"({kind.__name__}: {reason(error)})") from None
+        raise UserError(f"arch: {arch} failed{f' in line {line}' if line else ''} "
+                        f"({type(error).__name__}: {reason(error)})") from None
 
 
 def _check_arguments(arch, factory):

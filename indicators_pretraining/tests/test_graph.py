@@ -250,6 +250,54 @@ def test_a_network_without_convolutions_excepts_its_first_layer():
     assert found(model, 4)[0] == ["1", "4"]
 
 
+class Branches(nn.Module):
+    """Two convolutions see the image, two linear layers give the answer, and a block's output is added to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.norm, self.block, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm(self.wide(x)) + self.narrow(x)
+        x = self.last(x + self.block(x)).mean((2, 3))
+        return (self.one(x) + self.two(x)) / 2
+
+
+class Residual(nn.Module):
+    """Its answer is a sum that reaches back to the first convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.block(x)
+        return (x + self.last(x)).mean((2, 3))
+
+
+class Padded(nn.Conv2d):
+    """No layer as torch has it, so it stays in full precision."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+def test_every_convolution_that_sees_the_image_and_every_layer_that_answers_is_an_exception():
+    assert found(Branches(), 8)[0] == ["wide", "narrow", "norm", "one", "two"]
+    assert found(Residual(), 8)[0] == ["stem", "last"]
+
+
+def test_a_convolution_that_stays_in_full_precision_leaves_nothing_else_to_be_first():
+    model = nn.Sequential(Padded(3, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 2))
+    graph = trace(model, 8)
+    assert found(model, 8)[0] == ["5"] and graph.uncounted == {"0.weight": 48} and graph.batchnorms == {"1": None}
+    assert graph.products == {"0": 48 * 64}
+
+
 def test_exceptions_that_are_named_stay_and_auto_is_what_is_not_written():
     graph = trace(create_model("resnet20", 10), 8)
     named = IndicatorsConfig(quan=QuanConfig(excepts={"layer1.0.conv1": ExceptionConfig()}))

@@ -49,10 +49,11 @@ def test_a_file_without_a_table_cannot_name_the_code_to_run(save, canary):
     assert not canary.exists()
 
 
-def test_the_user_may_name_code_to_build_the_table_from(save, canary):
+@pytest.mark.parametrize("said", [{}, {"arch": ARCH}])
+def test_the_user_may_name_code_to_build_the_table_from(save, canary, said):
     names = [str(index) for index in range(1, 5)]
     rows = dict.fromkeys(names, {"4": 0.1, "3": 0.2, "2": 0.4})
-    path = save({"weight": rows, "act": rows, "layer_name": names})
+    path = save({"weight": rows, "act": rows, "layer_name": names, **said})
     assert list(network(path, ARCH).rows) == names and canary.exists()
 
 
@@ -61,7 +62,7 @@ def test_products_of_attention_are_reported_and_in_no_bitops(save, capsys):
     for products in ({}, {"products": {"block.attention": 1_500_000, "other": 500_000}}):
         search.main(["--i", save({**content(), **products}), *WORDS])
         said.append(capsys.readouterr().out.splitlines())
-    line = "products of attention: 0.002 G MACs in full precision, in no BitOPs"
+    line = "products outside of the layers: 0.002 G MACs in full precision, in no BitOPs"
     assert line in said[1] and [other for other in said[1] if other != line] == said[0]
 
 

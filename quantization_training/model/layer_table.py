@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from util.errors import UserError, reason
 from .attention import SelfAttention, attends_to_itself
 
 QUANTIZABLE = (nn.Conv2d, nn.Linear)
+OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class LayerCall:
     params: int
     act_elements: int
 
+    def after(self, earlier):
+        """This call and earlier ones of the same layer: a module that is used twice works twice as much."""
+        return replace(self, macs_published=earlier.macs_published + self.macs_published,
+                       macs_exact=earlier.macs_exact + self.macs_exact,
+                       act_elements=earlier.act_elements + self.act_elements)
+
     def as_row(self):
         """The entry of this layer in the table that an indicators file carries."""
         row = dict(vars(self), shape=list(self.shape))
@@ -49,7 +56,7 @@ class Graph:
     cannot be taken apart, and layers that no forward pass reaches; they are not quantized, and count in neither size nor
     MACs. products: {module: MACs} of matrix products outside of the layers, such as the two of attention, Q K^T and the
     one with V; they are not quantized, and count in no BitOPs. output_shape: of what the network answers for one image.
-    last: the layer whose output is the answer, where it is one alone, else the last of those that it is computed from.
+    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the answer, one too.
     """
 
     layers: dict
@@ -57,12 +64,8 @@ class Graph:
     uncounted: dict
     products: dict
     output_shape: tuple
-    last: str
-
-    @property
-    def first(self):
-        """The name of the first convolution, or of the first layer of a network without."""
-        return next((name for name, call in self.layers.items() if call.kind == "conv"), next(iter(self.layers)))
+    first: tuple
+    classifiers: tuple
 
     def describe_uncounted(self):
         """A line about what is left alone, or '' where there is nothing."""
@@ -78,8 +81,8 @@ class Graph:
         if not self.products:
             return ""
         layers = sum(call.macs_exact for call in self.layers.values())
-        return (f"products of attention, in full precision and counted in no BitOPs: {sum(self.products.values()) / 1e6:.3f} "
-                f"M MACs per image, beside {layers / 1e6:.3f} M of the layers")
+        return ("products outside of the layers, as attention has them, in full precision and counted in no BitOPs: "
+                f"{sum(self.products.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
 
     def describe(self):
         """These lines, those that there are."""
@@ -205,33 +208,21 @@ def trace(model, input_size, num_classes=None):
 
 def _dry_pass(model, input_size, device):
     twin = copy.deepcopy(model).to(device, torch.float32).eval()
-    lineage, products, attention = _Lineage(), _Products(), {}
-    calls, batchnorms = {}, {}
+    notes, products = _Notes(), _Products()
     for name, module in twin.named_modules():
-        is_layer = is_quantizable(module)
-        products.watch(name, module, is_layer)
-        if is_layer:
-            module.register_forward_hook(_note_layer(name, calls, lineage))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(_note_batchnorm(name, batchnorms, lineage))
-        elif isinstance(module, SelfAttention):
-            module.register_forward_pre_hook(_note_attention(name, attention), with_kwargs=True)
-    with torch.no_grad(), lineage, products:
+        products.watch(name, module, is_quantizable(module))
+        notes.watch(name, module)
+    with torch.no_grad(), notes.lineage, products:
         answer = twin(torch.zeros(1, 3, input_size, input_size, device=device))
     uncounted = {name: parameter.numel() for name, parameter in twin.named_parameters()
-                 if parameter.dim() >= 2 and name.rpartition(".")[0] not in calls}
+                 if parameter.dim() >= 2 and name.rpartition(".")[0] not in notes.calls}
     shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
-    return Graph(calls, batchnorms, uncounted, products.macs, shape, _last_layer(calls, lineage.of(answer)))
+    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), notes.classifiers(answer))
 
 
 def is_quantizable(module):
     """Whether a module is a convolution or a linear layer as torch has it, with a weight of its own."""
     return type(module) in QUANTIZABLE and isinstance(module._parameters.get("weight"), nn.Parameter)
-
-
-def _last_layer(calls, sources):
-    """Of the layers that a tensor was computed from, the one that was called last; of all, where it is not known."""
-    return next((name for name in reversed(calls) if name in sources), next(reversed(calls), ""))
 
 
 def _check_answer(graph, num_classes):
@@ -255,35 +246,61 @@ def _check_tied(model, graph):
                             "one module twice")
 
 
-def _note_layer(name, calls, lineage):
-    def hook(module, inputs, output):
-        if not inputs:
-            raise UserError(f"arch: the layer {name} gets its input by keyword; call it with the input alone")
-        call = _layer_call(name, module, inputs[0], output)
-        if name in calls:  # a module used twice works twice as much
-            first = calls[name]
-            call = LayerCall(name, call.kind, call.shape, call.groups, first.macs_published + call.macs_published,
-                             first.macs_exact + call.macs_exact, call.params, first.act_elements + call.act_elements)
-        calls[name] = call
-        lineage.mark(output, frozenset([name]))
-    return hook
+class _Notes:
+    """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what."""
 
+    def __init__(self):
+        self.lineage = _Lineage()
+        self.calls, self.batchnorms, self.kinds_of_attention = {}, {}, {}
+        self.sources = {}  # of the input of each layer, when it is called first
+        self.feeding = set()  # layers whose output another one gets
 
-def _note_batchnorm(name, batchnorms, lineage):
-    def hook(module, inputs):
-        sources = lineage.of(inputs)
-        before = next(iter(sources)) if len(sources) == 1 else None
-        batchnorms[name] = before if batchnorms.setdefault(name, before) == before else None
-    return hook
+    def watch(self, name, module):
+        if is_quantizable(module):
+            module.register_forward_hook(self._layer(name))
+        elif isinstance(module, OTHER_LAYERS):  # subclasses of layers too, whose forward pass may be another
+            module.register_forward_hook(lambda module, inputs, output: self.lineage.mark(output, frozenset([name])))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(self._batchnorm(name))
+        elif isinstance(module, SelfAttention):
+            module.register_forward_pre_hook(self._attention(name), with_kwargs=True)
 
+    def first(self):
+        """Names of the convolutions that no layer comes before; in a network without, of such linear layers."""
+        found = [name for name in self.calls if not self.sources[name]]
+        return tuple(name for name in found if self.calls[name].kind == "conv") or tuple(found)
 
-def _note_attention(name, kinds):
-    def hook(module, args, kwargs):
-        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        is_own = attends_to_itself(inputs["query"], inputs["key"], inputs["value"])
-        if kinds.setdefault(name, is_own) != is_own:
-            raise UserError(f"arch: the attention {name} is used within one input and between two; make it two modules")
-    return hook
+    def classifiers(self, answer):
+        """Names of the layers that the answer was computed from and that feed no other; else the one called last."""
+        sources = self.lineage.of(answer) - self.feeding
+        return tuple(name for name in self.calls if name in sources) or tuple(self.calls)[-1:]
+
+    def _layer(self, name):
+        def hook(module, inputs, output):
+            if not inputs:
+                raise UserError(f"arch: the layer {name} gets its input by keyword; call it with the input alone")
+            call = _layer_call(name, module, inputs[0], output)
+            sources = self.lineage.of(inputs)
+            self.sources.setdefault(name, sources)
+            self.feeding |= sources
+            self.calls[name] = call.after(self.calls[name]) if name in self.calls else call
+            self.lineage.mark(output, frozenset([name]))
+        return hook
+
+    def _batchnorm(self, name):
+        def hook(module, inputs):
+            sources = self.lineage.of(inputs)
+            before = next(iter(sources)) if len(sources) == 1 and sources <= self.calls.keys() else None
+            self.batchnorms[name] = before if self.batchnorms.setdefault(name, before) == before else None
+        return hook
+
+    def _attention(self, name):
+        def hook(module, args, kwargs):
+            inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            is_own = attends_to_itself(inputs["query"], inputs["key"], inputs["value"])
+            if self.kinds_of_attention.setdefault(name, is_own) != is_own:
+                raise UserError(f"arch: the attention {name} is used within one input and between two; make it two modules")
+        return hook
 
 
 def _layer_call(name, module, entering, leaving):

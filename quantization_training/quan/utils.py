@@ -20,7 +20,8 @@ def name_exceptions(config, graph):
     """A configuration whose quan.excepts names its layers, and a line about those that were found, or ''.
 
     For `auto`, these are the first convolution (in a network without, the first layer), the BatchNorm after it, and the
-    classifier, the layer that gives the answer.
+    classifier, the layer that gives the answer; all of them, where several convolutions see the image or several layers
+    give the answer.
 
     Raises:
         UserError: where no layer is left to be searched.
@@ -28,8 +29,9 @@ def name_exceptions(config, graph):
     if config.quan.excepts != AUTO:
         _check_rest(graph, config.quan.excepts)
         return config, ""
-    batchnorms = [name for name, before in graph.batchnorms.items() if before == graph.first]
-    roles = {graph.first: "first layer", **dict.fromkeys(batchnorms, "its BatchNorm"), graph.last: "classifier"}
+    batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
+    roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
+             **dict.fromkeys(graph.classifiers, "classifier")}
     excepts = {name: ExceptionConfig() for name in roles}
     _check_rest(graph, excepts)
     found = ", ".join(f"{name} ({role})" for name, role in roles.items())

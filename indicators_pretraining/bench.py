@@ -196,7 +196,7 @@ class Workload:
     def joint(self, bits=BITS, chain=False, precision="fp32", compiled=False):
         """A step of joint training."""
         model, excepts = self.model(), excepts_of(self.arch)
-        graph = trace(model, self.size)
+        graph = trace(model, self.size, CLASSES)
         replace_module_by_names(model, joint_modules(model, graph, QuanConfig(excepts=excepts), bits))
         switch = BitSwitch(model.train(), graph, excepts, bits)
         stem = None if chain else SharedStem(model, find_stem(model, self.size), len(bits) + 1)
@@ -229,7 +229,7 @@ class Workload:
 
     def tuned_model(self):
         model, excepts = self.model(), excepts_of(self.arch)
-        graph = trace(model, self.size)
+        graph = trace(model, self.size, CLASSES)
         bits = dict.fromkeys(searchable_layers(graph, excepts), 4)
         return replace_module_by_names(model, policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {}, True))
 

@@ -10,7 +10,7 @@ from util.config import check_bits
 from util.errors import UserError, user_errors_on_one_line
 from util.exchange import strip_prefix, write_indicators
 
-CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed")
+CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed", "products")
 
 
 def extract(checkpoint, source, bits=None):

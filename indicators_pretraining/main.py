@@ -33,6 +33,7 @@ def run(config, device, is_dry_run):
     prepare(config, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)
+    config = network.config
     optimizer = create_optimizer(network.model, config)
     start = restore(found, network.model, optimizer, config, harmless=("prune.",))
     network.pruned.hold(optimizer)

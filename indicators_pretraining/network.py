@@ -13,10 +13,12 @@ from quan.utils import (
     freeze_weights,
     init_weight_steps,
     joint_modules,
+    name_exceptions,
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
 )
+from schema import IndicatorsConfig
 from util import distributed
 from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
@@ -35,9 +37,9 @@ class DenseNetwork:
 
 @dataclass(frozen=True)
 class JointNetwork:
-    """A network with quantized layers for all candidates, the switch between them, its passes in training, what is
-    pruned of it, the facts about it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, batchnorms,
-    masks), and a remark on what is left alone, or ''."""
+    """A network with quantized layers for all candidates, the switch between them, its passes in training, what is pruned of
+    it, the facts about it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, products, batchnorms,
+    masks), a remark on exceptions and on what is left alone, or '', and the configuration with its exceptions named."""
 
     model: nn.Module
     switch: BitSwitch
@@ -45,12 +47,13 @@ class JointNetwork:
     pruned: PrunedParameters
     facts: dict
     remark: str
+    config: IndicatorsConfig
 
 
 def build_dense(config, num_classes, input_size, found, device):
     """Build the full-precision network of a configuration; the arguments are those of build_network."""
-    model, masks = create_initial(config, num_classes, found)
-    graph = trace(model, input_size)
+    model, masks = create_initial(config, num_classes, input_size, found)
+    graph = trace(model, input_size, num_classes)
     to_device(model, device)
     distributed.broadcast_model(model)
     return DenseNetwork(model, graph, Passes(model, config.precision, config.compile), PrunedParameters(model, masks))
@@ -65,8 +68,9 @@ def build_network(config, num_classes, input_size, found, device):
         found: the Found checkpoint that is going to be loaded into it, or None; initial weights are then not needed.
         device: where the network is to live.
     """
-    model, masks = create_initial(config, num_classes, found)
-    graph = trace(model, input_size)
+    model, masks = create_initial(config, num_classes, input_size, found)
+    graph = trace(model, input_size, num_classes)
+    config, exceptions = name_exceptions(config, graph)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits))
     if masks:
         init_weight_steps(model, masks)
@@ -81,18 +85,19 @@ def build_network(config, num_classes, input_size, found, device):
     if config.compile:
         switch.keep_as_data(device)
     passes = Passes(model, config.precision, config.compile, stem)
-    return JointNetwork(model, switch, passes, PrunedParameters(model, masks), facts, graph.describe_uncounted())
+    remark = "\n".join(filter(None, [exceptions, graph.describe()]))
+    return JointNetwork(model, switch, passes, PrunedParameters(model, masks), facts, remark, config)
 
 
-def create_initial(config, num_classes, found):
+def create_initial(config, num_classes, input_size, found):
     """The full-precision network that a run starts from, and its pruning masks; both are those of `found`, if given."""
     if found is not None:
-        model = create_model(config.arch, num_classes)
+        model = create_model(config.arch, num_classes, input_size=input_size)
         return model, masks_of(found.content, model, found.path)
     source = config.init_from or config.pre_trained
     if not isinstance(source, str):
-        return create_model(config.arch, num_classes, pre_trained=source), {}
-    content, model = load_checkpoint(source), create_model(config.arch, num_classes)
+        return create_model(config.arch, num_classes, source, input_size), {}
+    content, model = load_checkpoint(source), create_model(config.arch, num_classes, input_size=input_size)
     if config.init_from:
         check_arch(content, config.arch, source)
     has_head = load_weights(model, content["state_dict"], source)
@@ -110,4 +115,5 @@ def describe_network(config, model, graph, num_classes, input_size, masks):
         signed = {"weight": True, "act": model.get_submodule(name).quan_a_fn.signed}
         layers[name] = {**rows.pop(name), "signed": signed}
     return {"bits": list(config.target_bits), "num_classes": num_classes, "input_size": input_size,
-            "layers": layers, "fixed": rows, "batchnorms": dict(graph.batchnorms), "masks": masks}
+            "layers": layers, "fixed": rows, "products": dict(graph.products), "batchnorms": dict(graph.batchnorms),
+            "masks": masks}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from util.config import describe
 from util.errors import UserError, nearest
+from util.exchange import same_arch, split_arch
 
 DEFAULT_ARCH = "resnet50"
 INPUT_SIZE, CLASSES = 224, 1000  # of ImageNet
@@ -53,11 +54,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Network:
-    """rows: {name: Row} of the layers to be searched, in network order; fixed: {name: Row} of those at 8 bits."""
+    """rows: {name: Row} of the layers to be searched, in network order; fixed: {name: Row} of those at 8 bits. products:
+    MACs of matrix products that are no layer's, those of attention, which are in full precision and in no BitOPs."""
 
     arch: str
     rows: dict
     fixed: dict
+    products: int = 0
 
     def all_rows(self):
         return [*self.rows.values(), *self.fixed.values()]
@@ -84,7 +87,7 @@ def find_network(path, indicators, model=None):
         rows = _checked_rows(path, "layers", indicators["layers"])
         fixed = _checked_rows(path, "fixed", indicators.get("fixed", {}))
     else:
-        rows, fixed = _rows_of_model(path, indicators, arch), {}
+        rows, fixed = _rows_of_model(path, indicators, arch, model), {}
     names = indicators["layer_name"]
     for name in names:
         if not name.isprintable() or not name:
@@ -97,7 +100,7 @@ def find_network(path, indicators, model=None):
     if "layers" in indicators and others:
         raise UserError(f"{path}: layers: {next(iter(others))} has no indicators{nearest(next(iter(others)), names)}")
     _check_ends(path, rows, others)
-    return Network(arch, {name: rows[name] for name in names}, fixed | others)
+    return Network(arch, {name: rows[name] for name in names}, fixed | others, _checked_products(path, indicators))
 
 
 def check_arch(path, indicators, model):
@@ -107,7 +110,7 @@ def check_arch(path, indicators, model):
         return model or DEFAULT_ARCH
     if not isinstance(arch, str) or not arch or not arch.isprintable():
         raise UserError(f"{path}: arch: found {describe(arch)}, expected the name of a network")
-    if model is not None and model != arch:
+    if model is not None and not same_arch(model, arch):
         raise UserError(f"model: found {model!r}, but the indicators in {path} are those of {arch!r}")
     return arch
 
@@ -121,7 +124,11 @@ def _check_ends(path, rows, others):
                             "of the network nor the last")
 
 
-def _rows_of_model(path, indicators, arch):
+def _rows_of_model(path, indicators, arch, model):
+    if model is None and split_arch(arch):  # code is run where the user names it, not where a file does
+        raise UserError(f"{path}: arch: is built by a file ({arch}), and the layer table is missing; extract the indicators "
+                        "again")
+    arch = model or arch
     usual, classes = CIFAR.get(arch, (INPUT_SIZE, CLASSES))
     size = indicators.get("input_size") or usual
     if type(size) is not int or not 1 <= size <= 4096:
@@ -159,6 +166,16 @@ def _checked_rows(path, key, table):
             raise UserError(f"{path}: {key}: {describe(name)} is not a layer name")
         rows[name.removeprefix("module.")] = _checked_row(f"{path}: {key}: {name}", row)
     return rows
+
+
+def _checked_products(path, indicators):
+    """The sum of the MACs of products that are no layer's, as an indicators file gives them by module."""
+    products = indicators.get("products", {})
+    if not isinstance(products, dict):
+        raise UserError(f"{path}: products: expected a table {{module: MACs}}, found {describe(products)}")
+    for name, macs in products.items():
+        _check_count(f"{path}: products: {describe(name)}", macs)
+    return sum(products.values())
 
 
 def _checked_row(where, row):

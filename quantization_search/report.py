@@ -126,6 +126,9 @@ def print_solution(problem, solution, costs, solver=None):
         if costs.network.sparse:
             print(f"effective BitOPs {costs.effective_bitops(count) / BITOPS_PER_G:.3f} G ({count} MACs whose weight is not "
                   "zero), fixed layers included")
+    if costs.network.products:
+        print(f"products outside of the layers: {costs.network.products / BITOPS_PER_G:.3f} G MACs in full precision, "
+              "in no BitOPs")
     print("mean bits over the searched layers: weights {:.3f}, activations {:.3f}".format(*costs.mean_bits()))
     for constraint in problem.constraints:
         amount = constraint.amount(solution.chosen)

@@ -34,7 +34,8 @@ def run(config, device, is_dry_run):
     prepare(config, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found and found.content, device)
-    criterion = process.create_criterion(config, create_teacher(config, num_classes, device))
+    config = network.config
+    criterion = process.create_criterion(config, create_teacher(config, num_classes, device, input_size))
     optimizer = create_optimizer(network.model, config)
     start = restore(found, network.model, optimizer, config)
     network.pruned.hold(optimizer)

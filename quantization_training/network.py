@@ -7,6 +7,7 @@ from torch import nn
 from model import create_model, load_weights
 from model.layer_table import Graph, trace
 from model.masks import PrunedParameters, weights_left
+from model.names import is_below, second_names
 from model.weights import load_state
 from policy import Policy, resolve_policy
 from quan.cost import full_precision_cost, policy_cost
@@ -15,11 +16,13 @@ from quan.utils import (
     bits_in_use,
     freeze_weights,
     init_weight_steps,
+    name_exceptions,
     policy_modules,
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
 )
+from schema import FinetuneConfig
 from util import distributed
 from util.checkpoint import check_arch, load_checkpoint, masks_of
 from util.errors import UserError
@@ -32,7 +35,8 @@ IMAGENET_CLASSES = 1000
 @dataclass(frozen=True)
 class PolicyNetwork:
     """A network at a policy's bits, or in full precision; its graph; its passes in training; what is pruned of it; the facts
-    about it that travel in its checkpoint, besides the masks; and a remark on what is left alone, or ''."""
+    about it that travel in its checkpoint, besides the masks; a remark on exceptions and on what is left alone, or ''; and
+    the configuration with its exceptions named."""
 
     model: nn.Module
     graph: Graph
@@ -40,6 +44,7 @@ class PolicyNetwork:
     pruned: PrunedParameters
     facts: dict
     remark: str
+    config: FinetuneConfig
 
     @property
     def cost(self):
@@ -64,14 +69,15 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     # Small files that may be wrong come before anything is downloaded.
     policy_file = read_policy(config.policy) if config.policy else None
     joint = load_checkpoint(config.init_from) if fresh and config.init_from else None
-    model, masks = create_dense(config.arch, num_classes, config.pre_trained if fresh else False)
+    model, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained if fresh else False)
     if checkpoint is not None:
         masks = masks_of(checkpoint, model, "resume.path")
     elif joint is not None:
         masks = masks_of(joint, model, config.init_from)
-    graph = trace(model, input_size)
-    facts = {"num_classes": num_classes, "input_size": input_size}
+    graph = trace(model, input_size, num_classes)
+    facts, exceptions = {"num_classes": num_classes, "input_size": input_size}, ""
     if not config.fp_model:
+        config, exceptions = name_exceptions(config, graph)
         policy = quantize(model, graph, config, policy_file, checkpoint or joint)
         facts.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits, signed=policy.signed)
         if masks:
@@ -86,18 +92,19 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), facts, graph.describe_uncounted())
+    remark = "\n".join(filter(None, [exceptions, graph.describe()]))
+    return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), facts, remark, config)
 
 
-def create_dense(arch, num_classes, pre_trained):
+def create_dense(arch, num_classes, input_size, pre_trained):
     """A full-precision network and its pruning masks.
 
     Args:
         pre_trained: False, True (torchvision's weights) or the path of a checkpoint.
     """
     if not isinstance(pre_trained, str):
-        return create_model(arch, num_classes, pre_trained=pre_trained), {}
-    content, model = load_checkpoint(pre_trained), create_model(arch, num_classes)
+        return create_model(arch, num_classes, pre_trained, input_size), {}
+    content, model = load_checkpoint(pre_trained), create_model(arch, num_classes, input_size=input_size)
     load_weights(model, content["state_dict"], pre_trained)
     return model, masks_of(content, model, pre_trained)
 
@@ -134,8 +141,9 @@ def start_from_joint_training(model, policy, checkpoint, masks, config):
     """
     source = config.init_from
     check_arch(checkpoint, config.arch, source)
-    state = choose_candidates(checkpoint, policy.weight_bits, policy.act_bits, source)
-    load_state(model, state, source, may_lack=lambda name: ".quan_" in name)
+    second = second_names(model)
+    state = choose_candidates(checkpoint, policy.weight_bits, policy.act_bits, source, second)
+    load_state(model, state, source, may_lack=lambda name: ".quan_" in name or is_below(name, second))
     init_weight_steps(model, masks, untrained=lambda name: f"{name}.s" not in state)
 
 
@@ -159,7 +167,7 @@ def check_same_bits(checkpoint, facts):
                                 f"the configuration asks for {bit}")
 
 
-def create_teacher(config, num_classes, device):
+def create_teacher(config, num_classes, device, input_size=None):
     """The full-precision network to learn from, which only gives answers; None where none is configured."""
     teacher = config.distillation.teacher
     if teacher is None or config.eval:
@@ -168,9 +176,9 @@ def create_teacher(config, num_classes, device):
         if num_classes != IMAGENET_CLASSES:
             raise UserError(f"distillation.teacher: torchvision's networks know {IMAGENET_CLASSES} classes, the data have "
                             f"{num_classes}; give a checkpoint that was trained on them")
-        model = create_model(config.arch, num_classes, pre_trained=True)
+        model = create_model(config.arch, num_classes, pre_trained=True, input_size=input_size)
     else:
-        model = create_model(config.arch, num_classes)
+        model = create_model(config.arch, num_classes, input_size=input_size)
         if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
             raise UserError(f"distillation.teacher: {teacher} has another number of classes than the data ({num_classes})")
     return to_device(model.eval().requires_grad_(False), device)

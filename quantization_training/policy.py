@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from util.errors import UserError, nearest
+from util.exchange import same_arch
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def resolve_policy(config, names, policy_file=None, checkpoint=None):
 
 def _from_file(config, names, content):
     path = config.policy
-    if content.get("arch", config.arch) != config.arch:
+    if not same_arch(content.get("arch", config.arch), config.arch):
         raise UserError(f"{path}: the policy is for {content['arch']}, but arch is {config.arch}")
     layers = content["layer_name"]
     for name in layers:

@@ -1,11 +1,14 @@
 """Which modules of a network are quantized, by name, and how their bit-widths are switched."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from model.layer_table import QUANTIZABLE
+from model.names import put_modules
+from util.config import AUTO, ExceptionConfig
 from util.errors import UserError, nearest
 
 from .cost import FIXED_BIT
@@ -13,6 +16,33 @@ from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, QuantizedLayer, Swi
 from .quantizer import IdentityQuan, LsqQuan
 
 BATCHNORM = nn.modules.batchnorm._BatchNorm
+
+
+def name_exceptions(config, graph):
+    """A configuration whose quan.excepts names its layers, and a line about those that were found, or ''.
+
+    For `auto`, these are the first convolution (in a network without, the first layer), the BatchNorm after it, and the
+    classifier, the layer that gives the answer; all of them, where several convolutions see the image or several layers
+    give the answer.
+
+    Raises:
+        UserError: where no layer is left to be searched.
+    """
+    if config.quan.excepts != AUTO:
+        _check_rest(graph, config.quan.excepts)
+        return config, ""
+    batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
+    roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
+             **dict.fromkeys(graph.classifiers, "classifier")}
+    excepts = {name: ExceptionConfig() for name in roles}
+    _check_rest(graph, excepts)
+    found = ", ".join(f"{name} ({role})" for name, role in roles.items())
+    return replace(config, quan=replace(config.quan, excepts=excepts)), f"exceptions found in the graph: {found}"
+
+
+def _check_rest(graph, excepts):
+    if not searchable_layers(graph, excepts):
+        raise UserError(f"quan.excepts: {', '.join(excepts)} leave no layer to be searched")
 
 
 def check_exceptions(model, excepts):
@@ -70,7 +100,7 @@ def joint_modules(model, graph, config, bits):
     Args:
         model: a full-precision network.
         graph: its Graph, as model.layer_table.trace gives it.
-        config: the `quan` section.
+        config: the `quan` section, its exceptions named.
         bits: candidate bit-widths.
 
     Returns:
@@ -122,10 +152,8 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, sat):
 
 
 def replace_module_by_names(model, replacements):
-    """Put modules into a network, in place, under the names they are given for; return the network."""
-    for name, module in replacements.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+    """Put modules into a network, in place, under every name of those they are given for; return the network."""
+    put_modules(model, replacements)
     return model
 
 

@@ -14,10 +14,10 @@ from model.weights import load_state
 from quan.quantizer import kernel
 from util import distributed
 from util.archive import pack, unpack
-from util.config import differing_keys, flatten, read_yaml, to_plain
+from util.config import AUTO, differing_keys, flatten, read_yaml, to_plain
 from util.entries import check_entries
 from util.errors import UserError, reason
-from util.exchange import strip_prefix, write_atomically
+from util.exchange import same_arch, strip_prefix, write_atomically
 
 FORMAT_VERSION = 2
 FIRST_WITH_CHECKSUM = 2
@@ -208,21 +208,27 @@ def find_run(config, folder):
         return None
     content = distributed.on_main(load_checkpoint, path)
     check_arch(content, config.arch, path)
-    is_quantized = any(name.endswith(".quan_w_fn.s") for name in content["state_dict"])
-    if config.eval and "config" in content and is_quantized:
-        check_same_model(content["config"], to_plain(config), path)
+    if config.eval:
+        check_same_quantizers(content, config, path)
     return Found(path, content, lean)
 
 
 def check_arch(checkpoint, arch, path):
     """Refuse a checkpoint that says it is one of another network."""
-    if checkpoint.get("arch", arch) != arch:
+    if not same_arch(checkpoint.get("arch", arch), arch):
         raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {arch}")
 
 
-def check_same_model(trained, wanted, path):
-    """Refuse to evaluate a checkpoint with other quantizers than it was trained with."""
-    keys = [key for key in differing_keys(trained, wanted) if key.startswith(MODEL_KEYS) and key not in IDLE_MODEL_KEYS]
+def check_same_quantizers(checkpoint, config, path):
+    """Refuse to evaluate a quantized checkpoint with other quantizers than it was trained with.
+
+    Exceptions that are still to be found in the graph are compared once they are.
+    """
+    if "config" not in checkpoint or not any(name.endswith(".quan_w_fn.s") for name in checkpoint["state_dict"]):
+        return
+    unknown = ("quan.excepts",) if config.quan.excepts == AUTO else ()
+    keys = [key for key in differing_keys(checkpoint["config"], to_plain(config))
+            if key.startswith(MODEL_KEYS) and key not in IDLE_MODEL_KEYS and not key.startswith(unknown)]
     if keys:
         raise UserError(f"{path}: was trained with another {', '.join(keys)}; put these back")
 
@@ -295,6 +301,8 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
     changed = [] if found.lean else check_continues(found.content, config, found.path, harmless,
                                                        schedule_may_change)
     if found.lean:
+        if config.eval:
+            check_same_quantizers(found.content, config, found.path)
         load_state(model, found.content["state_dict"], found.path)
         return Start()
     start = load_training_state(found.content, model, optimizer, found.path)
@@ -355,7 +363,9 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
     keys = differing_keys({**NEW_KEYS, **checkpoint["config"]}, to_plain(config))
-    keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless))]
+    idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else ()
+    keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
+            and not (key == "arch" and same_arch(checkpoint["config"].get("arch"), config.arch))]
     serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]
     if serious:
         raise UserError(f"{path}: the run was started with another {', '.join(serious)}; "

@@ -25,6 +25,7 @@ MAX_NUMBER_BITS = 1024  # as many as the largest float has
 MAX_YAML_FILE = 2**18
 MAX_LEVELS = 50
 MAX_NAME = 150
+AUTO = "auto"
 KEY_WORDS = re.compile(r'"[^"]*"|[^."]+')
 
 
@@ -104,9 +105,16 @@ class ExceptionConfig:
 
 @dataclass(frozen=True)
 class QuanConfig:
+    """excepts: layers, and BatchNorms, by name; auto: the first convolution, its BatchNorm and the classifier, which the
+    graph of the network shows; none: the empty section."""
+
     act: ActQuantizerConfig = ActQuantizerConfig()
     weight: QuantizerConfig = QuantizerConfig()
-    excepts: dict[str, ExceptionConfig] = field(default_factory=dict)
+    excepts: Literal["auto", "none"] | dict[str, ExceptionConfig] = AUTO
+
+    def __post_init__(self):
+        if self.excepts == "none":
+            object.__setattr__(self, "excepts", {})
 
 
 @dataclass(frozen=True)
@@ -461,6 +469,8 @@ def flatten(data, prefix=""):
 
 
 def differing_keys(old, new):
-    """The dotted keys in which two plain configurations differ, in order."""
+    """The dotted keys in which two plain configurations differ, in order. A key that is not there counts as blank, but for
+    exceptions: a layer whose entry is blank is one."""
     old, new = flatten(old), flatten(new)
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    absent = {key: "absent" for key in old.keys() | new.keys() if key.startswith("quan.excepts.")}
+    return sorted(key for key in old.keys() | new.keys() if old.get(key, absent.get(key)) != new.get(key, absent.get(key)))

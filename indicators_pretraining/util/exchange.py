@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import pickletools
+import re
 
 import yaml
 
@@ -127,6 +128,27 @@ def _checked_table(path, kind, table, names):
 def strip_prefix(name):
     """Drop the `module.` that a data-parallel wrapper puts before names; other names stay as they are."""
     return name.removeprefix("module.")
+
+
+def split_arch(arch):
+    """(path of a Python file, name in it) of an `arch:` of that kind, path/to/file.py:factory; None of any other."""
+    path, colon, name = arch.rpartition(":")
+    return (path, name) if colon and path.endswith(".py") else None
+
+
+def same_arch(one, other):
+    """Whether two `arch:` mean one network. A file may lie elsewhere for each stage: its own name and the factory count."""
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    files = [split_arch(arch) for arch in (one, other)]
+    if None in files:
+        return one == other
+    (path, name), (other_path, other_name) = files
+    return name == other_name and _file_name(path) == _file_name(other_path)
+
+
+def _file_name(path):
+    return re.split(r"[\\/]", path)[-1]
 
 
 def write_indicators(path, content):

@@ -2,15 +2,19 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from util.errors import UserError, reason
 
+from .attention import SelfAttention, attends_to_itself
+
 QUANTIZABLE = (nn.Conv2d, nn.Linear)
+OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class LayerCall:
     params: int
     act_elements: int
 
+    def after(self, earlier):
+        """This call and earlier ones of the same layer: a module that is used twice works twice as much."""
+        return replace(self, macs_published=earlier.macs_published + self.macs_published,
+                       macs_exact=earlier.macs_exact + self.macs_exact,
+                       act_elements=earlier.act_elements + self.act_elements)
+
     def as_row(self):
         """The entry of this layer in the table that an indicators file carries."""
         row = dict(vars(self), shape=list(self.shape))
@@ -42,13 +52,20 @@ class Graph:
     """What trace() found.
 
     layers: {name: LayerCall} in the order in which they are first called. batchnorms: {name: the one layer before it,
-    or None}. uncounted: {name: elements} of matrices that belong to neither, such as the projections inside attention
-    and layers that no forward pass reaches; they are not quantized, and count in neither size nor MACs.
+    or None}. uncounted: {name: elements} of matrices that belong to neither, such as position embeddings, attention that
+    cannot be taken apart, and layers that no forward pass reaches; they are not quantized, and count in neither size nor
+    MACs. products: {module: MACs} of matrix products outside of the layers, such as the two of attention, Q K^T and the
+    one with V; they are not quantized, and count in no BitOPs. output_shape: of what the network answers for one image.
+    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the answer, one too.
     """
 
     layers: dict
     batchnorms: dict
     uncounted: dict
+    products: dict
+    output_shape: tuple
+    first: tuple
+    classifiers: tuple
 
     def describe_uncounted(self):
         """A line about what is left alone, or '' where there is nothing."""
@@ -58,6 +75,18 @@ class Graph:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return (f"left in full precision, counted neither in size nor in BitOPs: {sum(self.uncounted.values()):,} weights "
                 f"({shown})")
+
+    def describe_products(self):
+        """A line about matrix products outside of the layers, or '' where there are none."""
+        if not self.products:
+            return ""
+        layers = sum(call.macs_exact for call in self.layers.values())
+        return ("products outside of the layers, as attention has them, in full precision and counted in no BitOPs: "
+                f"{sum(self.products.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
+
+    def describe(self):
+        """These lines, those that there are."""
+        return "\n".join(filter(None, [self.describe_uncounted(), self.describe_products()]))
 
 
 class _Lineage(TorchFunctionMode):
@@ -94,55 +123,184 @@ def _tensors(values):
             yield from _tensors(value)
 
 
-def trace(model, input_size):
+ATEN = torch.ops.aten
+MATRIX_PRODUCTS = {ATEN.mm: 0, ATEN.bmm: 0, ATEN.mv: 0, ATEN.dot: 0, ATEN.addmm: 1, ATEN.baddbmm: 1, ATEN.addmv: 1}
+
+
+class _Products(TorchDispatchMode):
+    """Counts the MACs of matrix products and convolutions that happen outside of layers, by the module they happen in."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs = {}
+        self.modules = [""]
+        self.layers_entered = 0
+
+    def watch(self, name, module, is_layer):
+        """Know when the forward pass is in this module."""
+        def enter(*_):
+            self.modules.append(name)
+            self.layers_entered += is_layer
+
+        def leave(*_):
+            self.modules.pop()
+            self.layers_entered -= is_layer
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self.layers_entered:
+            macs = _macs_of_operation(getattr(function, "overloadpacket", None), args, result)
+            if macs:
+                self.macs[self.modules[-1]] = self.macs.get(self.modules[-1], 0) + macs
+        return result
+
+
+def _macs_of_operation(operation, args, result):
+    """MACs of one of torch's operations that multiply matrices, 0 of any other."""
+    if operation in MATRIX_PRODUCTS:
+        return result.numel() * args[MATRIX_PRODUCTS[operation]].shape[-1]
+    if operation is ATEN.convolution and not args[6]:  # a transposed one has its sizes the other way round
+        return result.numel() * args[1][0].numel()
+    if operation is ATEN.convolution:
+        return args[0].numel() * args[1][0].numel()
+    if "scaled_dot_product" in str(operation):
+        query, key, value = args[:3]
+        return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pass.
+
+
+def trace(model, input_size, num_classes=None):
     """Run one image of shape [3, input_size, input_size] through the network, without data, and note what it meets.
 
     Args:
         model: an unquantized network; it is left as it is.
         input_size: height and width of the image.
+        num_classes: outputs that it has to have; None for any number.
 
     Returns:
         a Graph. A BatchNorm is paired with a layer when its input was computed from the output of that layer alone.
 
     Raises:
-        UserError: when the network cannot take such an image.
+        UserError: when the network cannot take such an image, gives no logits, or has layers that cannot be told apart.
     """
-    twin = copy.deepcopy(model).to("meta", torch.float32).eval()
-    lineage = _Lineage()
-    calls, batchnorms = {}, {}
-    for name, module in twin.named_modules():
-        if type(module) in QUANTIZABLE:
-            module.register_forward_hook(_note_layer(name, calls, lineage))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(_note_batchnorm(name, batchnorms, lineage))
-    with torch.no_grad(), lineage:
+    try:
+        graph = _dry_pass(model, input_size, "meta")
+    except UserError:
+        raise
+    except Exception:  # a network of the user's own may look at values, which are not there
         try:
-            twin(torch.empty(1, 3, input_size, input_size, device="meta"))
-        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
-            raise UserError(f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
-                            "change arch or dataloader.input_size") from None
+            graph = _dry_pass(model, input_size, "cpu")
+        except Exception as error:
+            raise error if isinstance(error, UserError) else UserError(
+                f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
+                "change arch or dataloader.input_size") from None
+    _check_answer(graph, num_classes)
+    _check_tied(model, graph)
+    return graph
+
+
+def _dry_pass(model, input_size, device):
+    twin = copy.deepcopy(model).to(device, torch.float32).eval()
+    notes, products = _Notes(), _Products()
+    for name, module in twin.named_modules():
+        products.watch(name, module, is_quantizable(module))
+        notes.watch(name, module)
+    with torch.no_grad(), notes.lineage, products:
+        answer = twin(torch.zeros(1, 3, input_size, input_size, device=device))
     uncounted = {name: parameter.numel() for name, parameter in twin.named_parameters()
-                 if parameter.dim() >= 2 and name.rpartition(".")[0] not in calls}
-    return Graph(calls, batchnorms, uncounted)
+                 if parameter.dim() >= 2 and name.rpartition(".")[0] not in notes.calls}
+    shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
+    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), notes.classifiers(answer))
 
 
-def _note_layer(name, calls, lineage):
-    def hook(module, inputs, output):
-        call = _layer_call(name, module, inputs[0], output)
-        if name in calls:  # a module used twice works twice as much
-            first = calls[name]
-            call = LayerCall(name, call.kind, call.shape, call.groups, first.macs_published + call.macs_published,
-                             first.macs_exact + call.macs_exact, call.params, first.act_elements + call.act_elements)
-        calls[name] = call
-        lineage.mark(output, frozenset([name]))
-    return hook
+def is_quantizable(module):
+    """Whether a module is a convolution or a linear layer as torch has it, with a weight of its own."""
+    return type(module) in QUANTIZABLE and isinstance(module._parameters.get("weight"), nn.Parameter)
 
 
-def _note_batchnorm(name, batchnorms, lineage):
-    def hook(module, inputs):
-        sources = lineage.of(inputs)
-        batchnorms[name] = next(iter(sources)) if len(sources) == 1 else None
-    return hook
+def _check_answer(graph, num_classes):
+    if not graph.layers:
+        raise UserError("arch: the network has no convolution and no linear layer that a forward pass reaches")
+    shape = graph.output_shape
+    if isinstance(shape, str) or len(shape) != 2 or shape[0] != 1:
+        found = f"a {shape}" if isinstance(shape, str) else f"a tensor of shape {list(shape)}"
+        raise UserError(f"arch: the network gives {found} for one image, expected logits of shape [1, classes]")
+    if num_classes is not None and shape[1] != num_classes:
+        raise UserError(f"arch: the network has {shape[1]} outputs, the data have {num_classes} classes")
+
+
+def _check_tied(model, graph):
+    """Refuse two layers with one weight: each would quantize it in its own way, and it would count twice."""
+    owners = {}
+    for name in graph.layers:
+        other = owners.setdefault(id(model.get_submodule(name).weight), name)
+        if other != name:
+            raise UserError(f"arch: the layers {other} and {name} share one weight; give each a weight of its own, or call "
+                            "one module twice")
+
+
+class _Notes:
+    """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what."""
+
+    def __init__(self):
+        self.lineage = _Lineage()
+        self.calls, self.batchnorms, self.kinds_of_attention = {}, {}, {}
+        self.sources = {}  # of the input of each layer, when it is called first
+        self.feeding = set()  # layers whose output another one gets
+
+    def watch(self, name, module):
+        if is_quantizable(module):
+            module.register_forward_hook(self._layer(name))
+        elif isinstance(module, OTHER_LAYERS):  # subclasses of layers too, whose forward pass may be another
+            module.register_forward_hook(lambda module, inputs, output: self.lineage.mark(output, frozenset([name])))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(self._batchnorm(name))
+        elif isinstance(module, SelfAttention):
+            module.register_forward_pre_hook(self._attention(name), with_kwargs=True)
+
+    def first(self):
+        """Names of the convolutions that no layer comes before; in a network without, of such linear layers."""
+        found = [name for name in self.calls if not self.sources[name]]
+        return tuple(name for name in found if self.calls[name].kind == "conv") or tuple(found)
+
+    def classifiers(self, answer):
+        """Names of the layers that the answer was computed from and that feed no other; else the one called last."""
+        sources = self.lineage.of(answer) - self.feeding
+        return tuple(name for name in self.calls if name in sources) or tuple(self.calls)[-1:]
+
+    def _layer(self, name):
+        def hook(module, inputs, output):
+            if not inputs:
+                raise UserError(f"arch: the layer {name} gets its input by keyword; call it with the input alone")
+            call = _layer_call(name, module, inputs[0], output)
+            sources = self.lineage.of(inputs)
+            self.sources.setdefault(name, sources)
+            self.feeding |= sources
+            self.calls[name] = call.after(self.calls[name]) if name in self.calls else call
+            self.lineage.mark(output, frozenset([name]))
+        return hook
+
+    def _batchnorm(self, name):
+        def hook(module, inputs):
+            sources = self.lineage.of(inputs)
+            before = next(iter(sources)) if len(sources) == 1 and sources <= self.calls.keys() else None
+            self.batchnorms[name] = before if self.batchnorms.setdefault(name, before) == before else None
+        return hook
+
+    def _attention(self, name):
+        def hook(module, args, kwargs):
+            inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            is_own = attends_to_itself(inputs["query"], inputs["key"], inputs["value"])
+            if self.kinds_of_attention.setdefault(name, is_own) != is_own:
+                raise UserError(f"arch: the attention {name} is used within one input and between two; make it two modules")
+        return hook
 
 
 def _layer_call(name, module, entering, leaving):

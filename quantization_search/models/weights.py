@@ -4,6 +4,8 @@ from torch import nn
 
 from util.errors import UserError, nearest
 
+from .attention import rename_projections
+
 
 def classifier_name(model):
     """The name of the last convolution or linear layer, which gives the outputs."""
@@ -27,6 +29,7 @@ def load_state(model, state_dict, source, may_lack=lambda name: False):
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
     """
     own = model.state_dict()
+    state_dict = rename_projections(own, state_dict)
     for name in own:
         if name not in state_dict and not may_lack(name):
             raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
@@ -36,7 +39,7 @@ def load_state(model, state_dict, source, may_lack=lambda name: False):
 
 
 def load_weights(model, state_dict, source):
-    """Load full-precision weights into a full-precision model, by name.
+    """Load full-precision weights into a full-precision model, by name; torch's names of attention's projections are known.
 
     The classifier may have another number of outputs; it then keeps its fresh parameters. Auxiliary classifiers in
     the file are passed over. Everything else has to fit.
@@ -50,7 +53,7 @@ def load_weights(model, state_dict, source):
     own = model.state_dict()
     head = [f"{classifier_name(model)}.{entry}" for entry in ("weight", "bias")]
     taken = {}
-    for name, tensor in state_dict.items():
+    for name, tensor in rename_projections(own, state_dict).items():
         if name.split(".")[0].lower().startswith("aux"):
             continue
         if "quan_w_fn" in name and name not in own:

@@ -1,9 +1,10 @@
 """From a jointly trained network to one at a policy's bits: which tensors of its checkpoint stay."""
 
+from model.names import is_below
 from util.errors import UserError
 
 
-def choose_candidates(checkpoint, weight_bits, act_bits, source):
+def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=frozenset()):
     """The state_dict of a jointly trained network, reduced to the bits that a policy chose.
 
     A layer keeps its step sizes at its own bits; a BatchNorm keeps the copy for the weight bits of the layer before it,
@@ -13,6 +14,7 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source):
         checkpoint: a stage-1 checkpoint, with bits, batchnorms and state_dict.
         weight_bits, act_bits: {layer: bit}.
         source: the path of the checkpoint, for messages.
+        second_names: modules that the network has under another name before; what stands under these is left out.
 
     Returns:
         {name: tensor} with the names of a network quantized at the policy's bits.
@@ -25,6 +27,8 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source):
         raise UserError(f"{source}: not a checkpoint of indicators_pretraining (it has no candidate bit-widths)")
     chosen = {}
     for name, tensor in checkpoint["state_dict"].items():
+        if is_below(name, second_names):
+            continue
         module, _, entry = name.rpartition(".")
         if module.endswith((".quan_w_fn", ".quan_a_fn")):
             layer, _, kind = module.rpartition(".")

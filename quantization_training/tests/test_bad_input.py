@@ -73,7 +73,7 @@ def test_evaluation_under_other_quantizers_or_exceptions(folder, capsys):
     main.main(["config.yaml", "weight_bits=3", "act_bits=3"])
     capsys.readouterr()
     for change, key in (("sat=false", "sat"), ("quan.excepts.fc.weight.bit=2", "quan.excepts.fc"),
-                        ("quan.excepts=", "quan.excepts")):
+                        ("quan.excepts=none", "quan.excepts")):
         assert f"was trained with another {key}" in complaint(capsys, "eval=true", change)
     main.main(["config.yaml", "eval=true", "accumulation=99", "dataloader.batch_size=5000"])
     assert "top-1" in capsys.readouterr().out

@@ -1,0 +1,322 @@
+"""What the dry pass finds: MACs and elements against independent counts, shared and tied modules, the ends of the network."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import create_model
+from model.layer_table import trace
+from model.names import second_names
+from quan.func import QuanConv2d, QuanLinear
+from quan.utils import joint_modules, name_exceptions, replace_module_by_names
+from schema import IndicatorsConfig
+from util.config import ActQuantizerConfig, ExceptionConfig, QuanConfig
+from util.errors import UserError
+
+SIZES = {"resnet18": 64, "resnet20": 32, "resnet50": 64, "mobilenetv1": 64, "mobilenet_v2": 64, "efficientnet_b0": 64,
+         "regnet_y_400mf": 64, "convnext_tiny": 64, "vit_tiny_patch16_224": 48, "vit_tiny_patch4_32": 32, "swin_t": 72}
+
+
+class Counted(FlopCounterMode):
+    """torch's own count of floating point operations, two for each MAC."""
+
+    def __init__(self):
+        super().__init__(display=False)
+
+    @property
+    def macs(self):
+        return self.get_total_flops() / 2
+
+
+def counted(model, size):
+    """torch's count of the MACs of one image, and the elements that go into each layer, {id of its weight: elements}."""
+    elements, model = {}, model.eval().to("meta")
+
+    def note(module, inputs, output):
+        elements[module] = elements.get(module, 0) + math.prod(inputs[0].shape)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    with torch.no_grad(), Counted() as count:
+        model(torch.empty(1, 3, size, size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return count.macs, {name: elements[module] for name, module in model.named_modules() if module in elements}
+
+
+@pytest.mark.parametrize("arch", SIZES)
+def test_macs_and_elements_of_every_built_in_network_are_those_of_an_independent_count(arch):
+    size = SIZES[arch]
+    model = create_model(arch, 10, input_size=size)
+    graph = trace(model, size, 10)
+    macs, elements = counted(model, size)
+    assert sum(call.macs_exact for call in graph.layers.values()) + sum(graph.products.values()) == macs
+    assert {name: call.act_elements for name, call in graph.layers.items()} == elements
+    assert bool(graph.products) == arch.startswith(("vit", "swin"))
+
+
+@given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
+       st.tuples(st.integers(1, 2), st.integers(1, 2)), st.tuples(st.integers(0, 2), st.integers(0, 2)),
+       st.sampled_from([1, 3]), st.integers(8, 12))
+def test_any_convolution_is_counted_as_torch_counts_it(kernel, stride, dilation, padding, groups, size):
+    conv = nn.Conv2d(3, 6, kernel, stride, padding, dilation, groups)
+    model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    call = trace(model, size).layers["0"]
+    assert call.macs_exact == counted(model, size)[0] - 12
+    height, width = ((size + 2 * p - d * (k - 1) - 1) / s + 1
+                     for k, s, d, p in zip(kernel, stride, dilation, padding, strict=True))
+    assert call.macs_published == 6 * (3 // groups) * kernel[0] * kernel[1] * int(height * width)
+    assert call.params == conv.weight.numel() and call.act_elements == 3 * size * size
+
+
+class Products(nn.Module):
+    """Every way to write the products of attention, and a matrix that is no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(12, 8)
+        self.fused = Fused()
+        self.matrix = nn.Parameter(torch.randn(8, 6))
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.embed(F.unfold(x, 2, stride=2).transpose(1, 2))
+        x = torch.einsum("bij,bjk->bik", (x @ x.transpose(1, 2)).softmax(-1), x)
+        x = torch.baddbmm(x, torch.bmm(x, x.transpose(1, 2)), x)
+        return self.fc(self.fused(x).mean(1) @ self.matrix)
+
+
+class Fused(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_products_outside_of_layers_are_counted_by_the_module_they_happen_in():
+    graph = trace(Products(), 8)
+    one = 16 * 16 * 8  # sixteen patches, eight channels
+    assert graph.products == {"": 4 * one + 8 * 6, "fused": 2 * one}
+    assert sum(graph.products.values()) + 16 * 12 * 8 + 6 * 3 == counted(Products(), 8)[0]
+    assert graph.uncounted == {"matrix": 48} and "matrix" in graph.describe()
+    assert f"{(6 * one + 48) / 1e6:.3f} M MACs per image" in graph.describe()
+
+
+class Shared(nn.Module):
+    """A module under two names, one of which is a block that stands in a list twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.blocks = nn.ModuleList([self.block, self.block, nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))])
+        self.again = self.block[0]
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(self.again(x).mean((2, 3)))
+
+
+def test_a_module_under_several_names_is_one_layer_and_is_replaced_under_all_of_them():
+    model = Shared()
+    graph = trace(model, 8)
+    assert list(graph.layers) == ["stem", "block.0", "blocks.2.0", "fc"]
+    assert graph.layers["block.0"].macs_exact == 3 * 16 * 36 and graph.layers["block.0"].params == 16
+    assert graph.batchnorms == {"block.1": "block.0", "blocks.2.1": "blocks.2.0"}
+    quan = QuanConfig(excepts={"stem": ExceptionConfig(), "fc": ExceptionConfig()})
+    replace_module_by_names(model, joint_modules(model, graph, quan, [4, 2]))
+    assert model.again is model.block[0] is model.blocks[1][0] and isinstance(model.again, QuanConv2d)
+    assert model.blocks[0] is model.blocks[1]
+    assert {"blocks.0", "blocks.1", "again", "blocks.1.0.quan_w_fn"} <= second_names(model)
+    assert not {"block", "block.0", "blocks.2", "blocks.2.0.quan_w_fn"} & second_names(model)
+
+
+class Norms(nn.Module):
+    """One BatchNorm after two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.two(self.norm(self.one(x)))).mean((2, 3)))
+
+
+def test_a_batchnorm_after_two_layers_follows_neither():
+    assert trace(Norms(), 8).batchnorms == {"norm": None}
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.deep, self.fc = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 2)
+        self.deep.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.fc(self.deep(self.embed(x.flatten(1))))
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 2)
+
+    def forward(self, x):
+        return self.fc(input=x.flatten(1))
+
+
+class Answers(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.fc, self.answer = nn.Linear(12, 2), answer
+
+    def forward(self, x):
+        return self.answer(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    (Tied(), "the layers embed and deep share one weight"), (ByKeyword(), "the layer fc gets its input by keyword"),
+    (Answers(lambda x: {"logits": x}), "gives a dict for one image, expected logits"),
+    (Answers(lambda x: x[:, None]), r"a tensor of shape \[1, 1, 2\] for one image, expected logits"),
+    (nn.Flatten(), "no convolution and no linear layer"),
+    (Answers(lambda x: 1 / 0), "does not take images of 2x2 .*division by zero.*; change arch or dataloader.input_size")])
+def test_what_cannot_be_told_apart_or_gives_no_logits_is_refused(model, message):
+    with pytest.raises(UserError, match=message):
+        trace(model, 2)
+
+
+def test_another_number_of_outputs_than_classes_is_refused():
+    with pytest.raises(UserError, match="the network has 10 outputs, the data have 7 classes"):
+        trace(create_model("resnet20", 10), 8, 7)
+
+
+def test_a_network_that_looks_at_values_is_traced_on_the_cpu():
+    model = Answers(lambda x: x if x.sum() < 1e9 else -x)
+    assert trace(model, 2).layers["fc"].macs_exact == 24
+
+
+def test_layers_whose_weight_is_computed_are_left_and_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    graph = trace(model, 4)
+    assert list(graph.layers) == ["0", "4"] and any(name.startswith("3.") for name in graph.uncounted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# excepts: auto
+
+
+def found(model, size):
+    config, line = name_exceptions(IndicatorsConfig(), trace(model, size))
+    return list(config.quan.excepts), line
+
+
+@pytest.mark.parametrize(("arch", "names"), [
+    ("resnet20", ["conv1", "bn1", "fc"]), ("mobilenetv1", ["stem.0", "stem.1", "fc"]),
+    ("mobilenet_v2", ["features.0.0", "features.0.1", "classifier.1"]), ("regnet_y_400mf", ["stem.0", "stem.1", "fc"]),
+    ("convnext_tiny", ["features.0.0", "classifier.2"]), ("vit_tiny_patch4_32", ["conv_proj", "heads.head"]),
+    ("swin_t", ["features.0.0", "head"]), ("squeezenet1_0", ["features.0", "classifier.1"])])
+def test_first_layer_its_batchnorm_and_classifier_are_found(arch, names):
+    excepts, line = found(create_model(arch, 10, input_size=32), 32)
+    assert excepts == names and all(name in line for name in names)
+    assert f"{names[0]} (first layer)" in line and f"{names[-1]} (classifier)" in line
+
+
+class Unordered(nn.Module):
+    """Registered in another order than it is called, ending in a scale; its answer comes from `a` alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.b, self.c = nn.Linear(4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = self.b(self.bn(self.c(x)))
+        return self.a(x.mean((2, 3))).mul(2).clamp(-9, 9)
+
+
+def test_the_ends_come_from_the_graph_not_from_names():
+    assert found(Unordered(), 8)[0] == ["c", "bn", "a"]
+
+
+def test_a_network_without_convolutions_excepts_its_first_layer():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 2))
+    assert found(model, 4)[0] == ["1", "4"]
+
+
+class Branches(nn.Module):
+    """Two convolutions see the image, two linear layers give the answer, and a block's output is added to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.norm, self.block, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.norm(self.wide(x)) + self.narrow(x)
+        x = self.last(x + self.block(x)).mean((2, 3))
+        return (self.one(x) + self.two(x)) / 2
+
+
+class Residual(nn.Module):
+    """Its answer is a sum that reaches back to the first convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.block(x)
+        return (x + self.last(x)).mean((2, 3))
+
+
+class Padded(nn.Conv2d):
+    """No layer as torch has it, so it stays in full precision."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+def test_every_convolution_that_sees_the_image_and_every_layer_that_answers_is_an_exception():
+    assert found(Branches(), 8)[0] == ["wide", "narrow", "norm", "one", "two"]
+    assert found(Residual(), 8)[0] == ["stem", "last"]
+
+
+def test_a_convolution_that_stays_in_full_precision_leaves_nothing_else_to_be_first():
+    model = nn.Sequential(Padded(3, 4, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(4, 2))
+    graph = trace(model, 8)
+    assert found(model, 8)[0] == ["5"] and graph.uncounted == {"0.weight": 48} and graph.batchnorms == {"1": None}
+    assert graph.products == {"0": 48 * 64}
+
+
+def test_exceptions_that_are_named_stay_and_auto_is_what_is_not_written():
+    graph = trace(create_model("resnet20", 10), 8)
+    named = IndicatorsConfig(quan=QuanConfig(excepts={"layer1.0.conv1": ExceptionConfig()}))
+    assert name_exceptions(named, graph) == (named, "")
+    assert IndicatorsConfig().quan.excepts == "auto" and QuanConfig(excepts="none").excepts == {}
+
+
+@pytest.mark.parametrize("excepts", ["auto", {"1": ExceptionConfig(), "2": ExceptionConfig()}])
+def test_exceptions_that_leave_nothing_to_search_are_refused(excepts):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 2))
+    with pytest.raises(UserError, match="quan.excepts: 1, 2 leave no layer to be searched"):
+        name_exceptions(IndicatorsConfig(quan=QuanConfig(excepts=excepts)), trace(model, 4))
+
+
+def test_linear_layers_over_tokens_are_quantized():
+    model = create_model("vit_tiny_patch4_32", 10, input_size=8)
+    graph = trace(model, 8, 10)
+    quan = QuanConfig(act=ActQuantizerConfig(all_positive=False),
+                      excepts={name: ExceptionConfig() for name in ("conv_proj", "heads.head")})
+    replace_module_by_names(model, joint_modules(model, graph, quan, [4]))
+    assert sum(isinstance(module, QuanLinear) for module in model.modules()) == 24
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 10)

@@ -1,0 +1,112 @@
+"""Networks that come from elsewhere: timm's, and those that a file of the user's own builds."""
+
+import contextlib
+import inspect
+import os
+import sys
+import traceback
+import types
+
+from torch import nn
+
+from util.errors import UserError, nearest, reason
+from util.exchange import split_arch
+
+TIMM = "timm:"
+
+
+def create_from_file(arch, num_classes):
+    """What the factory in the user's own file returns, called with num_classes=num_classes.
+
+    Args:
+        arch: path/to/file.py:factory, the path relative to the working directory.
+
+    Raises:
+        UserError: where the file or the factory is not there, takes other arguments, fails, or gives no nn.Module.
+    """
+    path, name = split_arch(arch)
+    module = _run_file(arch, os.path.expanduser(path))
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        what = "has no" if factory is None else "has no function"
+        raise UserError(f"arch: {path} {what} {name!r}{nearest(name, known)}")
+    _check_arguments(arch, factory)
+    with _errors_of_the_user(arch, path):
+        model = factory(num_classes=num_classes)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"arch: {arch} gave a {type(model).__name__}, expected an nn.Module")
+    return model
+
+
+def _run_file(arch, path):
+    """The module in a Python file. Its folder is searched for imports after everything else."""
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        raise UserError(f"arch: {path}: cannot read the file ({error.strerror}); paths are relative to "
+                        f"{os.getcwd()}") from None
+    module = types.ModuleType(f"arch_{os.path.basename(path).removesuffix('.py')}")
+    module.__file__ = os.path.abspath(path)
+    sys.modules[module.__name__] = module  # dataclasses look their own module up
+    folder = os.path.dirname(module.__file__)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    with _errors_of_the_user(arch, path):
+        exec(compile(source, module.__file__, "exec"), vars(module))
+    return module
+
+
+@contextlib.contextmanager
+def _errors_of_the_user(arch, path):
+    """Turns whatever the user's code raises into a UserError with the line of their file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        own = os.path.abspath(os.path.expanduser(path))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        raise UserError(f"arch: {arch} failed{f' in line {line}' if line else ''} "
+                        f"({type(error).__name__}: {reason(error)})") from None
+
+
+def _check_arguments(arch, factory):
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # not every callable has one
+        return
+    try:
+        signature.bind(num_classes=0)
+    except TypeError as error:
+        raise UserError(f"arch: {arch} takes {signature}, but is called with num_classes=...; give it a parameter "
+                        f"num_classes, and all others a default ({reason(error)})") from None
+
+
+def create_from_timm(arch, num_classes, pre_trained, input_size):
+    """A network of timm, by its name there after `timm:`.
+
+    Args:
+        pre_trained: take the weights that timm publishes for this name.
+        input_size: height and width of the images; None for those that the network was made for.
+
+    Raises:
+        UserError: where timm is not installed, does not know the name, or cannot get the weights.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"arch: {arch!r} needs timm, which is not installed ({reason(error)}); pip install timm") from None
+    name = arch.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise UserError(f"arch: {name!r} is not a network of timm {timm.__version__}{nearest(name, timm.list_models())}")
+    facts, options = timm.get_pretrained_cfg(name), {}
+    if input_size and facts is not None and facts.fixed_input_size and input_size != facts.input_size[-1]:
+        options["img_size"] = input_size
+    try:
+        return timm.create_model(name, pretrained=pre_trained, num_classes=num_classes, **options)
+    except Exception as error:  # of the network's own checks, of the download, of the hub: many types
+        what = "pre_trained" if pre_trained else "arch"
+        raise UserError(f"{what}: timm cannot build {name} ({reason(error)})") from None

@@ -1,0 +1,85 @@
+"""Every built-in network through all stages on a few small images: two steps of stage 1, extraction, search, two steps of
+stage 3, evaluation."""
+
+import csv
+import json
+import math
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"pretraining": "indicators_pretraining", "search": "quantization_search", "training": "quantization_training"}
+# name: (input size, searched layers, what is excepted)
+NETWORKS = {"resnet18": (32, 19, ["conv1", "fc"]), "resnet20": (16, 18, ["conv1", "fc"]),
+            "resnet50": (32, 52, ["conv1", "fc"]), "mobilenetv1": (32, 26, ["stem.0", "fc"]),
+            "mobilenet_v2": (32, 51, ["features.0.0", "classifier.1"]),
+            "efficientnet_b0": (32, 80, ["features.0.0", "classifier.1"]), "regnet_y_400mf": (32, 84, ["stem.0", "fc"]),
+            "convnext_tiny": (32, 57, ["features.0.0", "classifier.2"]),
+            "vit_tiny_patch16_224": (32, 48, ["conv_proj", "heads.head"]),
+            "vit_tiny_patch4_32": (8, 24, ["conv_proj", "heads.head"]), "swin_t": (32, 51, ["features.0.0", "head"])}
+
+
+def write_images(folder):
+    """Eight training and four test images of two classes, drawn at random."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 2)):
+        for kind in ("dark", "light"):
+            (folder / part / kind).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8) + 127 * (kind == "light")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / kind / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """(the folder of results, {stage: what it printed})"""
+    place, said = tmp_path_factory.mktemp("networks"), {}
+    write_images(place / "images")
+    (place / "networks.json").write_text(json.dumps([[name, name, size] for name, (size, *_) in NETWORKS.items()]))
+    for stage, folder in STAGES.items():
+        done = subprocess.run([sys.executable, ROOT / "tests" / "every_network.py", stage, place], cwd=ROOT / folder,
+                              capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, f"{stage}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+        said[stage] = dict(re.findall(r"^== (\w+)\n(.*?)(?=^== |\Z)", done.stdout, re.DOTALL | re.MULTILINE))
+    return place, said
+
+
+def losses(folder, split):
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        return {row["bits"]: float(row["loss"]) for row in csv.DictReader(file) if row["split"] == split}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_walks_all_stages(walked, name):
+    place, said = walked
+    _, searched, excepted = NETWORKS[name]
+    joint = losses(place / "pretraining" / name, "train")
+    assert joint.keys() == {"4", "2", "random"} and all(map(math.isfinite, joint.values()))
+    assert len(set(joint.values())) == 3
+    with open(place / f"{name}.pkl", "rb") as file:
+        indicators = pickle.load(file)
+    assert len(indicators["layer_name"]) == searched and list(indicators["fixed"]) == excepted
+    assert all(f"{layer} (" in said["pretraining"][name] for layer in excepted)
+    policy = yaml.safe_load((place / f"{name}.yaml").read_text())
+    assert set(policy["weight_bits"]) == {4, 2} and policy["act_signed"] == [True] * searched
+    checkpoint = torch.load(place / "training" / name / f"{name}_checkpoint.pth.tar", weights_only=True)
+    assert list(checkpoint["weight_bits"].values()) == policy["weight_bits"]
+    summary = yaml.safe_load((place / "training" / name / "summary.yaml").read_text())
+    assert math.isfinite(summary["loss"]) and f"BitOPs {summary['gbitops']:.3f} G" in said["search"][name]
+    assert f"loss {summary['loss']:.4f}" in said["training"][name].splitlines()[-1]
+
+
+def test_two_steps_are_made_of_each(walked):
+    for stage in ("pretraining", "training"):
+        for name, printed in walked[1][stage].items():
+            assert re.findall(r"^.*epoch 1 \[(\d/\d)\]", printed, re.MULTILINE) == ["1/2", "2/2"], (stage, name)
+        assert list(walked[1][stage]) == list(NETWORKS)

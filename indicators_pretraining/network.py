@@ -17,10 +17,11 @@ from quan.utils import (
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
+    signs_in_use,
 )
 from schema import IndicatorsConfig
 from util import distributed
-from util.checkpoint import check_arch, load_checkpoint, masks_of
+from util.checkpoint import check_arch, load_checkpoint, masks_of, signs_of
 from util.errors import UserError
 from util.passes import Passes, to_device
 
@@ -38,16 +39,24 @@ class DenseNetwork:
 @dataclass(frozen=True)
 class JointNetwork:
     """A network with quantized layers for all candidates, the switch between them, its passes in training, what is pruned of
-    it, the facts about it that travel in its checkpoint (bits, num_classes, input_size, layers, fixed, products, batchnorms,
-    masks), a remark on exceptions and on what is left alone, or '', and the configuration with its exceptions named."""
+    it, its description for later stages (bits, num_classes, input_size, layers, fixed, products, batchnorms, masks), a
+    remark on exceptions and on what is left alone, or '', and the configuration with its exceptions named."""
 
     model: nn.Module
     switch: BitSwitch
     passes: Passes
     pruned: PrunedParameters
-    facts: dict
+    description: dict
     remark: str
     config: IndicatorsConfig
+
+    @property
+    def facts(self):
+        """What travels in the checkpoint: the description, with the signs of activations as they are decided by now."""
+        signed = signs_in_use(self.model)
+        layers = {name: {**row, "signed": {"weight": True, "act": signed[name]}}
+                  for name, row in self.description["layers"].items()}
+        return {**self.description, "layers": layers, "signed": signed}
 
 
 def build_dense(config, num_classes, input_size, found, device):
@@ -71,13 +80,14 @@ def build_network(config, num_classes, input_size, found, device):
     model, masks = create_initial(config, num_classes, input_size, found)
     graph = trace(model, input_size, num_classes)
     config, exceptions = name_exceptions(config, graph)
-    replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits))
+    signed = signs_of(found.content) if found else {}
+    replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits, signed))
     if masks:
         init_weight_steps(model, masks)
     if config.freeze_weights:
         freeze_weights(model)
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
-    facts = describe_network(config, model, graph, num_classes, input_size, masks)
+    description = describe_network(config, model, graph, num_classes, input_size, masks)
     stem = SharedStem(model, find_stem(model, input_size), len(config.target_bits) + 1)
     to_device(model, device)
     distributed.broadcast_model(model)
@@ -86,7 +96,7 @@ def build_network(config, num_classes, input_size, found, device):
         switch.keep_as_data(device)
     passes = Passes(model, config.precision, config.compile, stem)
     remark = "\n".join(filter(None, [exceptions, graph.describe()]))
-    return JointNetwork(model, switch, passes, PrunedParameters(model, masks), facts, remark, config)
+    return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 
 
 def create_initial(config, num_classes, input_size, found):
@@ -110,10 +120,7 @@ def describe_network(config, model, graph, num_classes, input_size, masks):
     """What later stages need to know of the network."""
     left = weights_left(graph.layers, masks)
     rows = {name: {**call.as_row(), "sparsity": 1 - left[name] / call.params} for name, call in graph.layers.items()}
-    layers = {}
-    for name in searchable_layers(graph, config.quan.excepts):
-        signed = {"weight": True, "act": model.get_submodule(name).quan_a_fn.signed}
-        layers[name] = {**rows.pop(name), "signed": signed}
+    layers = {name: rows.pop(name) for name in searchable_layers(graph, config.quan.excepts)}
     return {"bits": list(config.target_bits), "num_classes": num_classes, "input_size": input_size,
             "layers": layers, "fixed": rows, "products": dict(graph.products), "batchnorms": dict(graph.batchnorms),
             "masks": masks}

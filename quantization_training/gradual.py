@@ -32,7 +32,7 @@ def create_pruning(network, config, found):
         return None
     known = found.content.get("initial_sparsity") if found and not found.lean else None
     pruning = GradualPruning(network, config, known)
-    network.facts["initial_sparsity"] = pruning.initial
+    network.description["initial_sparsity"] = pruning.initial
     return pruning
 
 

@@ -9,7 +9,7 @@ from model.layer_table import Graph, trace
 from model.masks import PrunedParameters, weights_left
 from model.names import is_below, second_names
 from model.weights import load_state
-from policy import Policy, resolve_policy
+from policy import resolve_policy
 from quan.cost import full_precision_cost, policy_cost
 from quan.transfer import choose_candidates
 from quan.utils import (
@@ -21,10 +21,11 @@ from quan.utils import (
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
+    signs_in_use,
 )
 from schema import FinetuneConfig
 from util import distributed
-from util.checkpoint import check_arch, load_checkpoint, masks_of
+from util.checkpoint import check_arch, load_checkpoint, masks_of, signs_of
 from util.errors import UserError
 from util.exchange import read_policy
 from util.passes import Passes, to_device
@@ -34,24 +35,31 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class PolicyNetwork:
-    """A network at a policy's bits, or in full precision; its graph; its passes in training; what is pruned of it; the facts
-    about it that travel in its checkpoint, besides the masks; a remark on exceptions and on what is left alone, or ''; and
+    """A network at a policy's bits, or in full precision; its graph; its passes in training; what is pruned of it; its
+    description (classes, input size, bits); a remark on exceptions and on what is left alone, or ''; and
     the configuration with its exceptions named."""
 
     model: nn.Module
     graph: Graph
     passes: Passes
     pruned: PrunedParameters
-    facts: dict
+    description: dict
     remark: str
     config: FinetuneConfig
+
+    @property
+    def facts(self):
+        """What travels in the checkpoint, besides the masks: the description, and the signs of activations as they are
+        decided by now."""
+        is_quantized = "weight_bits" in self.description
+        return {**self.description, **({"signed": signs_in_use(self.model)} if is_quantized else {})}
 
     @property
     def cost(self):
         """Size and BitOPs as quan.cost counts them, sparse where something is pruned."""
         layers, masks = self.graph.layers, self.pruned.masks
         left = weights_left(layers, masks) if masks else None
-        if "weight_bits" not in self.facts:
+        if "weight_bits" not in self.description:
             return full_precision_cost(layers, left)
         return policy_cost(layers, *bits_in_use(self.model), left)
 
@@ -75,17 +83,17 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     elif joint is not None:
         masks = masks_of(joint, model, config.init_from)
     graph = trace(model, input_size, num_classes)
-    facts, exceptions = {"num_classes": num_classes, "input_size": input_size}, ""
+    description, exceptions = {"num_classes": num_classes, "input_size": input_size}, ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
         policy = quantize(model, graph, config, policy_file, checkpoint or joint)
-        facts.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits, signed=policy.signed)
+        description.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits)
         if masks:
             init_weight_steps(model, masks)
         if joint is not None:
             start_from_joint_training(model, policy, joint, masks, config)
     if checkpoint is not None:
-        check_same_bits(checkpoint, facts)
+        check_same_bits(checkpoint, description)
     if config.freeze_weights:
         freeze_weights(model)
     to_device(model, device)
@@ -93,7 +101,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
     remark = "\n".join(filter(None, [exceptions, graph.describe()]))
-    return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), facts, remark, config)
+    return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 
 def create_dense(arch, num_classes, input_size, pre_trained):
@@ -110,7 +118,7 @@ def create_dense(arch, num_classes, input_size, pre_trained):
 
 
 def quantize(model, graph, config, policy_file, checkpoint):
-    """Put quantized layers at the policy's bits into the network; return the policy, completed by the signs in use.
+    """Put quantized layers at the policy's bits into the network; return the policy.
 
     Args:
         policy_file: the content of config.policy, or None.
@@ -118,19 +126,10 @@ def quantize(model, graph, config, policy_file, checkpoint):
     """
     names = searchable_layers(graph, config.quan.excepts)
     policy = resolve_policy(config, names, policy_file, checkpoint)
-    signed = known_signs(checkpoint or {}) or policy.signed
+    signed = signs_of(checkpoint or {}) or policy.signed
     modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, config.sat)
     replace_module_by_names(model, modules)
-    return Policy(policy.weight_bits, policy.act_bits,
-                  {name: model.get_submodule(name).quan_a_fn.signed for name in names})
-
-
-def known_signs(checkpoint):
-    """{layer: whether its activations are signed}, as a checkpoint of this stage or of stage 1 says; {} without one."""
-    if "signed" in checkpoint:
-        return checkpoint["signed"]
-    return {name: row["signed"]["act"] for name, row in checkpoint.get("layers", {}).items()
-            if isinstance(row, dict) and isinstance(row.get("signed"), dict)}
+    return policy
 
 
 def start_from_joint_training(model, policy, checkpoint, masks, config):
@@ -147,12 +146,12 @@ def start_from_joint_training(model, policy, checkpoint, masks, config):
     init_weight_steps(model, masks, untrained=lambda name: f"{name}.s" not in state)
 
 
-def check_same_bits(checkpoint, facts):
+def check_same_bits(checkpoint, description):
     """Refuse a checkpoint that was trained at other bits than the configuration asks for."""
     if "bits" in checkpoint:
         raise UserError("resume.path: it is a checkpoint of indicators_pretraining, which init_from takes")
     for key in ("weight_bits", "act_bits"):
-        trained, wanted = checkpoint.get(key), facts.get(key)
+        trained, wanted = checkpoint.get(key), description.get(key)
         if trained is None and wanted is None:
             continue
         if trained is None and "version" not in checkpoint:  # a checkpoint of LIMPQ does not say its bits

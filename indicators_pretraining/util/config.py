@@ -88,13 +88,13 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class ActQuantizerConfig(QuantizerConfig):
-    all_positive: bool = True
+    all_positive: Literal["auto"] | bool = AUTO
 
 
 @dataclass(frozen=True)
 class ExceptedQuantizerConfig:
     bit: int | None = bounded(None, low=2, high=8)
-    all_positive: bool | None = None
+    all_positive: Literal["auto"] | bool | None = None
 
 
 @dataclass(frozen=True)

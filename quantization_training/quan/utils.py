@@ -63,9 +63,18 @@ def weight_quantizer(config, bits, module):
     return LsqQuan(bits, signed=True, symmetric=config.symmetric, channels=channels, init=config.init)
 
 
-def act_quantizer(config, bits, all_positive=None):
-    positive = config.all_positive if all_positive is None else all_positive
-    return LsqQuan(bits, signed=not positive, symmetric=config.symmetric and not positive)
+def act_quantizer(config, bits, signed=None, all_positive=None):
+    """The quantizer of an input.
+
+    Args:
+        config: the `quan.act` section.
+        signed: whether it is signed, where that is decided already.
+        all_positive: what takes the place of the section's.
+    """
+    if signed is None:
+        positive = config.all_positive if all_positive is None else all_positive
+        signed = None if positive == AUTO else not positive
+    return LsqQuan(bits, signed, config.symmetric)
 
 
 def quantized_layer(module, quan_w_fn, quan_a_fn, sat=False):
@@ -75,7 +84,7 @@ def quantized_layer(module, quan_w_fn, quan_a_fn, sat=False):
     return QuanConv2d(module, quan_w_fn, quan_a_fn)
 
 
-def quantizers_of_exception(module, config, name, defaults):
+def quantizers_of_exception(module, config, name, defaults, signed=None):
     """Quantizers of an excepted layer: at the bits its entry gives, or `defaults` where an entry is blank.
 
     Args:
@@ -83,6 +92,7 @@ def quantizers_of_exception(module, config, name, defaults):
         config: the `quan` section.
         name: the name of the layer.
         defaults: (weight bit, activation bit); None stands for not quantized.
+        signed: whether its activations are signed, where that is decided already.
 
     Returns:
         (quan_w_fn, quan_a_fn).
@@ -91,10 +101,10 @@ def quantizers_of_exception(module, config, name, defaults):
     weight_bit = entry.weight.bit or defaults[0]
     act_bit = entry.act.bit or defaults[1]
     return (weight_quantizer(config.weight, [weight_bit], module) if weight_bit else IdentityQuan(),
-            act_quantizer(config.act, [act_bit], entry.act.all_positive) if act_bit else IdentityQuan())
+            act_quantizer(config.act, [act_bit], signed, entry.act.all_positive) if act_bit else IdentityQuan())
 
 
-def joint_modules(model, graph, config, bits):
+def joint_modules(model, graph, config, bits, signed=None):
     """The modules that make a network trainable at all candidate bit-widths together (stage 1).
 
     Args:
@@ -102,20 +112,22 @@ def joint_modules(model, graph, config, bits):
         graph: its Graph, as model.layer_table.trace gives it.
         config: the `quan` section, its exceptions named.
         bits: candidate bit-widths.
+        signed: {layer: whether its activations are signed}, where that is decided already; others follow `config`.
 
     Returns:
         {name: module to put there}. An excepted layer whose entry is blank is not replaced.
     """
     check_exceptions(model, config.excepts)
-    modules = dict(model.named_modules())
+    modules, signed = dict(model.named_modules()), signed or {}
     replacements = {}
     for name in graph.layers:
         module = modules[name]
         if name not in config.excepts:
             replacements[name] = quantized_layer(module, weight_quantizer(config.weight, bits, module),
-                                                 act_quantizer(config.act, bits))
+                                                 act_quantizer(config.act, bits, signed.get(name)))
         elif config.excepts[name].weight.bit or config.excepts[name].act.bit:
-            replacements[name] = quantized_layer(module, *quantizers_of_exception(module, config, name, (None, None)))
+            replacements[name] = quantized_layer(module, *quantizers_of_exception(module, config, name, (None, None),
+                                                                                       signed.get(name)))
     for name in graph.batchnorms:
         shared = name in config.excepts
         replacements[name] = ExceptedBatchNorm(modules[name]) if shared else SwitchableBatchNorm(modules[name], bits)
@@ -128,7 +140,7 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, sat):
     Args:
         model, graph, config: as for joint_modules.
         weight_bits, act_bits: {layer: bit} for every searchable layer.
-        signed: {layer: whether its activations are signed}, as stage 1 decided; others follow `config`.
+        signed: {layer: whether its activations are signed}, as decided before; others follow `config`.
         sat: scale-adjusted training on the last linear layer.
 
     Returns:
@@ -142,11 +154,10 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, sat):
         module = modules[name]
         if name in config.excepts:
             defaults = (FIXED_BIT, FIXED_BIT if isinstance(module, nn.Linear) else None)
-            quantizers = quantizers_of_exception(module, config, name, defaults)
+            quantizers = quantizers_of_exception(module, config, name, defaults, signed.get(name))
         else:
-            positive = not signed[name] if name in signed else None
             quantizers = (weight_quantizer(config.weight, [weight_bits[name]], module),
-                          act_quantizer(config.act, [act_bits[name]], positive))
+                          act_quantizer(config.act, [act_bits[name]], signed.get(name)))
         replacements[name] = quantized_layer(module, *quantizers, sat=sat and linear[-1:] == [name])
     return replacements
 
@@ -199,6 +210,12 @@ def set_batch_parts(model, parts):
     for name, quantizer in step_quantizers(model).items():
         if name.endswith("quan_a_fn"):
             quantizer.batch_parts = parts
+
+
+def signs_in_use(model):
+    """{layer: whether its activations are signed} of the layers whose input is quantized."""
+    return {name.removesuffix(".quan_a_fn"): bool(quantizer.signed) for name, quantizer in step_quantizers(model).items()
+            if name.endswith(".quan_a_fn")}
 
 
 def bits_in_use(model):

@@ -219,6 +219,11 @@ def check_arch(checkpoint, arch, path):
         raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {arch}")
 
 
+def decided_keys(config):
+    """Keys that say nothing of a network whose checkpoint says what was decided."""
+    return ("quan.act.all_positive",) if config.quan.act.all_positive == AUTO else ()
+
+
 def check_same_quantizers(checkpoint, config, path):
     """Refuse to evaluate a quantized checkpoint with other quantizers than it was trained with.
 
@@ -226,7 +231,7 @@ def check_same_quantizers(checkpoint, config, path):
     """
     if "config" not in checkpoint or not any(name.endswith(".quan_w_fn.s") for name in checkpoint["state_dict"]):
         return
-    unknown = ("quan.excepts",) if config.quan.excepts == AUTO else ()
+    unknown = (("quan.excepts",) if config.quan.excepts == AUTO else ()) + decided_keys(config)
     keys = [key for key in differing_keys(checkpoint["config"], to_plain(config))
             if key.startswith(MODEL_KEYS) and key not in IDLE_MODEL_KEYS and not key.startswith(unknown)]
     if keys:
@@ -281,6 +286,13 @@ class Start:
 def masks_of(content, model, path):
     """The pruning masks that a checkpoint carries, {} where it has none; `model` is its full-precision network."""
     return checked_masks(model, content.get("masks", {}), path)
+
+
+def signs_of(content):
+    """{layer: whether its activations are signed}, as far as a checkpoint of either stage says; the first batch decided."""
+    if "signed" in content:
+        return content["signed"]
+    return {name: row["signed"]["act"] for name, row in content.get("layers", {}).items() if row.get("signed")}
 
 
 def restore(found, model, optimizer, config, harmless=(), schedule_may_change=True):
@@ -363,7 +375,7 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
     keys = differing_keys({**NEW_KEYS, **checkpoint["config"]}, to_plain(config))
-    idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else ()
+    idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else decided_keys(config)
     keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
             and not (key == "arch" and same_arch(checkpoint["config"].get("arch"), config.arch))]
     serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from util.distributed import mean_over_ranks
+from util.distributed import largest_over_ranks, mean_over_ranks
 
 from . import kernel
 from .quantizer import Quantizer, integer_range
@@ -116,7 +116,8 @@ class LsqQuan(Quantizer):
 
     Args:
         bits: candidate bit-widths, in the order of the entries of s.
-        signed: whether the range reaches below zero.
+        signed: whether the range reaches below zero; None: as the first batch in training shows, signed where any value of
+            it is negative on any rank. Until then it counts as unsigned.
         symmetric: leave out the lowest integer of a signed range.
         channels: number of output channels for one step size each; None for one step size per tensor.
         init: "lsq", 2*mean|v|/sqrt(Qp), or "three_sigma", LIMPQ's max|mean -+ 3 std| / 2^(b-1).
@@ -136,8 +137,7 @@ class LsqQuan(Quantizer):
         self.index = 0
         # For a compiled network, which would be compiled anew for each bit-width if these were numbers of Python's.
         self.place = None  # the index as a tensor, where BitSwitch.keep_as_data asks for it
-        self.register_buffer("ranges", torch.tensor([integer_range(bit, signed, symmetric) for bit in self.bits],
-                                                    dtype=torch.float32), persistent=False)
+        self.register_buffer("ranges", self._ranges(), persistent=False)
 
     def select(self, bit):
         self.index = self.bits.index(bit)
@@ -146,6 +146,10 @@ class LsqQuan(Quantizer):
     def integers(self):
         """(Qn, Qp) of the selected bit-width."""
         return integer_range(self.bits[self.index], self.signed, self.symmetric)
+
+    def _ranges(self):
+        """(Qn, Qp) of every bit-width, [n_bits, 2]."""
+        return torch.tensor([integer_range(bit, self.signed, self.symmetric) for bit in self.bits], dtype=torch.float32)
 
     @property
     def step(self):
@@ -158,13 +162,16 @@ class LsqQuan(Quantizer):
 
     @property
     def is_initialized(self):
-        """Whether every step size has its initial value from data."""
-        return all(self._initialized)
+        """Whether the sign is decided, and every step size has its initial value from data."""
+        return self.signed is not None and all(self._initialized)
 
     def meet(self, x):
-        """Take the initial step size from x, where it is a first batch in training; compiled passes come later."""
+        """Take sign and initial step size from x, where it is a first batch in training; compiled passes come later."""
         if torch.compiler.is_compiling():
             return
+        if self.training and self.signed is None:
+            self.signed = largest_over_ranks(int((x < 0).any())) > 0
+            self.ranges.copy_(self._ranges())
         if self.training and not self._initialized[self.index]:
             self.init_from_activation(x.detach())
 

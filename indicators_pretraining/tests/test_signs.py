@@ -1,0 +1,103 @@
+"""Whether activations are signed: decided from the first training batch of all ranks, kept in every file, never again."""
+
+import pickle
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import yaml
+
+import importance_extractor
+import main
+from quan.quantizer import LsqQuan, integer_range
+from util import distributed
+from util.errors import UserError
+
+CONFIG = """
+arch: mobilenet_v2
+target_bits: [6, 4]
+dataloader: {dataset: digits, input_size: 32, batch_size: 8, data_fraction: 0.02, val_split: 0.05}
+wandb: {mode: disabled}
+epochs: 1
+lr: 0.001
+"""
+
+
+@pytest.mark.parametrize("lowest, signed", [(0.0, False), (-1e-3, True)])
+def test_the_first_training_batch_decides(lowest, signed):
+    quantizer = LsqQuan([4, 2], signed=None, symmetric=True)
+    x = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    x[0, 0] = lowest
+    quantizer.eval()(-x)
+    assert quantizer.signed is None and quantizer.integers == (0, 15) and not quantizer.is_initialized
+    quantizer.train().select(2)
+    quantizer(x)
+    assert quantizer.signed is signed and quantizer.integers == integer_range(2, signed, symmetric=True)
+    assert quantizer.ranges.tolist() == [list(integer_range(bit, signed, symmetric=True)) for bit in (4, 2)]
+    quantizer(-x - 1)
+    quantizer(x.abs())
+    assert quantizer.signed is signed
+
+
+def one_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    quantizers = [LsqQuan([4], signed=None).train() for _ in range(2)]
+    quantizers[0](torch.tensor([1.0, -1.0]) if rank else torch.tensor([1.0, 2.0]))
+    quantizers[1](torch.tensor([1.0, 2.0]))
+    torch.save([quantizer.signed for quantizer in quantizers], f"{folder}/{rank}.pt")
+    distributed.leave_process_group()
+
+
+def test_a_negative_value_on_any_rank_makes_it_signed_on_all(tmp_path):
+    multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[True, False]] * 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signs")
+    (folder / "config.yaml").write_text(CONFIG)
+    main.main([str(folder / "config.yaml"), f"output_dir={folder}", "name=run"])
+    return folder
+
+
+def test_linear_bottlenecks_are_signed_in_checkpoint_and_indicators(trained):
+    path = trained / "run" / "run_checkpoint.pth.tar"
+    content = torch.load(path, weights_only=True)
+    signs = content["signed"]
+    # The input of an expansion is the output of a linear bottleneck; the others see what a ReLU6 leaves.
+    expansions = {name for name in signs if name.endswith("conv.0.0") and name != "features.1.conv.0.0"}
+    assert {name for name, signed in signs.items() if signed} == expansions | {"features.18.0"}
+    importance_extractor.main([str(path), "--output", str(trained / "indicators.pkl")])
+    with open(trained / "indicators.pkl", "rb") as file:
+        layers = pickle.load(file)["layers"]
+    assert {name: row["signed"]["act"] for name, row in layers.items()} == signs
+
+
+def test_a_continued_run_takes_them_from_its_checkpoint(trained, monkeypatch):
+    before = torch.load(trained / "run" / "run_checkpoint.pth.tar", weights_only=True)["signed"]
+    meet = LsqQuan.meet
+
+    def meet_decided(self, x):
+        assert self.signed is not None
+        meet(self, x)
+
+    monkeypatch.setattr(LsqQuan, "meet", meet_decided)
+    main.main([str(trained / "config.yaml"), f"output_dir={trained}", "name=run", "epochs=2"])
+    assert torch.load(trained / "run" / "run_checkpoint.pth.tar", weights_only=True)["signed"] == before
+
+
+def test_forcing_it_afterwards_is_refused(trained):
+    with pytest.raises(UserError, match="another quan.act.all_positive"):
+        main.main([str(trained / "config.yaml"), f"output_dir={trained}", "name=run", "epochs=3",
+                   "quan.act.all_positive=true"])
+
+
+def test_true_and_false_force_it(tmp_path):
+    for forced in (True, False):
+        (tmp_path / "config.yaml").write_text(CONFIG + yaml.safe_dump({"quan": {"act": {"all_positive": forced}}}))
+        main.main([str(tmp_path / "config.yaml"), f"output_dir={tmp_path}", f"name=run_{forced}"])
+        content = torch.load(tmp_path / f"run_{forced}" / f"run_{forced}_checkpoint.pth.tar", weights_only=True)
+        assert set(content["signed"].values()) == {not forced}
+
+

@@ -1,6 +1,6 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
-# make bench: times of the search     make sync: copy what the stages share     make clean: remove all results
+# make bench: times of training and of the search     make sync: copy what the stages share     make clean: remove all results
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
 PYTHON ?= python3
@@ -51,6 +51,7 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 
 bench: $(READY)
+	cd $(MASTER) && $(RUN) bench.py
 	cd quantization_search && $(RUN) bench.py
 
 sync:

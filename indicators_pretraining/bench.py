@@ -288,6 +288,7 @@ def joint(clock):
     work, passes = Workload(clock.device, "resnet18", 16, 128), len(BITS) + 1
     return table(clock, "joint step", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2", {
         FLOOR: work.floor(passes), "floor, channels last": work.floor(passes, channels_last=True),
+        "floor, bfloat16": work.floor(passes, "bf16", channels_last=True),
         CHAIN: work.joint(chain=True), "float32": work.joint(), "bfloat16": work.joint(precision="bf16")}, work.kept)
 
 
@@ -304,6 +305,7 @@ def finetuning(clock):
     work = Workload(clock.device, "resnet50", 8, 224)
     return table(clock, "fine-tuning step", "ResNet-50, batch 8 at 224x224, W4A4", {
         FLOOR: work.floor(1), "floor, channels last": work.floor(1, channels_last=True),
+        "floor, bfloat16": work.floor(1, "bf16", channels_last=True),
         CHAIN: work.tuned(chain=True), "float32": work.tuned(), "bfloat16": work.tuned(precision="bf16")}, work.kept)
 
 
@@ -313,7 +315,7 @@ def scaling(clock):
     cases += [("candidates", len(bits), "resnet18", 16, 64, bits) for bits in (range(2 + count - 1, 1, -1) for count in
                                                                                  range(2, 8))]
     cases += [("network", arch, arch, 4, 96, BITS) for arch in ("resnet18", "resnet50", "mobilenetv1")]
-    rows = []
+    rows, clock = [], Clock(clock.device, min(3, clock.rounds))
     for kind, value, arch, batch, size, bits in cases:
         work = Workload(clock.device, arch, batch, size)
         rows += table(clock, f"scaling, {kind}", str(value), {FLOOR: work.floor(len(bits) + 1),
@@ -407,7 +409,8 @@ def gpu(clock):
 
 
 CASES = {function.__name__: function for function in (quantizer, joint, finetuning, evaluation, augmentation, processes,
-                                                      scaling, joint_compiled)}
+                                                      scaling)}
+MORE_CASES = {"joint_compiled": joint_compiled}  # minutes of compiling; only where asked for
 GPU_CASES = {"gpu": gpu}
 
 
@@ -443,7 +446,7 @@ def draw_bars(panels, rows):
     names = [f"{row['case']}: {row['side']}" for row in rows]
     for axes, key, title in zip(panels, ("time_over_floor", "memory_over_floor"), ("time", "peak memory"), strict=True):
         values = [row[key] for row in rows]
-        colours = ["0.6" if row["side"] in (CHAIN, "floor, channels last") else "tab:blue" for row in rows]
+        colours = ["0.6" if row["side"] == CHAIN or row["side"].startswith(FLOOR) else "tab:blue" for row in rows]
         axes.barh(names, values, color=colours)
         for place, value in enumerate(values):
             axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
@@ -468,21 +471,23 @@ def draw_growth(axes, kind, rows):
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--output", default="results/bench.csv", help="the table; the picture stands beside it")
-    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *GPU_CASES])}")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *MORE_CASES, *GPU_CASES])}")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = CASES if device.type == "cpu" else GPU_CASES
+    usual = CASES if device.type == "cpu" else GPU_CASES
+    cases = CASES | MORE_CASES if device.type == "cpu" else GPU_CASES
     for name in options.only or ():
         if name not in cases:
             raise UserError(f"--only: found {name}, allowed on this machine is {', '.join(cases)}{nearest(name, cases)}")
     if options.rounds < 1:
         raise UserError(f"--rounds: found {options.rounds}, allowed is at least 1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on what it does not find
     kernel.use("auto")
     keep_freed_memory()
     clock = Clock(device, options.rounds)
     print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers on the CPU by {kernel.describe()}")
-    rows = [row for name in options.only or cases for row in cases[name](clock)]
+    rows = [row for name in options.only or usual for row in cases[name](clock)]
     show(rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -20,12 +20,14 @@ from util.interruption import signals_noted
 from util.monitor import log_start, open_monitor
 from util.optim import create_optimizer
 from util.passes import prepare
+from util.run_lock import alone_in
 
 
 def main(arguments=None):
     configs, overrides, is_dry_run = parse_training_arguments(__doc__, arguments)
     config = load_config(PruningConfig, configs, overrides).for_levels()
-    with distributed.process_group(config.training_device) as device:
+    with (distributed.process_group(config.training_device) as device,
+          alone_in(PruningFolder.of(config).path, reads_only=is_dry_run)):
         distributed.set_seed(config.seed, config.dataloader.deterministic)
         run(config, device, is_dry_run)
 

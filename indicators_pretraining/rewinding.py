@@ -4,7 +4,6 @@ Level 0 trains the dense network and keeps its state after `rewind_epoch` epochs
 smallest of the weights that are left, loads that early state back, and trains what remains to the end.
 """
 
-import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 
 import pruning_report
-from model.masks import Prunable, count_to_remove, counted, rounded
+from model.masks import Prunable, sums_of
 from model.weights import load_state
 from util import distributed
 from util.checkpoint import (
@@ -251,23 +250,6 @@ def criterion_of(config):
     return lambda logits, images, target: F.cross_entropy(logits, target, label_smoothing=config.smoothing)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Weights or channels that are compared with each other: all, those left, and how many of these stay in any case."""
-
-    total: int
-    left: int
-    spared: int
-
-    def to_remove(self, amount, target):
-        return min(count_to_remove(self.total, self.left, amount, target), self.left - self.spared)
-
-
-def sums_of(groups):
-    """(all weights or channels of some groups, those that are left)."""
-    return sum(group.total for group in groups), sum(group.left for group in groups)
-
-
 class Plan(Prunable):
     """What each level removes, of which layers, and when it is enough.
 
@@ -283,16 +265,6 @@ class Plan(Prunable):
     def masks_for(self, level, masks):
         """The masks of a level (the first is 1), ranked by the weights as they are at the end of the level before."""
         return self.more_masks(masks, self.prune.amount_of(level), self.prune.target)
-
-    def groups(self, masks):
-        """A Group for all layers together, or for each layer, as the scope says."""
-        left = self.left(masks)
-        spares_one = self.prune.type == "structured"
-        return [Group(*counted(left, names), sum(int(left[name].any()) for name in names) if spares_one else 0)
-                for names in self.names_of_groups()]
-
-    def names_of_groups(self):
-        return [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]
 
     def count(self, masks):
         """(all prunable weights or channels, those that are left)."""
@@ -337,25 +309,11 @@ class Plan(Prunable):
         """Refuse a target that lies below what is removed already or out of reach, fewer levels than are there, and levels
         to come that would remove nothing."""
         groups = self.groups(masks)
-        self.check_reach(groups)
-        total, left = sums_of(groups)
-        # Each group of layers rounds for itself.
-        if self.prune.target is not None and sum(rounded(self.prune.target * group.total) for group in groups) < total - left:
-            raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but {100 * (1 - left / total):.2f} % "
-                            f"of the {self.unit} are removed already")
+        if self.prune.target is not None:
+            self.check_target(groups, self.prune.target)
         if self.prune.last_level is not None and level > self.prune.last_level:
             raise UserError(f"prune.levels: found {self.prune.last_level}, but level {level} is there already")
         self.forecast(level, masks)
-
-    def check_reach(self, groups):
-        """Refuse a target that is out of reach because one channel of each layer stays."""
-        for group, names in zip(groups, self.names_of_groups(), strict=True):
-            most = group.total - group.spared
-            if self.prune.target is not None and rounded(self.prune.target * group.total) > most:
-                where = names[0] if self.prune.scope == "layer" else "all layers"
-                raise UserError(f"prune.target_sparsity: found {float(self.prune.target):g}, but one channel of each layer "
-                                f"stays; {most} of {group.total} channels of {where} can go "
-                                f"({math.floor(1e4 * most / group.total) / 1e4:g})")
 
 
 def dry_run(network, plan, loaders, optimizer, config, level):

@@ -1,11 +1,7 @@
 """Gradual magnitude pruning during training (Zhu & Gupta, arXiv 1710.01878)."""
 
-import math
-from fractions import Fraction
-
-from model.masks import Prunable, counted, rounded
+from model.masks import Prunable, sums_of
 from util import distributed
-from util.errors import UserError
 
 
 def sparsity_at(time, start, end, initial, final):
@@ -45,37 +41,16 @@ class GradualPruning(Prunable):
         initial: the share that was removed when the run began; None for a run that begins, with the masks as they are.
 
     Raises:
-        UserError: where more than the target is removed already.
+        UserError: where more than the target is removed already, or the target is out of reach.
     """
 
     def __init__(self, network, config, initial=None):
         super().__init__(network, config.prune)
         self.pruned, self.start, self.end = network.pruned, config.prune.start_epoch, config.prune_until
-        self.initial = self.share_removed() if initial is None else initial
-        self.check_reach()
-
-    def share_removed(self):
-        """The share of the prunable weights, or channels, that is removed already."""
-        left = self.left(self.pruned.masks)
-        total, remaining = counted(left, left)
-        share = 1 - remaining / total
-        if total - remaining > rounded(self.prune.target_sparsity * total):
-            raise UserError(f"prune.target_sparsity: found {self.prune.target_sparsity:g}, but {100 * share:.2f} % of "
-                            f"the {self.unit} are removed already")
-        return share
-
-    def check_reach(self):
-        """Refuse a target that is out of reach because one channel of each layer stays."""
-        left, target = self.left(self.pruned.masks), Fraction(str(self.prune.target_sparsity))
-        if self.prune.type != "structured":
-            return
-        for names in [self.layers] if self.prune.scope == "global" else [[name] for name in self.layers]:
-            total = counted(left, names)[0]
-            most = total - sum(bool(left[name].any()) for name in names)
-            if rounded(target * total) > most:
-                where = names[0] if self.prune.scope == "layer" else "all layers"
-                raise UserError(f"prune.target_sparsity: found {float(target):g}, but one channel of each layer stays; {most} "
-                                f"of {total} channels of {where} can go ({math.floor(1e4 * most / total) / 1e4:g})")
+        groups = self.groups(self.pruned.masks)
+        self.check_target(groups, self.prune.target_sparsity)
+        total, left = sums_of(groups)
+        self.initial = 1 - left / total if initial is None else initial
 
     def after_step(self, epoch, step, steps):
         """Prune where it is due: every `frequency` steps, at the end of each epoch, and when the end is reached.

@@ -65,9 +65,9 @@ def kill_when_due(child, folder, draw, in_write):
 
 
 def stamp(folder):
-    """Changes with every file that is written into a folder."""
+    """Changes with every file that is written into a folder, its lock left aside."""
     try:
-        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder))
+        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder) if entry.name != ".lock")
     except FileNotFoundError:
         return []
 

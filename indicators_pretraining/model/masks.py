@@ -5,6 +5,7 @@ network in every stage. A parameter without a mask is whole.
 """
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -119,6 +120,39 @@ def companions(model, graph, layer):
     return [name for name in names if name in parameters]
 
 
+@dataclass(frozen=True)
+class Group:
+    """Weights or channels that are compared with each other, of one layer or of all: how many there are in all, how many of
+    them are left, and how many of these stay in any case."""
+
+    layers: tuple
+    total: int
+    left: int
+    spared: int
+
+    @property
+    def most(self):
+        """How many can be removed in all."""
+        return self.total - self.spared
+
+    def due(self, target):
+        """How many are removed in all where the target, a share, is reached."""
+        return rounded(Fraction(str(target)) * self.total)
+
+    def to_remove(self, amount, target):
+        return min(count_to_remove(self.total, self.left, amount, target), self.left - self.spared)
+
+
+def groups_of(layers, scope):
+    """The names of layers that are compared with each other, as lists."""
+    return [list(layers)] if scope == "global" else [[name] for name in layers]
+
+
+def sums_of(groups):
+    """(all weights or channels of some groups, those that are left)."""
+    return sum(group.total for group in groups), sum(group.left for group in groups)
+
+
 class Prunable:
     """The weights of a network that may be pruned, as one kind and scope of pruning sees them.
 
@@ -147,6 +181,30 @@ class Prunable:
     def more_masks(self, masks, amount, target):
         """Masks that remove more, ranked by the weights as they are now; arguments as for next_masks."""
         return next_masks(self.weights(), masks, self.followers, self.prune.type, self.prune.scope, amount, target)
+
+    def groups(self, masks):
+        """A Group for all layers together, or for each layer, as the scope says."""
+        left, spares_one = self.left(masks), self.prune.type == "structured"
+        return [Group(tuple(names), *counted(left, names), sum(bool(left[name].any()) for name in names) if spares_one else 0)
+                for names in groups_of(self.layers, self.prune.scope)]
+
+    def check_target(self, groups, target):
+        """Refuse a target that is out of reach because one channel of each layer stays, or below what is removed already.
+
+        Args:
+            groups: as they are.
+            target: the share of the weights, or channels, to be removed in all.
+        """
+        for group in groups:
+            if group.due(target) > group.most:
+                where = "all layers" if self.prune.scope == "global" else group.layers[0]
+                raise UserError(f"prune.target_sparsity: found {float(target):g}, but one channel of each layer stays; "
+                                f"{group.most} of {group.total} channels of {where} can go "
+                                f"({math.floor(1e4 * group.most / group.total) / 1e4:g})")
+        total, left = sums_of(groups)
+        if sum(group.due(target) for group in groups) < total - left:
+            raise UserError(f"prune.target_sparsity: found {float(target):g}, but {100 * (1 - left / total):.2f} % of the "
+                            f"{self.unit} are removed already")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,8 +244,7 @@ def next_masks(weights, masks, followers, kind, scope, amount, target=None):
         new masks; those given are not changed. Removed is removed: nothing comes back.
     """
     scores, left = units(weights, masks, kind)
-    groups = [list(left)] if scope == "global" else [[name] for name in left]
-    for names in groups:
+    for names in groups_of(left, scope):
         total, remaining = counted(left, names)
         count = count_to_remove(total, remaining, amount, target)
         left.update(without_smallest({name: scores[name] for name in names}, {name: left[name] for name in names}, count,

@@ -10,11 +10,13 @@ from torch.overrides import TorchFunctionMode
 from util.passes import autocast
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
+from .quantizer import LsqQuan
 
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 # What gives the same output whenever it gets the same input; a module that draws random numbers does not.
 SHAREABLE = (nn.Conv2d, nn.Linear, BATCHNORM, ExceptedBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6,
              nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+DEVICE = torch.Tensor.device.__get__  # what is asked of any tensor of the chain with the same answer
 
 
 class _Consumers(TorchFunctionMode):
@@ -34,10 +36,10 @@ class _Consumers(TorchFunctionMode):
         self.used_at += [index for index in map(self.index, _tensors(values)) if index is not None]
 
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if self.inside is None and any(True for _ in _tensors(result)):  # asking for a shape uses nothing
+        # Asking for a shape is a use, too: with the output of the stem in their place, images have another one.
+        if self.inside is None and function != DEVICE:
             self.use((args, kwargs or {}))
-        return result
+        return function(*args, **(kwargs or {}))
 
 
 def _tensors(values):
@@ -59,9 +61,12 @@ def find_stem(model, input_size):
 
     Returns:
         a list in the order of computation. What lies between two of these modules is used by nothing else, and nothing
-        changes the output of the last one in place.
+        changes the output of the last one in place. It is empty where a network cannot be followed in training.
     """
-    twin = copy.deepcopy(model).to("meta").eval()
+    twin = copy.deepcopy(model).to("meta").train()  # in evaluation there is no dropout, say, that works in place
+    for module in twin.modules():
+        if isinstance(module, (LsqQuan, BATCHNORM)):  # these would ask for values
+            module.eval()
     consumers = _Consumers(torch.empty(1, 3, input_size, input_size, device="meta"))
     names, versions = [], []
 
@@ -78,10 +83,10 @@ def find_stem(model, input_size):
 
     def leave(module, inputs, output):
         if consumers.inside is module:
-            consumers.inside = None
             consumers.chain.append(output)
             names.append(shareable[module])
             versions.append(output._version)
+            consumers.inside = None  # from here on, what is asked of the output is asked by others
 
     switched = {module for switch in twin.modules() if isinstance(switch, SwitchableBatchNorm) for module in switch.modules()}
     shareable = {module: name for name, module in twin.named_modules() if _is_shareable(module) and module not in switched}
@@ -90,8 +95,11 @@ def find_stem(model, input_size):
         if module in shareable or isinstance(module, QuantizedLayer) or not any(True for _ in module.children()):
             module.register_forward_pre_hook(enter)
             module.register_forward_hook(leave)
-    with torch.no_grad(), consumers:
-        twin(consumers.chain[0])
+    try:
+        with torch.no_grad(), consumers:
+            twin(consumers.chain[0])
+    except Exception:  # such as one that decides by values, which are not there; what it raises may be anything
+        return []
     length = min([len(names), *(index for index in consumers.used_at if index < len(names))])
     while length and consumers.chain[length]._version != versions[length - 1]:
         length -= 1
@@ -99,6 +107,8 @@ def find_stem(model, input_size):
 
 
 def _is_shareable(module):
+    if any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        return False  # it computes something else than its type says
     if isinstance(module, ExceptedBatchNorm):
         return module.bn.momentum is not None
     return type(module) in SHAREABLE or (isinstance(module, BATCHNORM) and module.momentum is not None)
@@ -142,7 +152,7 @@ class SharedStem:
         finally:
             for module in self.modules:
                 vars(module).pop("forward", None)  # the one of its class shows again
-        if output.requires_grad:
+        if boundary.grad is not None:
             output.backward(boundary.grad)
         for module, statistics in zip(tracking, before, strict=True):  # the backward pass needs them unchanged
             repeat_update(module, statistics, self.passes)

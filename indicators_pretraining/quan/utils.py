@@ -259,7 +259,7 @@ class BitSwitch:
         """Say in tensors, too, which bit-widths are selected, so that a network compiled once computes with all of them."""
         switched = self.switched()
         self.places = torch.zeros(len(switched), dtype=torch.long, device=device)
-        for place, module in zip(self.places.unbind(), switched, strict=True):
+        for place, module in zip(self.places.split(1), switched, strict=True):
             if not isinstance(module, SwitchableBatchNorm) or module.can_be_chosen_by_data:
                 module.place = place
 

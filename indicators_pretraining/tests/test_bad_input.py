@@ -11,7 +11,7 @@ import importance_extractor
 import main
 import process
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.errors import user_errors_on_one_line
+from util.errors import UserError, user_errors_on_one_line
 
 CONFIG = """
 name: run
@@ -98,7 +98,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(folder, capsys):
         main.main(["config.yaml", "lr=1e30"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
-    assert "epoch 1, step 2 of 4: all weights and step sizes are finite, the activations are not; lower lr" in said
+    assert "epoch 1, step 2 of 4: all weights and step sizes are finite, the activations are not; lower lr, or add " \
+        "warmup_epochs\n" in said
     assert not (folder / "out/run/run_checkpoint.pth.tar").exists()
 
 
@@ -134,10 +135,15 @@ def test_weights_that_an_update_made_not_finite_reach_no_checkpoint(folder, caps
     with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
         main.main(["config.yaml", "epochs=2", "log.checkpoint_steps=1"])
     assert stop.value.code == 2
-    assert f"error: the parameter layer1.0.conv2.weight is not finite{place}; lower lr" in capsys.readouterr().err
+    assert f"error: the parameter layer1.0.conv2.weight is not finite{place}; lower lr, or add warmup_epochs " \
+        "(a checkpoint from before is kept)\n" in capsys.readouterr().err
     kept = load_checkpoint("out/run/run_checkpoint.pth.tar")
     assert 4 * kept["epoch"] + kept.get("inside", {}).get("step", 0) == step - 1
     assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
+    # A run that goes on has one from the start.
+    monkeypatch.setattr(process, "joint_step", lambda model, *_: model.layer1[0].conv2.weight.data.fill_(float("inf")))
+    with pytest.raises(UserError, match="is not finite.*a checkpoint from before is kept"):
+        main.main(["config.yaml", "epochs=2", "log.checkpoint_steps=1"])
 
 
 @pytest.mark.parametrize("error", [

@@ -20,9 +20,9 @@ from util.passes import Passes
 BITS = [4, 3, 2]
 
 
-def joint_network(arch, excepts, size, seed=0):
+def joint_network(arch, excepts, size, seed=0, input_size=None):
     torch.manual_seed(seed)
-    model = create_model(arch, 10).double()
+    model = create_model(arch, 10, input_size=input_size).double()
     excepts = {name: ExceptionConfig() for name in excepts}
     graph = trace(model, size)
     replace_module_by_names(model, joint_modules(model, graph, QuanConfig(act=ActQuantizerConfig(), excepts=excepts), BITS))
@@ -51,7 +51,18 @@ class Net(nn.Module):
         self.quantized = QuanConv2d(conv, LsqQuan(BITS, signed=True), LsqQuan(BITS, signed=True))
 
     def forward(self, x):
-        y = self.conv(x)
+        size = x.shape[-2:] if self.variant == "size of images" else 8
+        if self.variant == "noise in training" and self.training:
+            x = x + torch.randn_like(x)
+        y = self.conv(x) if x.device.type else None  # asking for the device is no use
+        if self.variant == "size of images":
+            return self.quantized(F.interpolate(self.act(self.norm(y)), size))
+        if self.variant == "size of conv":
+            return self.quantized(F.interpolate(self.act(self.norm(y)), y.shape[-2:]))
+        if self.variant == "dropout in place":
+            return self.quantized(F.dropout(self.norm(y), training=self.training, inplace=True))
+        if self.variant == "a decision by values" and y.sum() > 0:
+            return self.quantized(y)
         if self.variant == "shortcut of conv":
             return self.quantized(self.act(self.norm(y))) + y
         y = self.norm(y)
@@ -77,9 +88,28 @@ class Net(nn.Module):
 @pytest.mark.parametrize("variant, expected", [
     ("plain", ["conv", "norm", "act"]), ("shortcut of conv", ["conv"]), ("shortcut of images", []),
     ("function", ["conv", "norm"]), ("in place", ["conv"]), ("dropout", ["conv", "norm"]), ("used twice", []),
-    ("two users", ["conv", "norm", "act"]), ("a quantized user before", [])])
+    ("two users", ["conv", "norm", "act"]), ("a quantized user before", []), ("size of images", []),
+    ("size of conv", ["conv"]), ("noise in training", []), ("dropout in place", ["conv"]), ("a decision by values", [])])
 def test_what_others_use_or_change_is_not_shared(variant, expected):
     assert find_stem(Net(variant), 8) == expected
+
+
+def test_a_module_that_computes_something_else_than_its_type_says_is_not_shared():
+    hooked, patched = Net(), Net()
+    hooked.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    patched.norm.forward = lambda x: 2 * x
+    assert find_stem(hooked, 8) == find_stem(patched, 8) == ["conv"]
+    assert find_stem(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), Net()), 8) == []
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_network_that_asks_for_the_size_of_its_images_can_be_trained(size):
+    model, switch = joint_network("vit_tiny_patch4_32", ("conv_proj", "heads.head"), size, input_size=size)
+    images, target = torch.randn(2, 3, size, size, dtype=torch.float64), torch.tensor([1, 2])
+    passes = Passes(model, stem=SharedStem(model, find_stem(model, size), len(BITS) + 1))
+    process.joint_gradients(model, switch, images, target, nn.CrossEntropyLoss(), dict.fromkeys(switch.layers, 3),
+                            passes=passes)
+    assert model.conv_proj.weight.grad.abs().sum() > 0
 
 
 def step_of(model, switch, stem, passes=2):

@@ -68,6 +68,7 @@ class Training:
         self.steps = len(loader) // batches_per_step
         self.images_per_step = loader.images // len(loader) * batches_per_step
         self.device = next(model.parameters()).device
+        self.has_checkpoint = False  # whether this run, or the one that it goes on from, has left any
 
     def run(self, start, last):
         """Train the epochs from `start` to last - 1; a checkpoint is written after each.
@@ -76,6 +77,7 @@ class Training:
             Interrupted: on all ranks, with a checkpoint written, where a signal came.
         """
         self.best = start.best
+        self.has_checkpoint = bool(self.epochs_before or start.epoch or start.inside)
         for epoch in range(start.epoch, last):
             inside = start.inside if epoch == start.epoch else None
             if inside is None or not inside.is_trained:
@@ -150,12 +152,13 @@ class Training:
         culprit = not_finite(self.model)
         if culprit:
             place = self.place(epochs - 1, self.steps) if inside is None else self.place(epochs, inside.step)
-            raise UserError(f"{culprit} is not finite{place}; {REMEDY}")
+            raise UserError(f"{culprit} is not finite{place}; {self.remedy()}")
         state = training_state(self.model, self.optimizer, epochs, self.best, self.config, self.monitor)
         if inside is not None:
             state["inside"] = replace(inside, sums=distributed.gather_objects([sums.cpu() for sums in inside.sums]),
                                       batchnorms=distributed.batchnorm_statistics(self.model)).as_plain()
         self.write(state, is_best)
+        self.has_checkpoint = True
 
     def check_where_due(self, epoch, done, metrics):
         """Check each step on the CPU; elsewhere, where reading a number holds it up, those that are shown and the last."""
@@ -170,10 +173,11 @@ class Training:
         culprit = not_finite(self.model)
         what = f"{culprit} is not finite" if culprit else "all weights and step sizes are finite, the activations are not"
         raise UserError(f"the loss is not finite in epoch {self.epochs_before + epoch + 1}, step {done} of {self.steps}: "
-                        f"{what}; {REMEDY}")
+                        f"{what}; {self.remedy()}")
 
-
-REMEDY = "lower lr, or add warmup_epochs (a checkpoint from before is kept)"
+    def remedy(self):
+        """What to do where numbers are not finite."""
+        return "lower lr, or add warmup_epochs" + (" (a checkpoint from before is kept)" if self.has_checkpoint else "")
 
 
 def not_finite(model):

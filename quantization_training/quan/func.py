@@ -8,6 +8,7 @@ from torch import nn
 
 from .fused import quantized_operation
 from .quantizer import LsqQuan
+from .quantizer.lsq import at_place
 
 
 def _take_over(layer, original, quan_w_fn, quan_a_fn):
@@ -65,7 +66,7 @@ class QuanConv2d(QuantizedLayer, nn.Conv2d):
         _take_over(self, conv, quan_w_fn, quan_a_fn)
 
     def forward(self, x):
-        if self.learns_both and self.padding_mode == "zeros" and not isinstance(self.padding, str):
+        if self.learns_both and self.padding_mode == "zeros" and not isinstance(self.padding, str) and x.dim() == 4:
             geometry = (self.stride, self.padding, self.dilation, self.groups)
             return quantized_operation(x, self.weight, self.bias, self.quan_a_fn, self.quan_w_fn, geometry)
         weight = self.quantized_weight()
@@ -115,7 +116,7 @@ class SwitchableBatchNorm(nn.Module):
         self.bits = tuple(bits)
         self.bns = nn.ModuleList(copy.deepcopy(bn) for _ in self.bits)
         self.index = 0
-        self.place = None  # the index as a tensor, for a compiled network
+        self.place = None  # the index as a tensor [1], for a compiled network
 
     @property
     def can_be_chosen_by_data(self):
@@ -131,11 +132,11 @@ class SwitchableBatchNorm(nn.Module):
 
     def _forward_at_place(self, x):
         """The same in training, with the copy chosen by a tensor, so that one compiled function serves all of them."""
-        weight, bias, mean, var = (torch.stack([getattr(bn, name) for bn in self.bns])[self.place]
+        weight, bias, mean, var = (at_place(torch.stack([getattr(bn, name) for bn in self.bns]), self.place)
                                    for name in ("weight", "bias", "running_mean", "running_var"))
         out = nn.functional.batch_norm(x, mean, var, weight, bias, True, self.bns[0].momentum, self.bns[0].eps)
         for index, bn in enumerate(self.bns):
-            is_chosen = self.place == index
+            is_chosen = (self.place == index)[0]
             bn.running_mean.copy_(torch.where(is_chosen, mean, bn.running_mean))
             bn.running_var.copy_(torch.where(is_chosen, var, bn.running_var))
             bn.num_batches_tracked += is_chosen

@@ -1,5 +1,6 @@
 """A run that stops and goes on ends with the same tensors as one that does not."""
 
+import contextlib
 import signal
 
 import numpy as np
@@ -33,6 +34,18 @@ def test_batchnorm_statistics_are_averaged_over_ranks_after_every_epoch_and_ever
     monkeypatch.setattr(distributed, "average_batchnorm_statistics", calls.append)
     main.main(["config.yaml", "epochs=2"])
     assert len(calls) == 4
+
+
+def test_what_writes_is_alone_in_the_run_folder_and_what_reads_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    entered = []
+    monkeypatch.setattr(main, "run", lambda *_: None)
+    monkeypatch.setattr(main, "alone_in", lambda *folder, reads_only: entered.append((*folder, reads_only))
+                        or contextlib.nullcontext())
+    for word in ("name=run", "eval=true", "--dry-run"):
+        main.main(["config.yaml", "name=run", word])
+    assert entered == [("results/run", False), ("results/run", True), ("results/run", True)]
 
 
 class Stopped(Exception):

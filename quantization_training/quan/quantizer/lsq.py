@@ -98,6 +98,11 @@ def _gradients(grad, v, s, qn, qp):
     return (grad * inside).to(v.dtype), slope.mul_(grad).sum_to_size(s.shape)
 
 
+def at_place(tensor, place):
+    """tensor[place] for a place in a tensor [1]: with one of no dimensions, a compiler would ask for its value and give up."""
+    return tensor.index_select(0, place)[0]
+
+
 def _statistics(values, kept):
     """Mean, mean of the absolute values, and unbiased standard deviation of each row; `kept` says which values count."""
     if kept is None:
@@ -136,7 +141,7 @@ class LsqQuan(Quantizer):
         self._initialized = [False] * len(self.bits)  # init_state, to be asked without reading from the device
         self.index = 0
         # For a compiled network, which would be compiled anew for each bit-width if these were numbers of Python's.
-        self.place = None  # the index as a tensor, where BitSwitch.keep_as_data asks for it
+        self.place = None  # the index as a tensor [1], where BitSwitch.keep_as_data asks for it
         self.register_buffer("ranges", self._ranges(), persistent=False)
 
     def select(self, bit):
@@ -183,12 +188,13 @@ class LsqQuan(Quantizer):
 
     def terms(self, v):
         """What lsq() takes besides v: (s in a shape that broadcasts to v's, Qn, Qp, scale of the gradient of s)."""
-        step, (qn, qp) = self.step, self.integers
         if torch.compiler.is_compiling() and self.place is not None:
-            step, (qn, qp) = self.s[self.place], self.ranges[self.place].unbind()
+            step, (qn, qp) = at_place(self.s, self.place), at_place(self.ranges, self.place).unbind()
+        else:
+            step, (qn, qp) = self.step, self.integers
         if step.dim():
             step = step.view(-1, *[1] * (v.dim() - 1))
-        shared = v.numel() * self.batch_parts / step.numel()
+        shared = max(v.numel(), 1) * self.batch_parts / step.numel()
         return step, qn, qp, (shared * qp) ** -0.5
 
     @torch.no_grad()

@@ -181,6 +181,19 @@ def test_a_layer_at_once_equals_its_parts_one_by_one(layout, per_channel, wanted
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("wanted", ["compiled", "plain"])
+def test_no_images_and_one_without_a_batch(wanted):
+    kernel.use(wanted)
+    for layer, x in layers(per_channel=False):
+        layer(x)  # the steps have their values now
+        if x.dim() > 1:
+            out = layer(x[:0].requires_grad_())
+            out.sum().backward()
+            assert not out.numel() and not layer.weight.grad.any() and not layer.quan_a_fn.s.grad.any()
+        if x.dim() == 4:
+            torch.testing.assert_close(layer(x[0]), layer(x[:1])[0])
+
+
 def test_a_layer_keeps_no_more_than_its_input_and_its_parameters():
     torch.manual_seed(0)
     layer = QuanConv2d(nn.Conv2d(8, 8, 3), LsqQuan([4], signed=True), LsqQuan([4], signed=False)).train()
@@ -257,6 +270,53 @@ def test_without_a_compiler_tensor_operations_take_over(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="kernels: found compiled, but .*no-such-compiler.*; install a C"):
         kernel.use("compiled")
     assert lsq(torch.tensor([0.9]), torch.tensor(0.5), 2, 1).item() == 0.5
+
+
+@pytest.mark.parametrize("command", ["'c++", " ", "true", "false", "cat", "/"])
+def test_what_is_no_compiler_does_no_harm(monkeypatch, tmp_path, command):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", command)
+    kernel.use("auto")
+    assert not kernel.is_compiled() and kernel.describe().startswith("tensor operations (")
+    with pytest.raises(UserError, match="^kernels: found compiled, but "):
+        kernel.use("compiled")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_lacks_a_function_is_not_used_at_all(monkeypatch):
+    library = kernel._load()
+
+    class Library:
+        def __getattr__(self, name):
+            return getattr(library, name if name != "differentiate_bfloat16_bfloat16" else "missing")
+
+    monkeypatch.setattr(kernel, "_load", Library)
+    kernel.use("auto")
+    assert not kernel.is_compiled() and not kernel._differentiate and "missing" in kernel.describe()
+
+
+def test_a_user_without_a_home_has_no_cache_but_compiled_loops(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(kernel.Path, "home", no_home)
+    kernel.use("compiled")
+    assert kernel.is_compiled()
+
+
+def test_where_temporary_files_may_not_be_executed_the_cache_serves(monkeypatch, tmp_path):
+    load = kernel.ctypes.CDLL
+
+    def load_from_cache_only(path):
+        if not path.startswith(str(tmp_path)):
+            raise OSError("failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernel.ctypes, "CDLL", load_from_cache_only)
+    kernel.use("compiled")
+    assert kernel.is_compiled()
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):

@@ -54,6 +54,8 @@ def use(wanted):
         _take_functions(_load())
         _state = "compiled loops"
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        _quantize.clear()
+        _differentiate.clear()
         if wanted == "compiled":
             raise UserError(f"kernels: found compiled, but {reason(error)}; install a C++ compiler with OpenMP (or name it in "
                             "CXX), or give auto or plain") from None
@@ -143,21 +145,32 @@ def _load():
     # What is compiled for one processor may not run on another one that shares the home directory.
     version = subprocess.run([*command, "--version"], capture_output=True, timeout=COMPILE_SECONDS, check=True).stdout
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor()])).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limpqp"
-    target = folder / f"lsq_{key}.so"
+    target = _cache() / f"lsq_{key}.so"
     if _is_whole(target):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(target))
-    with tempfile.TemporaryDirectory() as elsewhere:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as elsewhere:
         compiled = Path(elsewhere) / target.name
         done = subprocess.run([*command, *FLAGS, "-o", str(compiled), str(SOURCE)], capture_output=True, text=True,
-                              timeout=COMPILE_SECONDS, check=False)
+                              errors="replace", timeout=COMPILE_SECONDS, check=False)
         if done.returncode:
             raise OSError(f"{shlex.join(command)} cannot compile {SOURCE.name} ({reason(done.stderr)})")
-        library = ctypes.CDLL(str(compiled))  # a loaded library outlives its file
         with contextlib.suppress(OSError, UserError):
             _keep(compiled, target)
-        return library
+        try:
+            return ctypes.CDLL(str(compiled))  # a loaded library outlives its file
+        except OSError:  # from some disks for temporary files nothing may be executed
+            if not _is_whole(target):
+                raise
+            return ctypes.CDLL(str(target))
+
+
+def _cache():
+    """The folder that compiled files are kept in; one that cannot be written where it is not known whose home it is."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limpqp"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(os.devnull) / "limpqp"
 
 
 def _keep(compiled, target):
@@ -179,7 +192,10 @@ def _is_whole(path):
 def find_compiler():
     """The command that compiles C++, as a list of words; empty where none is found."""
     if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+        try:
+            return shlex.split(os.environ["CXX"])
+        except ValueError as error:
+            raise OSError(f"CXX is no command ({error})") from None
     return [path for path in map(shutil.which, COMPILERS) if path][:1]
 
 

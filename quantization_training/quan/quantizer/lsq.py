@@ -187,7 +187,7 @@ class LsqQuan(Quantizer):
             step, (qn, qp) = self.step, self.integers
         if step.dim():
             step = step.view(-1, *[1] * (v.dim() - 1))
-        shared = v.numel() * self.batch_parts / step.numel()
+        shared = max(v.numel(), 1) * self.batch_parts / step.numel()
         return step, qn, qp, (shared * qp) ** -0.5
 
     @torch.no_grad()

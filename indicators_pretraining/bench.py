@@ -75,14 +75,20 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def in_turn(self, sides):
-        """{side: median milliseconds} of {side: callable}, each called once before, then one after the other."""
-        for work in sides.values():
+    def in_turn(self, sides, before=lambda side: None):
+        """{side: median milliseconds} of {side: callable}, each called twice before, then one after the other.
+
+        Args:
+            before: called with the side each time before its callable; this is not measured.
+        """
+        for side, work in sides.items():
+            before(side)
             work()
             work()
         times = {side: [] for side in sides}
         for _ in range(self.rounds):
             for side, work in sides.items():
+                before(side)
                 times[side].append(self.milliseconds(work))
         return {side: statistics.median(values) for side, values in times.items()}
 
@@ -104,16 +110,19 @@ class Clock:
         return most
 
 
-def table(clock, case, what, sides, kept=0, notes=None):
+def table(clock, case, what, sides, kept=0, notes=None, before=lambda side: None):
     """Rows of a comparison.
 
     Args:
         sides: {side: callable}; FLOOR and CHAIN are what the others are compared with.
         kept: bytes that lie in memory all the while, such as parameters and their momentum.
+        before: called with a side each time before it is measured.
     """
     print(f"{case}: {what} ...", file=sys.stderr, flush=True)
-    times = clock.in_turn(sides)
-    peaks = {side: (clock.peak(work) + kept) / MB for side, work in sides.items()}
+    times, peaks = clock.in_turn(sides, before), {}
+    for side, work in sides.items():
+        before(side)
+        peaks[side] = (clock.peak(work) + kept) / MB
     rows = []
     for side in sides:
         row = {"case": case, "what": what, "side": side, "ms": times[side], "peak_mb": peaks[side],
@@ -250,11 +259,10 @@ def quantizer(clock):
     scale, rows = (x.numel() * qp) ** -0.5, []
     compiled_chain = torch.compile(plain_chain)
 
-    def side(function, name):
+    def side(function):
         leaf, step = x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_()
 
         def work():
-            kernel.use("plain" if name == "not compiled" else "auto")
             leaf.grad = step.grad = None
             function(leaf, step, 0, qp, scale).backward(incoming)
         return work
@@ -262,7 +270,8 @@ def quantizer(clock):
     functions = {CHAIN: plain_chain, FLOOR: compiled_chain, "not compiled": lsq, "compiled": lsq}
     kept = {name: kept_bytes(function, x, qp, scale) / (x.numel() * 4) for name, function in functions.items()}
     rows = table(clock, "quantizer", "16x256x56x56, unsigned 4 bits",
-                 {name: side(function, name) for name, function in functions.items()},
+                 {name: side(function) for name, function in functions.items()},
+                 before=lambda name: kernel.use("plain" if name == "not compiled" else "auto"),
                  notes={FLOOR: "the chain through torch.compile",
                         **{name: f"keeps {kept[name]:.2f}x its input" for name in functions if name != FLOOR}})
     kernel.use("auto")

@@ -1,5 +1,6 @@
 """Facts of the data: which images make up which batch on which rank, and what is done to each of them."""
 
+import contextlib
 import gzip
 import math
 import multiprocessing
@@ -22,7 +23,15 @@ from PIL import Image
 
 from util import datasets
 from util.config import DataConfig
-from util.data_loader import FileBatches, create_loaders, crop_and_flip, draw_crops, leave_signals_to_main
+from util.data_loader import (
+    FileBatches,
+    SideStream,
+    create_loaders,
+    crop_and_flip,
+    draw_crops,
+    leave_signals_to_main,
+    one_ahead,
+)
 from util.datasets import FASHION_FILES, describe_data, find_idx_file
 from util.errors import UserError, user_errors_on_one_line
 from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, stratified_split
@@ -484,6 +493,85 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path, workers):
     with pytest.raises(UserError) as error:
         read(data.train)
     assert str(tmp_path / "train" / "bee" / "good.png") in str(error.value) and "\n" not in str(error.value)
+
+
+class Ahead:
+    """Moves batches as SideStream does, and notes what happens when."""
+
+    def __init__(self):
+        self.noted = []
+
+    def begin(self, batch):
+        self.noted.append(f"begin {len(self.noted)}")
+        return batch, self.noted[-1]
+
+    def finish(self, begun):
+        self.noted.append(begun[1].replace("begin", "finish"))
+        return begun[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_are_moved_one_ahead_are_the_same(folder, workers):
+    plain, ahead = loaders(folder_config(folder)), loaders(folder_config(folder, workers=workers))
+    ahead.train.transfer = ahead.test.transfer = Ahead()
+    assert same(read(ahead.train, 1), read(plain.train, 1))
+    assert same(read(ahead.train, 1, start_step=2), read(plain.train, 1)[2:])
+    assert same(read(ahead.test), read(plain.test))
+    for _ in ahead.train:  # a signal, or an error, stops in the middle
+        break
+    assert same(read(ahead.train, 2), read(plain.train, 2))
+
+
+def test_a_batch_is_begun_before_the_one_before_it_is_given_out():
+    noted = []
+    for batch in one_ahead("abc", lambda batch: noted.append(f"begin {batch}") or batch, str.upper):
+        noted.append(f"use {batch}")
+    assert noted == ["begin a", "begin b", "use A", "begin c", "use B", "use C"]
+    assert list(one_ahead("", str.lower, str.upper)) == [] and list(one_ahead("a", str.lower, str.upper)) == ["A"]
+
+
+def test_an_error_in_place_of_a_batch_comes_after_the_batches_before_it():
+    def batches():
+        yield from "ab"
+        raise UserError("cannot be read")
+
+    given_out = []
+    with pytest.raises(UserError, match="cannot be read"):
+        for letter in one_ahead(batches(), str.lower, str.upper):
+            given_out.append(letter)
+    assert given_out == ["A", "B"]
+
+
+def test_a_stream_of_its_own_is_waited_for_batch_by_batch(monkeypatch):
+    noted = []
+
+    class FakeStream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def record_event(self):
+            return f"event {len(noted)}"
+
+        def wait_event(self, event):
+            noted.append((self.name, "waits for", event))
+
+    class Part:
+        def to(self, device, non_blocking):
+            noted.append((self, "to", device, non_blocking))
+            return self
+
+        def record_stream(self, stream):
+            noted.append((self, "used on", stream.name))
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered.append(stream.name) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("computing"))
+    transfer, first, second = SideStream("cuda:0"), Part(), Part()
+    begun = [transfer.begin([first]), transfer.begin([second])]
+    assert transfer.finish(begun[0]) == [first] and entered == ["side", "side"]
+    assert noted == [(first, "to", "cuda:0", True), (second, "to", "cuda:0", True), ("computing", "waits for", "event 1"),
+                     (first, "used on", "computing")]
 
 
 def test_workers_leave_interrupts_to_the_main_process(folder, monkeypatch):

@@ -4,6 +4,7 @@ Small sets lie in memory as one uint8 tensor on the device and are augmented a b
 read by worker processes. Either way the augmentation of a sample is drawn from (seed, epoch, index) alone.
 """
 
+import collections
 import os
 import signal
 import threading
@@ -30,10 +31,14 @@ class Loader:
 
     Iterating yields (images float32 [B, 3, S, S], normalised; labels int64 [B]) on the device. `len` is the number
     of batches of a whole epoch on this rank, `images` the number of images of an epoch over all ranks.
+
+    Args:
+        plan, batches, mean, std, device: see create_loaders.
+        transfer: moves batches to the device while it computes, one ahead; None: each is moved when it is asked for.
     """
 
-    def __init__(self, plan, batches, mean, std, device):
-        self.plan, self.batches, self.device = plan, batches, device
+    def __init__(self, plan, batches, mean, std, device, transfer=None):
+        self.plan, self.batches, self.device, self.transfer = plan, batches, device, transfer
         mean, std = torch.tensor([mean, std], dtype=torch.float32, device=device).view(2, 1, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
@@ -49,11 +54,61 @@ class Loader:
         self.plan.set_epoch(epoch, start_step)
 
     def __iter__(self):
-        for batch in self.batches:
-            if isinstance(batch, UserError):
-                raise batch
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+        for images, labels in self._moved():
             yield normalise(images, self.scale, self.shift), labels
+
+    def _moved(self):
+        if self.transfer is not None:
+            yield from one_ahead(map(readable, self.batches), self.transfer.begin, self.transfer.finish)
+            return
+        for batch in map(readable, self.batches):
+            yield [part.to(self.device, non_blocking=True) for part in batch]
+
+
+def readable(batch):
+    """A batch as it is; what could not be read comes as the UserError that says so."""
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
+
+
+def one_ahead(batches, begin, finish):
+    """finish(begin(batch)) for each batch, where each is begun before the one before it is finished and given out.
+
+    A UserError in place of a batch comes where the batch would have come.
+    """
+    begun, batches = collections.deque(), iter(batches)
+    while True:
+        try:
+            begun.append(begin(next(batches)))
+        except StopIteration:
+            break
+        except UserError:
+            yield from map(finish, begun)
+            raise
+        if len(begun) > 1:
+            yield finish(begun.popleft())
+    yield from map(finish, begun)
+
+
+class SideStream:
+    """Moves batches to a GPU on a stream of their own, beside what is computed there."""
+
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def begin(self, batch):
+        with torch.cuda.stream(self.stream):
+            parts = [part.to(self.device, non_blocking=True) for part in batch]
+        return parts, self.stream.record_event()
+
+    def finish(self, begun):
+        parts, moved = begun
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_event(moved)
+        for part in parts:
+            part.record_stream(computing)  # so that its memory is not taken for another batch while it is used
+        return parts
 
 
 def normalise(images, scale, shift):
@@ -104,10 +159,11 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
     train, val = split_training_images(data.train.labels, config, seed)
     steps = 0 if evaluation_only else count_training_steps(len(train), config.batch_size, world_size)
     batches = folder_batches if isinstance(train_set.images, np.ndarray) else memory_batches
+    transfer = SideStream(device) if device.type == "cuda" and batches is folder_batches else None
 
     def loader(images, plan, augment=False, keep_workers=True):
         source = batches(config, images, plan, seed, device, augment, keep_workers)
-        return Loader(plan, source, data.mean, data.std, device)
+        return Loader(plan, source, data.mean, data.std, device, transfer)
 
     def evaluation(images, indices):
         return loader(images, OrderedPlan(indices, config.batch_size, rank, world_size))

@@ -1,6 +1,7 @@
-"""Write a fine-tuned network as a packed model, show one, or classify images with one.
+"""Write a fine-tuned network as a packed model or as ONNX, show a packed model, or classify images with one.
 
-python export.py CHECKPOINT --output model.safetensors [--fold-bn]
+python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx]
+python export.py model.safetensors --onnx model.onnx
 python export.py --inspect model.safetensors
 python export.py --predict model.safetensors IMAGE...
 """
@@ -30,21 +31,22 @@ def parse(arguments):
     parser = Parser(description=__doc__)
     parser.add_argument("files", nargs="*", metavar="CHECKPOINT | IMAGE", help="a checkpoint of main.py; images to classify")
     parser.add_argument("--output", metavar="FILE.safetensors", help="the packed model to write")
+    parser.add_argument("--onnx", metavar="FILE.onnx", help="the ONNX model to write; needs requirements-export.txt")
     parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
     parser.add_argument("--inspect", metavar="FILE", help="print the layers of a packed model; nothing is rebuilt or run")
     parser.add_argument("--predict", metavar="FILE", help="classify images with a packed model")
     parser.add_argument("--arch", metavar="FILE.py:FACTORY",
                         help="your own network's file, which is run; needed where the network is one of your own")
     options = parser.parse_intermixed_args(arguments)
-    if options.inspect and (options.predict or options.files or options.output):
+    if options.inspect and (options.predict or options.files or options.output or options.onnx):
         parser.error("--inspect stands alone")
     if options.predict and not options.files:
         parser.error("--predict: name the images to classify")
     if not options.inspect and not options.predict:
         if len(options.files) != 1:
             parser.error("give one checkpoint, or --inspect FILE, or --predict FILE IMAGE...")
-        if not options.output:
-            parser.error("--output: say where the packed model is to be written")
+        if not options.output and not options.onnx:
+            parser.error("--output, or --onnx: say where the model is to be written")
     return options
 
 
@@ -52,30 +54,62 @@ def parse(arguments):
 
 
 def export(options):
-    """Write a packed model from a checkpoint, read it again, compare its answers, and print what it takes."""
+    """Write a packed model, and ONNX, from a checkpoint; compare their answers with its own; print what they take."""
     from packed_network import load_any, rebuild
 
     path = options.files[0]
+    if options.onnx:
+        from onnx_export import check_installed
+
+        check_installed()
     content = load_any(path)
-    if "packed" in content:
-        raise UserError(f"{path}: is a packed model already")
+    if "packed" in content and options.output:
+        raise UserError(f"{path}: is a packed model already; --onnx takes one")
     network = rebuild(content, path, options.arch)
     images, before = sample_logits(network, content["input_size"])
-    data, folds = pack(network, content, path, options.fold_bn)
-    write_atomically(options.output, data)
-    again = load_any(options.output)
-    after = sample_logits(rebuild(again, options.output, options.arch), content["input_size"])[1]
-    print(describe_export(again["packed"], compare(before, after, folds)))
+    if options.output:
+        data, folds = pack(network, content, path, options.fold_bn)
+        write_atomically(options.output, data)
+        again = load_any(options.output)
+        after = sample_logits(rebuild(again, options.output, options.arch), content["input_size"])[1]
+        print(describe_export(again["packed"], compare(before, after, folds)))
+    elif options.fold_bn:
+        fold(network, content["input_size"])
+    if options.onnx:
+        write_onnx(network, options.onnx, images)
+
+
+def fold(network, size):
+    """Fold the BatchNorms of a network, in place; return {BatchNorm: convolution}."""
+    from folding import find_folds, fold_batchnorms
+
+    folds = find_folds(network.model, size)
+    fold_batchnorms(network.model, folds)
+    return folds
+
+
+def write_onnx(network, path, images):
+    """Write a network as ONNX, with weights as narrow as onnxruntime takes them, and say what came of it."""
+    import torch
+
+    from onnx_export import answers_of_onnxruntime, narrowest_that_loads, to_onnx
+
+    model, counts = narrowest_that_loads(to_onnx(network.model, images.shape[-1]))
+    data = model.SerializeToString()
+    write_atomically(path, data)
+    with torch.no_grad():
+        change = (answers_of_onnxruntime(data, images) - network.model(images)).abs().max().item()
+    types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
+    print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
+          f"to {change:.1e}")
 
 
 def pack(network, content, path, fold_bn):
     """(the bytes of a packed model, the BatchNorms that were folded); with `fold_bn` the network is changed."""
-    from folding import find_folds, fold_batchnorms
     from packed_network import header_of, pack_network, recorded_config
     from preprocessing import describe_preprocessing, find_class_names
 
-    folds = find_folds(network.model, content["input_size"]) if fold_bn else {}
-    fold_batchnorms(network.model, folds)
+    folds = fold(network, content["input_size"]) if fold_bn else {}
     layers, tensors, shared = pack_network(network, path)
     data = recorded_config(content, path, network.config.arch).dataloader
     header = header_of(network, content, describe_preprocessing(data, content["input_size"]),

@@ -51,7 +51,7 @@ def pack_network(network, source):
         acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
         layers[name] = PackedLayer(
             call.kind, tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
-            acts and acts.signed, name in network.facts["weight_bits"], int((integers == 0).sum()), kept)
+            acts and acts.signed, name in network.facts["weight_bits"], integers.size - int(np.count_nonzero(integers)), kept)
         tensors.update(zip((f"{name}.weight", f"{name}.weight{MAP}"), parts, strict=False))
         del state[f"{name}.weight"]
     tensors.update({name: tensor.numpy() for name, tensor in state.items() if not name.endswith(TRAINING_ONLY)})
@@ -70,7 +70,7 @@ def _state_once(model):
 
 
 def integer_weights(layer, where):
-    """The integers that the quantizer of a layer maps its weight to, int16 of the weight's shape, as a numpy array.
+    """The integers that the quantizer of a layer maps its weight to: int8 (uint8 where unsigned) of the weight's shape.
 
     Raises:
         UserError: beginning with `where`, where a weight or a step size is no finite number, or a step size is zero.
@@ -79,13 +79,13 @@ def integer_weights(layer, where):
     step = quantizer.terms(weight)[0].detach()
     if not step.isfinite().all() or not step.all():
         raise UserError(f"{where}: a step size is zero or no finite number; train it again")
-    if not weight.isfinite().all():
+    if not torch.stack(weight.aminmax()).isfinite().all():
         raise UserError(f"{where}: a weight is no finite number; train it again")
     quantized = quantizer.quantize(weight)
-    integers = (quantized / step).round()
+    integers = (quantized / step).round_()
     if not torch.equal(integers * step, quantized):
         raise UserError(f"{where}: its quantized weight is not made of integers times a step size; export it on a CPU")
-    return integers.to(torch.int16).numpy()
+    return integers.to(torch.int8 if quantizer.signed else torch.uint8).numpy()
 
 
 def _packed(integers, bits, mask):

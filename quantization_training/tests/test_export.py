@@ -62,13 +62,14 @@ def images(size, count=4):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def write_checkpoint(arch, size, sparsity=None, path=FILE, **changes):
+def write_checkpoint(arch, size, sparsity=None, path=FILE, bits=None, **changes):
     """A checkpoint of a network at mixed bits whose steps and statistics come from one batch; return its PolicyNetwork."""
     torch.manual_seed(0)
     config = FinetuneConfig(**{"arch": arch, "weight_bits": 4, "act_bits": 4, **changes})
-    bits = [2 + index % 7 for index in range(len(build_network(config, 10, size, None, CPU).facts["weight_bits"]))]
-    network = build_network(FinetuneConfig(**{**vars(config), "weight_bits": bits, "act_bits": bits[::-1]}), 10, size, None,
-                            CPU)
+    if bits is None:
+        mixed = [2 + index % 7 for index in range(len(build_network(config, 10, size, None, CPU).facts["weight_bits"]))]
+        bits = {"weight_bits": mixed, "act_bits": mixed[::-1]}
+    network = build_network(FinetuneConfig(**{**vars(config), **bits}), 10, size, None, CPU)
     network.model.train()(images(size, 8))
     if sparsity is not None:
         network.pruned.set({f"{name}.weight": torch.rand(call.shape) >= sparsity
@@ -381,7 +382,8 @@ def test_what_cannot_be_packed_is_said_in_one_line(capsys):
         save_checkpoint("changed", changed)
         said = complaint(capsys, export.main, "changed", "--output", PACKED)
         assert message in said and said.startswith("error: changed")
-    for arguments, message in (([], "give one checkpoint"), ([FILE], "--output"), (["--predict", PACKED], "name the images"),
+    for arguments, message in (([], "give one checkpoint"), ([FILE], "--output, or --onnx"),
+                               (["--predict", PACKED], "name the images"),
                                (["--inspect", PACKED, "--output", "a"], "--inspect stands alone"),
                                (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):
         assert message in complaint(capsys, export.main, *arguments)

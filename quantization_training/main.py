@@ -7,6 +7,7 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 import process
 from gradual import create_pruning
 from network import build_network, create_teacher
+from packed_network import fit_packed, load_any
 from schema import FinetuneConfig
 from util import distributed
 from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
@@ -32,11 +33,12 @@ def main(arguments=None):
 
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
-    found = find_run(config, folder)
+    found = find_run(config, folder, load_any)
     prepare(config, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found and found.content, device)
     config = network.config
+    fit_packed(network.model, found.content if found else {})
     criterion = process.create_criterion(config, create_teacher(config, num_classes, device, input_size))
     optimizer = create_optimizer(network.model, config)
     start = restore(found, network.model, optimizer, config)

@@ -197,8 +197,11 @@ class Found:
     lean: bool
 
 
-def find_run(config, folder):
+def find_run(config, folder, read=load_checkpoint):
     """What resume.path names, looked for and read once, by rank 0; None where a run starts afresh.
+
+    Args:
+        read: what reads it.
 
     Raises:
         UserError: where there is no such checkpoint, or it is one of another network.
@@ -206,7 +209,7 @@ def find_run(config, folder):
     path, lean = distributed.on_main(find_checkpoint, config, folder)
     if path is None:
         return None
-    content = distributed.on_main(load_checkpoint, path)
+    content = distributed.on_main(read, path)
     check_arch(content, config.arch, path)
     if config.eval:
         check_same_quantizers(content, config, path)

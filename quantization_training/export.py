@@ -1,0 +1,241 @@
+"""Write a fine-tuned network as a packed model or as ONNX, show a packed model, or classify images with one.
+
+python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx]
+python export.py model.safetensors --onnx model.onnx
+python export.py --inspect model.safetensors
+python export.py --predict model.safetensors IMAGE...
+"""
+
+from packed_file import PackedFile, read_packed, serialize
+from util.command import Parser
+from util.errors import UserError, user_errors_on_one_line
+from util.exchange import write_atomically
+
+SHOWN_CLASSES = 3
+CHECKED_IMAGES = 4
+PARTS = ("packed weights", "BatchNorm", "biases", "step sizes", "other tensors", "header")
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    if options.inspect:
+        print(describe_layers(read_packed(options.inspect)))
+    elif options.predict:
+        predict(options.predict, options.files, options.arch)
+    else:
+        export(options)
+
+
+def parse(arguments):
+    """Read and check the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("files", nargs="*", metavar="CHECKPOINT | IMAGE", help="a checkpoint of main.py; images to classify")
+    parser.add_argument("--output", metavar="FILE.safetensors", help="the packed model to write")
+    parser.add_argument("--onnx", metavar="FILE.onnx", help="the ONNX model to write; needs requirements-export.txt")
+    parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
+    parser.add_argument("--inspect", metavar="FILE", help="print the layers of a packed model; nothing is rebuilt or run")
+    parser.add_argument("--predict", metavar="FILE", help="classify images with a packed model")
+    parser.add_argument("--arch", metavar="FILE.py:FACTORY",
+                        help="your own network's file, which is run; needed where the network is one of your own")
+    options = parser.parse_intermixed_args(arguments)
+    if options.inspect and (options.predict or options.files or options.output or options.onnx):
+        parser.error("--inspect stands alone")
+    if options.predict and not options.files:
+        parser.error("--predict: name the images to classify")
+    if not options.inspect and not options.predict:
+        if len(options.files) != 1:
+            parser.error("give one checkpoint, or --inspect FILE, or --predict FILE IMAGE...")
+        if not options.output and not options.onnx:
+            parser.error("--output, or --onnx: say where the model is to be written")
+    return options
+
+
+# What follows imports the networks only where one is built: --inspect does without torch.
+
+
+def export(options):
+    """Write a packed model, and ONNX, from a checkpoint; compare their answers with its own; print what they take."""
+    from packed_network import load_any, rebuild
+
+    path = options.files[0]
+    if options.onnx:
+        from onnx_export import check_installed
+
+        check_installed()
+    content = load_any(path)
+    if "packed" in content and options.output:
+        raise UserError(f"{path}: is a packed model already; --onnx takes one")
+    network = rebuild(content, path, options.arch)
+    images, before = sample_logits(network, content["input_size"])
+    if options.output:
+        data, folds = pack(network, content, path, options.fold_bn)
+        write_atomically(options.output, data)
+        again = load_any(options.output)
+        after = sample_logits(rebuild(again, options.output, options.arch), content["input_size"])[1]
+        print(describe_export(again["packed"], compare(before, after, folds)))
+    elif options.fold_bn:
+        fold(network, content["input_size"])
+    if options.onnx:
+        write_onnx(network, options.onnx, images)
+
+
+def fold(network, size):
+    """Fold the BatchNorms of a network, in place; return {BatchNorm: convolution}."""
+    from folding import find_folds, fold_batchnorms
+
+    folds = find_folds(network.model, size)
+    fold_batchnorms(network.model, folds)
+    return folds
+
+
+def write_onnx(network, path, images):
+    """Write a network as ONNX, with weights as narrow as onnxruntime takes them, and say what came of it."""
+    import torch
+
+    from onnx_export import answers_of_onnxruntime, narrowest_that_loads, to_onnx
+
+    model, counts = narrowest_that_loads(to_onnx(network.model, images.shape[-1]))
+    data = model.SerializeToString()
+    write_atomically(path, data)
+    with torch.no_grad():
+        change = (answers_of_onnxruntime(data, images) - network.model(images)).abs().max().item()
+    types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
+    print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
+          f"to {change:.1e}")
+
+
+def pack(network, content, path, fold_bn):
+    """(the bytes of a packed model, the BatchNorms that were folded); with `fold_bn` the network is changed."""
+    from packed_network import header_of, pack_network, recorded_config
+    from preprocessing import describe_preprocessing, find_class_names
+
+    folds = fold(network, content["input_size"]) if fold_bn else {}
+    layers, tensors, shared = pack_network(network, path)
+    data = recorded_config(content, path, network.config.arch).dataloader
+    header = header_of(network, content, describe_preprocessing(data, content["input_size"]),
+                       find_class_names(data, content["num_classes"]), folds, shared)
+    return serialize(header, layers, tensors), folds
+
+
+def sample_logits(network, size):
+    """(random images, what a network answers to them)."""
+    import torch
+
+    from util.metrics import evaluation_mode
+
+    images = torch.randn(CHECKED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), evaluation_mode(network.model):
+        return images, network.model(images)
+
+
+def compare(before, after, folds):
+    """A line on how the logits of the packed model differ from those of the checkpoint; without folds they may not."""
+    import torch
+
+    folded = f" ({len(folds)} BatchNorms folded)" if folds else ""
+    if torch.equal(before, after):
+        return f"logits of {len(before)} random images: equal to the checkpoint's, bit for bit{folded}"
+    change = (before - after).abs().max().item()
+    if not folds:
+        raise UserError(f"the packed model answers otherwise than the checkpoint (by up to {change:g}); this should not "
+                        "happen, please report it")
+    return f"logits of {len(before)} random images: the checkpoint's to {change:.1e}{folded}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables.
+
+
+def itemise(packed: PackedFile):
+    """{part: bytes} of a packed model, parts as PARTS names them."""
+    sizes = dict.fromkeys(PARTS, 0)
+    for name, tensor in packed.tensors.items():
+        sizes[part_of(name, packed)] += tensor.nbytes
+    sizes["header"] = packed.header_bytes
+    return sizes
+
+
+def part_of(name, packed):
+    """Which part of a packed model a tensor belongs to."""
+    layer, _, entry = name.removesuffix(".map").rpartition(".")
+    if layer in packed.layers and entry == "weight":
+        return "packed weights"
+    if layer in packed.layers and entry == "bias":
+        return "biases"
+    if layer.rpartition(".")[2] in ("quan_w_fn", "quan_a_fn") and entry == "s":
+        return "step sizes"
+    return "BatchNorm" if f"{layer}.running_mean" in packed.tensors else "other tensors"
+
+
+def promised_bytes(cost):
+    """Bytes of the weights as the search counts them; of a pruned network those of its sparse size."""
+    return cost.get("sparse_size_mb", cost["size_mb"]) * 2**20
+
+
+def float_bytes(packed):
+    """Bytes that the network took with 32 bits in place of each packed integer, without step sizes."""
+    sizes = itemise(packed)
+    return 4 * sum(layer.count for layer in packed.layers.values()) + sizes["BatchNorm"] + sizes["biases"] \
+        + sizes["other tensors"]
+
+
+def describe_export(packed, comparison):
+    """What a packed model takes, part by part, beside what the search promised."""
+    sizes, promised = itemise(packed), promised_bytes(packed.header["cost"])
+    difference = 100 * (sizes["packed weights"] / promised - 1)
+    lines = [f"{'part':<16} {'bytes':>12}"]
+    for part, size in sizes.items():
+        note = f"   promised by the search: {promised:,.0f} ({difference:+.3f} %)" if part == "packed weights" else ""
+        lines.append(f"{part:<16} {size:>12,}{note}")
+    lines.append(f"{'the file':<16} {packed.size:>12,}   {packed.size / 2**20:.4f} MB, "
+                 f"{float_bytes(packed) / packed.size:.2f}x smaller than the same network with 32-bit weights")
+    return "\n".join([f"{packed.path}: {packed.header['arch']}, {len(packed.layers)} packed layers", *lines, comparison])
+
+
+def describe_layers(packed):
+    """The layers of a packed model as a table, and what it takes."""
+    width = max(map(len, packed.layers))
+    lines = [f"{'layer':<{width}} {'kind':<7} {'shape':<18} {'weight bits':>11} {'input bits':>11} {'zeros %':>8} "
+             f"{'bytes':>11}"]
+    for name, layer in packed.layers.items():
+        entering = "-" if layer.act_bits is None else f"{layer.act_bits} {sign(layer.act_signed)}"
+        lines.append(f"{name:<{width}} {layer.kind:<7} {'x'.join(map(str, layer.shape)):<18} "
+                     f"{f'{layer.bits} {sign(layer.signed)}':>11} {entering:>11} {100 * layer.zeros / layer.count:>8.2f} "
+                     f"{layer.packed_bytes:>11,}{' with a map' if layer.kept is not None else ''}")
+    parts = ", ".join(f"{part} {size:,}" for part, size in itemise(packed).items() if size)
+    header = packed.header
+    folded = f"; {len(header['folded'])} BatchNorms folded" if header["folded"] else ""
+    return "\n".join([
+        f"{packed.path}: {header['arch']}, {header['num_classes']} classes, images of {header['input_size']} pixels{folded}",
+        *lines, f"bytes: {parts}; in all {packed.size:,}",
+        f"BitOPs {header['cost'].get('gbitops', 0):.3f} G; format {header['version']}"])
+
+
+def sign(is_signed):
+    return "s" if is_signed else "u"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images.
+
+
+def predict(path, files, arch):
+    """Print the likeliest classes of image files, as a packed model has them."""
+    import torch
+
+    from packed_network import as_checkpoint, rebuild
+    from preprocessing import read_image
+
+    packed = read_packed(path)
+    images = torch.stack([read_image(file, packed.header["preprocessing"], packed.header["input_size"]) for file in files])
+    model = rebuild(as_checkpoint(packed), path, arch).model
+    with torch.no_grad():
+        shares, classes = model(images).softmax(1).topk(min(SHOWN_CLASSES, packed.header["num_classes"]))
+    names = packed.header["class_names"] or range(packed.header["num_classes"])
+    for file, row in zip(files, zip(shares.tolist(), classes.tolist(), strict=True), strict=True):
+        print(f"{file}: " + ", ".join(f"{names[index]} ({100 * share:.1f} %)" for share, index in zip(*row, strict=True)))
+
+
+if __name__ == "__main__":
+    with user_errors_on_one_line():
+        main()

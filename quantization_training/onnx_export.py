@@ -1,0 +1,225 @@
+"""A network at a policy's bits as ONNX: integer weights with DequantizeLinear; inputs through QuantizeLinear, Clip where the
+range is narrower than the type, and DequantizeLinear. Needs requirements-export.txt."""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import warnings
+
+import torch
+from torch import nn
+
+from model.names import put_modules
+from packed_network import integer_weights
+from packing import pack
+from quan.func import QuanConv2d, scale_adjustment
+from quan.quantizer import LsqQuan
+from util.errors import UserError, reason
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 21
+NARROW = ((2, 25), (4, 21))  # bits of types narrower than 8 bits, and the first opset that has them
+EXAMPLE_IMAGES = 2  # one would be taken for a number that never varies
+
+
+def check_installed():
+    """Refuse to go on where a package is missing.
+
+    Raises:
+        UserError: naming what is missing and the command that installs it.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-export.txt")
+
+
+def symbolic(operator, inputs, shape, dtype, version=OPSET, **attributes):
+    """An operator of ONNX in a network that is going to be exported."""
+    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=shape, version=version)
+
+
+class OnnxQuantizer(nn.Module):
+    """The quantizer of an input in operators of ONNX: round(x/s), clipped to [-Qn, Qp], times s.
+
+    Rounding first gives the same integers, because the bounds are integers.
+
+    Args:
+        quantizer: an LsqQuan with one step size.
+    """
+
+    def __init__(self, quantizer):
+        super().__init__()
+        qn, qp = quantizer.integers
+        self.dtype = torch.int8 if quantizer.signed else torch.uint8
+        limits = torch.iinfo(self.dtype)
+        self.is_narrow = (-qn, qp) != (limits.min, limits.max)
+        self.register_buffer("step", quantizer.step.detach().clone())
+        for name, value in (("zero", 0), ("low", -qn), ("high", qp)):
+            self.register_buffer(name, torch.tensor(value, dtype=self.dtype))
+
+    def forward(self, x):
+        q = symbolic("QuantizeLinear", (x, self.step, self.zero), x.shape, self.dtype)
+        if self.is_narrow:
+            q = symbolic("Clip", (q, self.low, self.high), x.shape, self.dtype, version=13)
+        return symbolic("DequantizeLinear", (q, self.step, self.zero), x.shape, torch.float32)
+
+
+class OnnxLayer(nn.Module):
+    """A quantized convolution or linear layer with its weight as integers.
+
+    Args:
+        layer: the QuanConv2d or QuanLinear.
+        name: of the layer, for messages.
+    """
+
+    def __init__(self, layer, name):
+        super().__init__()
+        self.operate = layer._conv_forward if isinstance(layer, QuanConv2d) else nn.functional.linear
+        self.quan_a_fn = OnnxQuantizer(layer.quan_a_fn) if isinstance(layer.quan_a_fn, LsqQuan) else nn.Identity()
+        step = layer.quan_w_fn.step.detach()
+        if getattr(layer, "sat", False):
+            step = step * scale_adjustment(layer.quan_w_fn.quantize(layer.weight.detach()))
+        self.register_buffer("weight", torch.from_numpy(integer_weights(layer, name)))
+        self.register_buffer("step", step.clone())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, x):
+        axis = {"axis": 0} if self.step.dim() else {}
+        weight = symbolic("DequantizeLinear", (self.weight, self.step), self.weight.shape, torch.float32, **axis)
+        return self.operate(self.quan_a_fn(x), weight, self.bias)
+
+
+def onnx_twin(model):
+    """A copy of a network at a policy's bits whose quantized layers are OnnxLayers."""
+    twin = copy.deepcopy(model).eval()
+    put_modules(twin, {name: OnnxLayer(module, name) for name, module in twin.named_modules() if hasattr(module, "quan_w_fn")})
+    return twin.requires_grad_(False)
+
+
+def to_onnx(model, input_size):
+    """The ONNX model of a network at a policy's bits: `images` float32 [batch, 3, S, S] to `logits` [batch, classes].
+
+    Args:
+        model: the network, on the CPU.
+        input_size: S.
+
+    Returns:
+        onnx.ModelProto with weights as int8.
+
+    Raises:
+        UserError: where PyTorch cannot write it.
+    """
+    images = torch.zeros(EXAMPLE_IMAGES, 3, input_size, input_size)
+    shapes = ({0: torch.export.Dim("batch")},)
+    try:
+        with _silence():
+            program = torch.onnx.export(onnx_twin(model), (images,), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
+                                        input_names=["images"], output_names=["logits"], verbose=False)
+    except Exception as error:  # of the tracing of any network: many types
+        raise UserError(f"--onnx: PyTorch cannot write this network as ONNX ({reason(error)[:200]})") from None
+    return program.model_proto
+
+
+def narrowest_that_loads(model):
+    """An ONNX model with its integer weights in the narrowest types that the installed onnxruntime loads.
+
+    Args:
+        model: onnx.ModelProto with weights as int8.
+
+    Returns:
+        (onnx.ModelProto, {bits of a type: how many weights are stored in it}).
+
+    Raises:
+        UserError: where onnxruntime does not load the model at all.
+    """
+    for types in (NARROW, NARROW[1:], ()):
+        candidate, counts = with_narrow_weights(model, types)
+        failure = _fails_to_load(candidate)
+        if failure is None:
+            return candidate, counts
+    raise UserError(f"--onnx: the installed onnxruntime does not load what PyTorch wrote ({failure[:200]})")
+
+
+def with_narrow_weights(model, types):
+    """A copy of an ONNX model whose int8 weights have the narrowest of some types that holds their integers.
+
+    Args:
+        model: onnx.ModelProto.
+        types: as in NARROW.
+
+    Returns:
+        (onnx.ModelProto, {bits of a type: how many weights are stored in it}).
+    """
+    import onnx
+
+    model = copy.deepcopy(model)
+    dequantized = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    counts, opset = {}, OPSET
+    for tensor in model.graph.initializer:
+        if tensor.name not in dequantized or tensor.data_type != onnx.TensorProto.INT8:
+            continue
+        integers = onnx.numpy_helper.to_array(tensor)
+        bits, needed = next(((bits, first) for bits, first in types if _holds(integers, bits)), (8, OPSET))
+        if bits < 8:
+            tensor.ClearField("int32_data")
+            tensor.data_type = getattr(onnx.TensorProto, f"INT{bits}")
+            tensor.raw_data = pack(integers, bits).tobytes()  # ONNX packs like this, too
+        counts[bits], opset = counts.get(bits, 0) + 1, max(opset, needed)
+    _declare(model, opset)
+    return model, counts
+
+
+def _holds(integers, bits):
+    return -2 ** (bits - 1) <= integers.min() and integers.max() < 2 ** (bits - 1)
+
+
+def _declare(model, opset):
+    """Say in an ONNX model that it is of an opset; the operators that it uses mean the same in all that are asked for."""
+    import onnx
+
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = opset
+    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import))
+    names = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    for value in [value for value in model.graph.value_info if value.name not in names]:
+        model.graph.value_info.remove(value)
+
+
+def _session(data):
+    """The bytes of an ONNX model, loaded into onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def answers_of_onnxruntime(data, images):
+    """What onnxruntime computes from images [batch, 3, S, S] with the bytes of an ONNX model: logits [batch, classes]."""
+    return torch.from_numpy(_session(data).run(None, {"images": images.numpy()})[0])
+
+
+def _fails_to_load(model):
+    """What onnxruntime says where it does not load a model, else None."""
+    try:
+        _session(model.SerializeToString())
+    except Exception as error:  # of its own classes, for what it does not know
+        return reason(error)
+    return None
+
+
+@contextlib.contextmanager
+def _silence():
+    """Without what the exporter prints and warns about."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,285 @@
+"""The packed model as a file: safetensors whose header says, in JSON, what a network is rebuilt from. Needs no torch.
+
+Tensors: `LAYER.weight`, uint8, the integers as packing.pack gives them; beside it `LAYER.weight.map` where only some are
+stored; everything else under its name in the network's state_dict. The one entry of the metadata, `limpqp`, is the header,
+which holds a SHA-256 of the whole file, taken with zeros in its own place.
+"""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from packing import packed_length
+from util.config import describe, is_text
+from util.errors import UserError, reason
+
+VERSION = 1
+KEY = "limpqp"
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON
+NO_CHECKSUM = "0" * 64
+MAP = ".map"
+MOST_PIXELS = 4096
+NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+               "BOOL": "?"}
+KINDS = ("conv", "linear")
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """What the header says of a layer.
+
+    kind: conv or linear. shape: of its weight. bits, signed: of its weight; act_bits, act_signed: of its input, None where
+    that is not quantized. searched: whether the policy chose the bits. zeros: integers that are zero. kept: how many
+    integers are stored, with a map that says which; None where all are.
+    """
+
+    kind: str
+    shape: tuple
+    bits: int
+    signed: bool
+    act_bits: int | None
+    act_signed: bool | None
+    searched: bool
+    zeros: int
+    kept: int | None = None
+
+    @property
+    def count(self):
+        return math.prod(self.shape)
+
+    @property
+    def packed_bytes(self):
+        """Bytes of the weight in the file."""
+        if self.kept is None:
+            return packed_length(self.count, self.bits)
+        return packed_length(self.count, 1) + packed_length(self.kept, self.bits)
+
+
+@dataclass(frozen=True)
+class PackedFile:
+    """A packed model as it lies in a file.
+
+    header: what HEADER names. layers: {name: PackedLayer}. tensors: {name: numpy array}. size: bytes of the file.
+    """
+
+    path: str
+    header: dict
+    layers: dict
+    tensors: dict
+    size: int
+
+    @property
+    def header_bytes(self):
+        """Bytes that hold no tensor."""
+        return self.size - sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing.
+
+
+def serialize(header, layers, tensors):
+    """The bytes of a packed model.
+
+    Args:
+        header: what HEADER names, but for version, sha256 and layers.
+        layers: {name: PackedLayer}.
+        tensors: {name: numpy array}.
+    """
+    from safetensors.numpy import save
+
+    rows = {name: {key: value for key, value in asdict(layer).items() if value is not None}
+            for name, layer in layers.items()}
+    whole = {"version": VERSION, "sha256": NO_CHECKSUM, **header, "layers": rows}
+    data = save(tensors, {KEY: json.dumps(whole, separators=(",", ":"))})
+    return _with_checksum(data, hashlib.sha256(data).hexdigest())
+
+
+def _with_checksum(data, digits):
+    """The bytes of a file with another checksum in the place of the one that is there; None where there is no such place."""
+    start = data.find(b'\\"sha256\\":\\"', LENGTH_BYTES, LENGTH_BYTES + 200) + len(b'\\"sha256\\":\\"')
+    place = slice(start, start + len(NO_CHECKSUM))
+    if data[place.stop:place.stop + 2] != b'\\"':
+        return None
+    return data[:place.start] + digits.encode() + data[place.stop:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+def is_packed(path):
+    """Whether a file begins like safetensors, or is named so: torch's checkpoints begin otherwise."""
+    if str(path).endswith(".safetensors"):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return os.path.isfile(path) and file.read(LENGTH_BYTES + 1)[LENGTH_BYTES:] == b"{"
+    except OSError:
+        return False
+
+
+def read_packed(path):
+    """Read a packed model. No code in the file is run.
+
+    Raises:
+        UserError: naming the file and what is wrong: damage, another kind of file, a newer version, or a header that does
+            not fit the tensors.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise UserError(f"{path}: cannot read the packed model (not a regular file)")
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the packed model ({error.strerror})") from None
+    header = _read_header(data, path)
+    tensors = _read_tensors(data, path)
+    _check_header(header, path)
+    layers = {name: PackedLayer(**{"kept": None, "act_bits": None, "act_signed": None, **row, "shape": tuple(row["shape"])})
+              for name, row in header["layers"].items()}
+    _check_tensors(layers, tensors, path)
+    return PackedFile(str(path), header, layers, tensors, len(data))
+
+
+def _read_header(data, path):
+    """The header in the bytes of a file, of this version, its checksum compared."""
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if len(data) < LENGTH_BYTES + 2 or data[LENGTH_BYTES:LENGTH_BYTES + 1] != b"{":
+        raise UserError(f"{path}: damaged or not a packed model (it does not begin like safetensors)")
+    if LENGTH_BYTES + length > len(data):
+        raise UserError(f"{path}: damaged (it ends inside its header); export it again")
+    try:
+        metadata = json.loads(data[LENGTH_BYTES:LENGTH_BYTES + length]).get("__metadata__", {})
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or not a packed model ({reason(error)[:100]})") from None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
+        raise UserError(f"{path}: not a packed model of this project (safetensors without the entry {KEY!r}); export.py "
+                        "writes one")
+    try:
+        header = json.loads(metadata[KEY])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged (its header is no JSON: {reason(error)[:100]})") from None
+    version = header.get("version") if isinstance(header, dict) else None
+    if _is_count(version) and version > VERSION:
+        raise UserError(f"{path}: written by a newer version of this project (format {version})")
+    found = header.get("sha256") if isinstance(header, dict) else None
+    blank = _with_checksum(data, NO_CHECKSUM)
+    if blank is None or found != hashlib.sha256(blank).hexdigest():
+        raise UserError(f"{path}: damaged (its checksum does not fit); export it again")
+    return header
+
+
+def _read_tensors(data, path):
+    """{name: numpy array} of the bytes of a file."""
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        return {name: np.frombuffer(entry["data"], NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
+                for name, entry in deserialize(data)}
+    except KeyError as error:
+        raise UserError(f"{path}: holds a tensor of a type that a packed model does not have ({reason(error)})") from None
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path}: damaged or not a packed model ({reason(error)[:100]})") from None
+
+
+def _check_tensors(layers, tensors, path):
+    """Refuse a header that says something else than the tensors do."""
+    for name, layer in layers.items():
+        weight, chart = tensors.get(f"{name}.weight"), tensors.get(f"{name}.weight{MAP}")
+        if weight is None or (chart is None) != (layer.kept is None):
+            raise UserError(f"{path}: header and tensors disagree ({name}: the packed weight or its map is missing)")
+        packed = [weight] if chart is None else [weight, chart]
+        if any(part.dtype != np.uint8 or part.ndim != 1 for part in packed) \
+                or sum(part.nbytes for part in packed) != layer.packed_bytes:
+            raise UserError(f"{path}: header and tensors disagree ({name}: {list(layer.shape)} at {layer.bits} bits takes "
+                            f"{layer.packed_bytes} bytes, found {sum(part.nbytes for part in packed)})")
+        step = tensors.get(f"{name}.quan_w_fn.s")
+        if step is None or step.dtype != np.float32 or step.shape not in ((1,), (1, layer.shape[0])):
+            raise UserError(f"{path}: header and tensors disagree ({name}: no step size fits its weight)")
+        if not np.isfinite(step).all() or not step.all():
+            raise UserError(f"{path}: {name}: a step size is zero or no finite number")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a header may say.
+
+
+def _check_header(header, path):
+    for key, fits in HEADER.items():
+        if key not in header:
+            raise UserError(f"{path}: its header lacks {key}")
+        if not fits(header[key]):
+            raise UserError(f"{path}: {key}: found {describe(header[key])}, not what a packed model holds there")
+    names = header["class_names"]
+    if names is not None and len(names) != header["num_classes"]:
+        raise UserError(f"{path}: class_names: found {len(names)}, the network has {header['num_classes']} classes")
+    if not any(row["shape"][0] == header["num_classes"] for row in header["layers"].values()):
+        raise UserError(f"{path}: num_classes: found {header['num_classes']}, no layer has as many outputs")
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_name(value):
+    return isinstance(value, str) and is_text(value)
+
+
+def _is_bit(value):
+    return type(value) is int and 1 <= value <= 8
+
+
+def _is_bool(value):
+    return type(value) is bool
+
+
+def _is_table(value, fits):
+    return isinstance(value, dict) and all(_is_name(name) and fits(element) for name, element in value.items())
+
+
+def _is_shape(value):
+    return isinstance(value, list) and len(value) in (2, 4) and all(_is_count(side) and side > 0 for side in value)
+
+
+def _are_three(value):
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
+
+
+def _is_row(value):
+    """A layer: every entry there is of its type, and the counts fit the shape."""
+    if not isinstance(value, dict) or not value.keys() >= ROW.keys() or not value.keys() <= (ROW | OPTIONAL).keys():
+        return False
+    if not all((ROW | OPTIONAL)[key](entry) for key, entry in value.items()):
+        return False
+    count = math.prod(value["shape"])
+    return value["zeros"] <= count and value.get("kept", 0) <= count and ("act_bits" in value) == ("act_signed" in value)
+
+
+def _is_preprocessing(value):
+    return (isinstance(value, dict) and value.keys() == {"mean", "std", "resize", "padding", "grey"}
+            and _are_three(value["mean"]) and _are_three(value["std"]) and all(value["std"])
+            and value["resize"] in ("crop", "square") and _is_count(value["padding"]) and value["padding"] <= MOST_PIXELS
+            and _is_bool(value["grey"]))
+
+
+ROW = {"kind": lambda value: value in KINDS, "shape": _is_shape, "bits": _is_bit, "signed": _is_bool, "searched": _is_bool,
+       "zeros": _is_count}
+OPTIONAL = {"act_bits": _is_bit, "act_signed": _is_bool, "kept": _is_count}
+HEADER = {
+    "version": lambda value: _is_count(value) and value > 0, "sha256": _is_name, "arch": _is_name,
+    "num_classes": lambda value: _is_count(value) and value > 0,
+    "input_size": lambda value: _is_count(value) and 0 < value <= MOST_PIXELS,
+    "class_names": lambda value: value is None or (isinstance(value, list) and all(map(_is_name, value))),
+    "preprocessing": _is_preprocessing, "config": lambda value: isinstance(value, dict),
+    "cost": lambda value: _is_table(value, _is_number),
+    "folded": lambda value: _is_table(value, _is_name), "shared": lambda value: _is_table(value, _is_name),
+    "layers": lambda value: bool(value) and _is_table(value, _is_row)}

@@ -1,0 +1,250 @@
+"""From a network to a packed model and back. The weights that come back are integers times step sizes, which the network's
+own quantizers map to themselves: round(clip(k*s / s)) is k in float32, so every later value has the same bits."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from folding import make_room
+from model.weights import load_state
+from network import build_network
+from packed_file import MAP, PackedLayer, is_packed, read_packed
+from packing import pack, pack_sparse, packed_length, unpack, unpack_sparse
+from quan.quantizer import LsqQuan
+from schema import FinetuneConfig
+from util.checkpoint import check_arch, check_plain, load_checkpoint
+from util.config import Origin, build, to_plain
+from util.errors import UserError, nearest
+from util.exchange import split_arch
+
+TRAINING_ONLY = (".init_state", ".num_batches_tracked")  # which a file leaves out
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing.
+
+
+@torch.no_grad()
+def pack_network(network, source):
+    """The layers and tensors of a network at a policy's bits.
+
+    Args:
+        network: a PolicyNetwork on the CPU, its checkpoint loaded.
+        source: where it comes from, for messages.
+
+    Returns:
+        ({name: PackedLayer}, {name: numpy array}, {name: the name under which it is stored} of tensors with two names).
+
+    Raises:
+        UserError: naming a layer whose weight or step size is no finite number.
+    """
+    state, shared = _state_once(network.model)
+    layers, tensors = {}, {}
+    for name, call in network.graph.layers.items():
+        layer = network.model.get_submodule(name)
+        mask = network.pruned.masks.get(f"{name}.weight")
+        integers = integer_weights(layer, f"{source}: {name}")
+        kept, parts = _packed(integers, layer.quan_w_fn.bits[0], mask)
+        acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
+        layers[name] = PackedLayer(
+            call.kind, tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
+            acts and acts.signed, name in network.facts["weight_bits"], integers.size - int(np.count_nonzero(integers)), kept)
+        tensors.update(zip((f"{name}.weight", f"{name}.weight{MAP}"), parts, strict=False))
+        del state[f"{name}.weight"]
+    tensors.update({name: tensor.numpy() for name, tensor in state.items() if not name.endswith(TRAINING_ONLY)})
+    return layers, tensors, {name: first for name, first in shared.items() if not name.endswith(TRAINING_ONLY)}
+
+
+def _state_once(model):
+    """({name: tensor} of a network, each tensor once; {second name: first name})."""
+    first, shared, state = {}, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if first.setdefault(id(tensor), name) == name:
+            state[name] = tensor.detach()
+        else:
+            shared[name] = first[id(tensor)]
+    return state, shared
+
+
+def integer_weights(layer, where):
+    """The integers that the quantizer of a layer maps its weight to: int8 (uint8 where unsigned) of the weight's shape.
+
+    Raises:
+        UserError: beginning with `where`, where a weight or a step size is no finite number, or a step size is zero.
+    """
+    quantizer, weight = layer.quan_w_fn, layer.weight.detach()
+    step = quantizer.terms(weight)[0].detach()
+    if not step.isfinite().all() or not step.all():
+        raise UserError(f"{where}: a step size is zero or no finite number; train it again")
+    if not torch.stack(weight.aminmax()).isfinite().all():
+        raise UserError(f"{where}: a weight is no finite number; train it again")
+    quantized = quantizer.quantize(weight)
+    integers = (quantized / step).round_()
+    if not torch.equal(integers * step, quantized):
+        raise UserError(f"{where}: its quantized weight is not made of integers times a step size; export it on a CPU")
+    return integers.to(torch.int8 if quantizer.signed else torch.uint8).numpy()
+
+
+def _packed(integers, bits, mask):
+    """(how many integers are stored or None, [their bytes, their map]): with the map of a pruned layer where it is smaller."""
+    dense = packed_length(integers.size, bits)
+    left = integers.size if mask is None else int(mask.sum())
+    if packed_length(integers.size, 1) + packed_length(left, bits) >= dense:
+        return None, [pack(integers, bits)]
+    chart, stream = pack_sparse(integers, mask.numpy(), bits)
+    return left, [stream, chart]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unpacking.
+
+
+def load_any(path):
+    """What load_checkpoint gives, of a checkpoint or of a packed model."""
+    return as_checkpoint(read_packed(path)) if is_packed(path) else load_checkpoint(path)
+
+
+def as_checkpoint(packed):
+    """A PackedFile as a checkpoint: its weights are integers times step sizes, and `packed` is its header.
+
+    Masks are those that are stored; a pruned layer that is smaller without a map, and any other, has none.
+
+    Raises:
+        UserError: where the packed integers are no packed integers, or are others than the header says.
+    """
+    state, masks = {}, {}
+    for name, tensor in packed.tensors.items():
+        state[name] = torch.from_numpy(tensor.copy())
+    for name, layer in packed.layers.items():
+        chart = packed.tensors.get(f"{name}.weight{MAP}")
+        integers, kept = _unpacked(name, layer, packed.tensors[f"{name}.weight"], chart, packed.path)
+        column = (-1, *[1] * (len(layer.shape) - 1))
+        state[f"{name}.weight"] = integers.float() * state[f"{name}.quan_w_fn.s"][0].view(column)
+        state.pop(f"{name}.weight{MAP}", None)
+        if kept is not None:
+            masks[f"{name}.weight"] = kept
+    _add_second_names(state, packed)
+    content = {"arch": packed.header["arch"], "state_dict": state, "masks": masks, "config": packed.header["config"],
+               "num_classes": packed.header["num_classes"], "input_size": packed.header["input_size"],
+               "weight_bits": {name: layer.bits for name, layer in packed.layers.items() if layer.searched},
+               "act_bits": {name: layer.act_bits for name, layer in packed.layers.items() if layer.searched},
+               "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
+    check_plain(content, packed.path)
+    return {**content, "packed": packed}
+
+
+def _unpacked(name, layer, stream, chart, path):
+    """(integers as a tensor of the weight's shape, bool tensor of those that are stored, or None)."""
+    kept = None
+    try:
+        if chart is None:
+            integers = unpack(stream, layer.bits, layer.signed, layer.count)
+        else:
+            integers, kept = unpack_sparse(chart, stream, layer.bits, layer.signed, layer.count)
+    except ValueError as error:
+        raise UserError(f"{path}: header and tensors disagree ({name}: {error})") from None
+    zeros = layer.count - int(np.count_nonzero(integers))
+    if zeros != layer.zeros:
+        raise UserError(f"{path}: header and tensors disagree ({name}: {layer.zeros} zeros, found {zeros})")
+    return (torch.from_numpy(integers).view(layer.shape),
+            None if kept is None else torch.from_numpy(kept).view(layer.shape))
+
+
+def _add_second_names(state, packed):
+    for name, first in packed.header["shared"].items():
+        if first not in state:
+            raise UserError(f"{packed.path}: shared: there is no tensor {first}{nearest(first, state)}")
+        state[name] = state[first]
+
+
+def fit_packed(model, content):
+    """Give a network the shape of a packed model that is going to be loaded into it; nothing where `content` is none.
+
+    Raises:
+        UserError: where the header says other layers, bits or signs than the network has.
+    """
+    if "packed" not in content:
+        return
+    packed = content["packed"]
+    quantized = {name: module for name, module in model.named_modules() if hasattr(module, "quan_w_fn")}
+    for name in [*packed.layers, *quantized]:
+        if name not in quantized or name not in packed.layers:
+            raise UserError(f"{packed.path}: header and network disagree on which layers are quantized ({name})")
+        if _facts(quantized[name]) != replace(packed.layers[name], kind="", searched=False, zeros=0, kept=None):
+            raise UserError(f"{packed.path}: header and network disagree on shape, bits or signs of {name}")
+    modules = dict(model.named_modules())
+    for name, convolution in packed.header["folded"].items():
+        if not isinstance(modules.get(name), nn.BatchNorm2d) or not isinstance(modules.get(convolution), nn.Conv2d):
+            raise UserError(f"{packed.path}: folded: the network has no BatchNorm {name} after a convolution {convolution}")
+    make_room(model, packed.header["folded"])
+    for name, tensor in model.state_dict().items():
+        if name.endswith(TRAINING_ONLY):
+            content["state_dict"].setdefault(name, torch.ones_like(tensor))
+
+
+def _facts(layer):
+    acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
+    return PackedLayer("", tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
+                       acts and acts.signed, False, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks from files alone.
+
+
+def rebuild(content, path, arch=None):
+    """The PolicyNetwork of a checkpoint of this stage, or of a packed model, loaded with it and in evaluation mode.
+
+    Args:
+        content: as load_any gives it.
+        arch: path/to/file.py:factory, where the user allows their own file to be run; None for networks by name.
+
+    Raises:
+        UserError: where the network is one of the user's own and `arch` is not given, or the file does not say enough.
+    """
+    config = recorded_config(content, path, arch)
+    try:
+        network = build_network(config, content["num_classes"], content["input_size"], content, CPU)
+    except UserError as error:  # which speaks of keys of a configuration
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    fit_packed(network.model, content)
+    load_state(network.model, content["state_dict"], path)
+    network.model.eval()
+    return network
+
+
+def recorded_config(content, path, arch=None):
+    """The FinetuneConfig that a checkpoint was trained with, made one that only evaluates it."""
+    if "bits" in content:
+        raise UserError(f"{path}: is a checkpoint of indicators_pretraining, at all bits together; fine-tune it at a policy's")
+    if not {"arch", "config", "num_classes", "input_size"} <= content.keys():
+        raise UserError(f"{path}: does not say how it was trained; export.py takes what main.py of this stage writes")
+    if "weight_bits" not in content:
+        raise UserError(f"{path}: holds a network in full precision; fine-tune it at a policy's bits first")
+    own = split_arch(content["arch"])
+    if own and arch is None:
+        raise UserError(f"{path}: holds {content['arch']}, a network of a file of your own, which is not run unasked; give "
+                        f"--arch path/to/{own[0].rsplit('/', 1)[-1]}:{own[1]}")
+    check_arch(content, arch or content["arch"], path)
+    settings = {**content["config"], "arch": arch or content["arch"], "eval": True, "policy": None, "weight_bits": None,
+                "act_bits": None, "init_from": None, "pre_trained": False}
+    return build(FinetuneConfig, settings, "", Origin(path, {}))
+
+
+def header_of(network, content, preprocessing, class_names, folds, shared):
+    """What the header of a packed model says, besides its layers.
+
+    Args:
+        network: the PolicyNetwork.
+        content: the checkpoint that it was rebuilt from.
+        preprocessing, class_names: as preprocessing.py gives them.
+        folds: {BatchNorm: convolution} of those that were folded.
+        shared: {second name: first name} of tensors.
+    """
+    plain = to_plain(network.config)
+    return {"arch": content["arch"], "num_classes": content["num_classes"], "input_size": content["input_size"],
+            "class_names": class_names, "preprocessing": preprocessing,
+            "config": {"sat": plain["sat"], "quan": plain["quan"]}, "cost": network.cost, "folded": folds, "shared": shared}

@@ -1,0 +1,390 @@
+"""Packed models: the same answers bit for bit, the size that was promised, and one line about a file that is none."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import deserialize
+from safetensors.numpy import save
+
+import export
+import main
+import packed_file
+from folding import find_folds, fold_batchnorms
+from fuzzing import PLAIN_JUNK, changed_bytes, changed_value, inputs, outcome
+from network import build_network
+from packed_file import KEY, NO_CHECKSUM, PackedLayer, read_packed, serialize
+from packed_network import as_checkpoint, load_any, rebuild
+from schema import FinetuneConfig
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.config import ActQuantizerConfig, QuanConfig, QuantizerConfig, to_plain
+from util.datasets import read_digits
+from util.errors import UserError, user_errors_on_one_line
+
+JUNK = [value for value in PLAIN_JUNK if not (isinstance(value, list) and len(value) == 10)]  # but the one without an end
+CPU, FILE, PACKED = torch.device("cpu"), "run.pth.tar", "model.safetensors"
+SIGNED = QuanConfig(act=ActQuantizerConfig(all_positive=False))
+PER_CHANNEL = QuanConfig(weight=QuantizerConfig(per_channel=True))
+CONFIG = """
+name: run
+arch: resnet20
+weight_bits: 3
+act_bits: 4
+dataloader: {dataset: digits, input_size: 16, batch_size: 64, data_fraction: 0.2}
+wandb: {mode: disabled}
+epochs: 2
+lr: 0.05
+"""
+OWN = """
+import pathlib
+from torch import nn
+
+def tiny(num_classes):
+    pathlib.Path("was_run").touch()
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def images(size, count=4):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def write_checkpoint(arch, size, sparsity=None, path=FILE, bits=None, **changes):
+    """A checkpoint of a network at mixed bits whose steps and statistics come from one batch; return its PolicyNetwork."""
+    torch.manual_seed(0)
+    config = FinetuneConfig(**{"arch": arch, "weight_bits": 4, "act_bits": 4, **changes})
+    if bits is None:
+        mixed = [2 + index % 7 for index in range(len(build_network(config, 10, size, None, CPU).facts["weight_bits"]))]
+        bits = {"weight_bits": mixed, "act_bits": mixed[::-1]}
+    network = build_network(FinetuneConfig(**{**vars(config), **bits}), 10, size, None, CPU)
+    network.model.train()(images(size, 8))
+    if sparsity is not None:
+        network.pruned.set({f"{name}.weight": torch.rand(call.shape) >= sparsity
+                            for name, call in network.graph.layers.items() if name in network.facts["weight_bits"]})
+        network.pruned.apply()
+    network.model.eval()
+    save_checkpoint(path, {"arch": arch, "state_dict": network.model.state_dict(), "config": to_plain(network.config),
+                           "masks": network.pruned.masks, **network.facts})
+    return network
+
+
+@torch.no_grad()
+def logits(model, size):
+    return model.eval()(images(size))
+
+
+def exported(*arguments):
+    """The packed model that the command writes."""
+    export.main([FILE, "--output", PACKED, *arguments])
+    return read_packed(PACKED)
+
+
+@pytest.mark.parametrize(("arch", "size", "sparsity", "changes"), [
+    ("resnet20", 16, None, {"quan": PER_CHANNEL}), ("resnet20", 16, 0.8, {}), ("resnet20", 16, 0.5, {"quan": PER_CHANNEL}),
+    ("mobilenet_v2", 32, None, {}), ("vit_tiny_patch4_32", 32, None, {"quan": SIGNED})])
+def test_a_packed_model_answers_as_its_checkpoint_bit_for_bit_at_the_size_that_was_promised(
+        arch, size, sparsity, changes, capsys):
+    network = write_checkpoint(arch, size, sparsity, **changes)
+    expected = logits(network.model, size)
+    packed = exported()
+    assert expected.std() > 1e-3
+    assert torch.equal(logits(rebuild(as_checkpoint(packed), PACKED).model, size), expected)
+    assert "equal to the checkpoint's, bit for bit" in capsys.readouterr().out
+    promised = network.cost["size_mb" if sparsity is None else "sparse_size_mb"] * 2**20
+    sizes = export.itemise(packed)
+    assert abs(sizes["packed weights"] / promised - 1) < 1e-3
+    assert sum(sizes.values()) == os.path.getsize(PACKED) == packed.size
+    assert any(layer.kept for layer in packed.layers.values()) == (sparsity is not None)
+    for name, bit in network.facts["weight_bits"].items():
+        assert packed.layers[name].bits == bit and packed.layers[name].signed
+
+
+def test_what_a_mask_removed_is_removed_in_the_packed_model_too():
+    network = write_checkpoint("resnet20", 16, 0.8)
+    exported()
+    again = load_any(PACKED)
+    for name, mask in again["masks"].items():
+        assert torch.equal(mask, network.pruned.masks[name])
+    assert len(again["masks"]) > 10
+
+
+def test_a_module_under_two_names_is_packed_once():
+    pathlib.Path("net.py").write_text(OWN.replace("return nn.Sequential(", "block = nn.Conv2d(4, 4, 1)\n    "
+                                                  "return nn.Sequential(").replace("nn.ReLU(), ", "block, nn.ReLU(), block, "))
+    network = write_checkpoint("net.py:tiny", 16)
+    packed = exported("--arch", "net.py:tiny")
+    assert packed.header["shared"] and "3.weight" not in packed.tensors
+    model = rebuild(as_checkpoint(packed), PACKED, "net.py:tiny").model
+    assert torch.equal(logits(model, 16), logits(network.model, 16)) and model[1] is model[3]
+
+
+def trained(*overrides):
+    """A small run on digits; the path of its checkpoint."""
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    main.main(["config.yaml", *overrides])
+    return "results/run/run_checkpoint.pth.tar"
+
+
+def test_a_trained_network_is_evaluated_shown_and_classifies_from_its_packed_file(capsys):
+    path = trained()
+    export.main([path, "--output", PACKED])
+    capsys.readouterr()
+    said = {}
+    for file in (path, PACKED):
+        main.main(["config.yaml", "eval=true", f"resume.path={file}"])
+        said[file] = capsys.readouterr().out.replace(file, "")
+    assert said[path] == said[PACKED] and "top-1" in said[PACKED]
+    check_inspection()
+    check_predictions(path, capsys)
+
+
+def check_inspection():
+    """--inspect works where there is no torch at all."""
+    code = f"import sys; sys.modules['torch'] = None; import export; export.main(['--inspect', {PACKED!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": str(pathlib.Path(export.__file__).parent)})
+    lines = done.stdout.splitlines()
+    assert next(line for line in lines if line.startswith("layer3.2.conv2")).split() == [
+        "layer3.2.conv2", "conv", "64x64x3x3", "3", "s", "4", "u",
+        f"{100 * read_packed(PACKED).layers['layer3.2.conv2'].zeros / 36864:.2f}", "13,824"]
+    assert f"in all {os.path.getsize(PACKED):,}" in done.stdout
+
+
+def check_predictions(path, capsys):
+    """--predict names the classes that the checkpoint gives to the same pixels."""
+    pixels = read_digits(16)[1].images[:5]
+    names = [f"{index}.png" for index in range(5)]
+    for name, image in zip(names, pixels, strict=True):
+        Image.fromarray(image[0].numpy()).save(name)
+    export.main(["--predict", PACKED, *names])
+    said = capsys.readouterr().out.splitlines()
+    facts = read_packed(PACKED).header["preprocessing"]
+    batch = (pixels.float() / 255 - facts["mean"][0]) / facts["std"][0]
+    with torch.no_grad():
+        shares, classes = rebuild(load_checkpoint(path), path).model(batch.expand(-1, 3, -1, -1)).softmax(1).max(1)
+    assert [line.split(",")[0] for line in said] == [f"{name}: {label} ({100 * share:.1f} %)" for name, label, share
+                                                     in zip(names, classes.tolist(), shares.tolist(), strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folded BatchNorms.
+
+
+def test_folded_batchnorms_change_each_layer_by_rounding_only(capsys):
+    network = write_checkpoint("resnet20", 16, 0.5)
+    with torch.no_grad():
+        for index, name in enumerate(network.graph.batchnorms):
+            batchnorm = network.model.get_submodule(name)
+            batchnorm.weight.normal_().mul_(torch.arange(len(batchnorm.weight)) != index)  # negative ones, and a zero
+            batchnorm.bias.normal_()
+            batchnorm.running_var.uniform_(0.5, 2)
+    content = {**load_checkpoint(FILE), "state_dict": network.model.state_dict()}
+    save_checkpoint(FILE, content)
+    expected = outputs_of_batchnorms(network.model)
+    folds = find_folds(network.model, 16)
+    assert folds.keys() == network.graph.batchnorms.keys()
+    fold_batchnorms(network.model, folds)
+    for name, convolution in folds.items():
+        layer, (entering, leaving) = network.model.get_submodule(convolution), expected[name]
+        assert torch.allclose(layer(entering), leaving, rtol=1e-5, atol=1e-5 * leaving.abs().max().item())
+    before = [layer.zeros for layer in exported().layers.values()]
+    folded = exported("--fold-bn")
+    assert all(layer.zeros >= count for layer, count in zip(folded.layers.values(), before, strict=True))
+    assert export.itemise(folded)["BatchNorm"] == 0 and "BatchNorms folded" in capsys.readouterr().out
+    assert torch.equal(logits(rebuild(as_checkpoint(folded), PACKED).model, 16), logits(network.model, 16))
+
+
+@torch.no_grad()
+def outputs_of_batchnorms(model):
+    """{BatchNorm: (input of the convolution before it, its output)}."""
+    entered, found = {}, {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("conv"):
+            module.register_forward_pre_hook(
+                lambda module, inputs, name=name: entered.__setitem__(name.replace("conv", "bn"), inputs[0]))
+        elif name.rpartition(".")[2].startswith("bn"):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: found.__setitem__(name, (entered[name], output.clone())))
+    logits(model, 16)
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return found
+
+
+def test_a_batchnorm_whose_input_something_else_uses_is_left():
+    pathlib.Path("net.py").write_text("""
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.relu, self.bn2 = nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)
+        self.conv3, self.bn3, self.fc = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn2(self.relu(self.conv2(x + self.bn(x))))
+        return self.fc(self.bn3(self.conv3(x)).mean((2, 3)))
+""")
+    assert find_folds(write_checkpoint("net.py:Net", 8).model, 8) == {"bn3": "conv3"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are none.
+
+
+def complaint(capsys, command, *arguments):
+    """The one line that a command says when it refuses, with status 2."""
+    with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        command([*arguments])
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1, said.err
+    return said.err
+
+
+def tiny():
+    """A packed model of few bytes, with every kind of entry."""
+    layers = {"0": PackedLayer("conv", (4, 3, 1, 1), 3, True, None, None, False, 12),
+              "1": PackedLayer("linear", (10, 4), 2, True, 4, False, True, 40, kept=8)}
+    tensors = {"0.weight": np.zeros(5, np.uint8), "1.weight": np.zeros(2, np.uint8),
+               "1.weight.map": np.array([255, 0, 0, 0, 0], np.uint8), "0.quan_w_fn.s": np.ones(1, np.float32),
+               "1.quan_w_fn.s": np.ones((1, 10), np.float32), "1.quan_a_fn.s": np.ones(1, np.float32)}
+    header = {"arch": "tiny", "num_classes": 10, "input_size": 8, "class_names": None, "config": {"sat": True}, "folded": {},
+              "preprocessing": {"mean": [0.5] * 3, "std": [1] * 3, "resize": "crop", "padding": 0, "grey": False},
+              "shared": {"2.quan_w_fn.s": "0.quan_w_fn.s"}, "cost": {"size_mb": 1}}
+    return header, layers, tensors
+
+
+def write(data, path=PACKED):
+    pathlib.Path(path).write_bytes(data)
+
+
+def with_header(data, change):
+    """The bytes of a packed model with another header, and a checksum that fits."""
+    length = int.from_bytes(data[:8], "little")
+    header = change(json.loads(json.loads(data[8:8 + length])["__metadata__"][KEY]))
+    if isinstance(header, dict):
+        header = {"version": header.pop("version", None), "sha256": NO_CHECKSUM,
+                  **{key: value for key, value in header.items() if key != "sha256"}}
+    tensors = {name: np.frombuffer(entry["data"], packed_file.NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
+               for name, entry in deserialize(data)}
+    data = save(tensors, {KEY: json.dumps(header, separators=(",", ":"))})
+    return packed_file._with_checksum(data, packed_file.hashlib.sha256(data).hexdigest()) or data
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda data: data[:-1], "damaged"), (lambda data: data[:300], "ends inside its header"),
+    (lambda data: data[:5], "damaged"),
+    (lambda data: b"", "damaged or not a packed model"), (lambda data: b"a: 1\n" * 99, "not a packed model"),
+    (lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "its checksum does not fit"),
+    (lambda data: save({"weight": np.zeros(3, np.float32)}), "not a packed model of this project"),
+    (lambda data: with_header(data, lambda header: {**header, "version": 2}), "a newer version of this project (format 2)"),
+    (lambda data: with_header(data, lambda header: {**header, "arch": 3}), "arch: found 3"),
+    (lambda data: with_header(data, lambda header: {**header, "num_classes": 9}), "no layer has as many outputs"),
+    (lambda data: with_header(data, change_layer("0", bits=2)), "header and tensors disagree (0: [4, 3, 1, 1] at 2 bits"),
+    (lambda data: with_header(data, change_layer("1", kept=9)), "header and tensors disagree (1:"),
+    (lambda data: with_header(data, change_layer("0", kept=9)), "header and tensors disagree (0: the packed weight or"),
+    (lambda data: with_header(data, change_layer("0", shape=[3, 4, 1, 1], zeros=13)), "layers: found")])
+def test_a_file_that_is_damaged_foreign_or_newer_is_refused_in_one_line(spoil, message, capsys):
+    write(spoil(serialize(*tiny())))
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    for command, *arguments in ((export.main, "--inspect", PACKED), (export.main, "--predict", PACKED, "a.png"),
+                                (main.main, "config.yaml", "eval=true", f"resume.path={PACKED}")):
+        said = complaint(capsys, command, *arguments)
+        assert message in said and PACKED in said
+
+
+def change_layer(name, **changes):
+    def change(header):
+        return {**header, "layers": {**header["layers"], name: {**header["layers"][name], **changes}}}
+    return change
+
+
+def test_a_header_that_fits_the_tensors_but_not_the_network_is_refused(capsys):
+    write_checkpoint("resnet20", 16)
+    exported()
+    whole = pathlib.Path(PACKED).read_bytes()
+    Image.new("L", (16, 16)).save("a.png")
+    for change, message in ((lambda header: {**header, "arch": "resnet18"}, f"{PACKED}: quan.excepts"),
+                            (change_layer("fc", act_bits=7), "header and network disagree on shape, bits or signs of fc"),
+                            (change_layer("conv1", zeros=0), "header and tensors disagree (conv1: 0 zeros"),
+                            (lambda header: {**header, "folded": {"bn1": "fc"}}, "folded: the network has no BatchNorm"),
+                            (lambda header: {**header, "config": {"quan": 3}}, "quan"),
+                            (lambda header: {**header, "shared": {"a": "b"}}, "shared: there is no tensor b")):
+        write(with_header(whole, change))
+        assert message in complaint(capsys, export.main, "--predict", PACKED, "a.png")
+
+
+def test_any_change_of_a_packed_model_is_refused():
+    whole = serialize(*tiny())
+    write(whole)
+    assert not isinstance(outcome(lambda: as_checkpoint(read_packed(PACKED)), [PACKED], "whole"), UserError)
+    for number, rng in inputs(60):
+        write(changed_bytes(rng, whole))
+        assert isinstance(outcome(lambda: as_checkpoint(read_packed(PACKED)), [PACKED], number), UserError), number
+
+
+def test_a_packed_model_with_a_wrong_header_is_read_or_refused():
+    whole = serialize(*tiny())
+    for number, rng in inputs(60):
+        try:
+            write(with_header(whole, lambda header, rng=rng: changed_value(rng, header, JUNK)))
+        except (RecursionError, ValueError, TypeError):
+            continue
+        result = outcome(lambda: as_checkpoint(read_packed(PACKED)), [PACKED], number)
+        assert isinstance(result, (dict, UserError)), number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands that cannot be.
+
+
+def test_a_network_of_a_file_is_not_run_unasked(capsys):
+    pathlib.Path("net.py").write_text(OWN)
+    write_checkpoint("net.py:tiny", 16)
+    exported("--arch", "net.py:tiny")
+    Image.new("RGB", (20, 30)).save("a.png")
+    os.remove("was_run")
+    for arguments in (["--predict", PACKED, "a.png"], [FILE, "--output", "other"]):
+        assert "give --arch path/to/net.py:tiny" in complaint(capsys, export.main, *arguments)
+    export.main(["--inspect", PACKED])
+    assert not os.path.exists("was_run")
+    assert "holds net.py:tiny, but arch is" in complaint(capsys, export.main, "--predict", PACKED, "a.png", "--arch", "b.py:c")
+    export.main(["--predict", PACKED, "a.png", "--arch", "net.py:tiny"])
+    assert os.path.exists("was_run") and "a.png: " in capsys.readouterr().out
+
+
+def test_what_cannot_be_packed_is_said_in_one_line(capsys):
+    write_checkpoint("resnet20", 16)
+    content = load_checkpoint(FILE)
+    unsound = {**content["state_dict"], "layer1.0.conv1.quan_w_fn.s": torch.zeros(1)}
+    cases = [({"state_dict": content["state_dict"]}, "does not say how it was trained"),
+             ({key: content[key] for key in content if not key.endswith("_bits")}, "in full precision"),
+             ({**content, "bits": [4, 2]}, "is a checkpoint of indicators_pretraining"),
+             ({**content, "state_dict": unsound}, "layer1.0.conv1: a step size is zero")]
+    for changed, message in cases:
+        save_checkpoint("changed", changed)
+        said = complaint(capsys, export.main, "changed", "--output", PACKED)
+        assert message in said and said.startswith("error: changed")
+    for arguments, message in (([], "give one checkpoint"), ([FILE], "--output, or --onnx"),
+                               (["--predict", PACKED], "name the images"),
+                               (["--inspect", PACKED, "--output", "a"], "--inspect stands alone"),
+                               (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):
+        assert message in complaint(capsys, export.main, *arguments)
+    assert not os.path.exists(PACKED)

@@ -1,0 +1,113 @@
+"""ONNX: what onnxruntime computes from integer weights and inputs, beside PyTorch."""
+
+import importlib.util
+import pathlib
+
+import pytest
+import torch
+from test_export import CONFIG, complaint, write_checkpoint
+
+import export
+import main
+import onnx_export
+from packed_network import load_any, rebuild
+from util.config import ActQuantizerConfig, QuanConfig, QuantizerConfig
+from util.datasets import read_digits
+
+NET = """
+from torch import nn
+
+def net(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.SiLU(),
+                         nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6), nn.Linear(6, num_classes))
+"""
+needs_onnxruntime = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in onnx_export.NEEDED),
+                                       reason="requirements-export.txt is not installed")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
+    said = complaint(capsys, export.main, "run.pth.tar", "--onnx", "model.onnx")
+    assert "--onnx needs onnxscript: pip install -r requirements-export.txt" in said
+
+
+@needs_onnxruntime
+def test_a_trained_network_gives_the_same_classes_and_each_layer_the_same_values(capsys):
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    main.main(["config.yaml"])
+    path = "results/run/run_checkpoint.pth.tar"
+    export.main([path, "--output", "model.safetensors"])
+    export.main(["model.safetensors", "--onnx", "model.onnx"])
+    assert "random images in onnxruntime" in capsys.readouterr().out
+    data, model = pathlib.Path("model.onnx").read_bytes(), rebuild(load_any(path), path).model
+    pixels = read_digits(16)[1].images.float()
+    images = ((pixels - pixels.mean()) / pixels.std()).expand(-1, 3, -1, -1).contiguous()
+    with torch.no_grad():
+        expected = model(images)
+    found = torch.cat([onnx_export.answers_of_onnxruntime(data, part) for part in images.split([1, 100, len(images) - 101])])
+    first, second = expected.topk(2).values.T
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.999
+    assert (found.argmax(1) == expected.argmax(1))[first - second > 1e-2].all()
+    compare_layers(data, model, images[:8])
+
+
+def compare_layers(data, model, images):
+    """Each convolution and linear layer gives the same as PyTorch from the input that PyTorch gives it."""
+    import onnx
+    from onnx.utils import Extractor
+
+    calls = []
+    for module in model.modules():
+        if hasattr(module, "quan_w_fn"):
+            module.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
+    with torch.no_grad():
+        model(images)
+    graph = onnx.load_from_string(data)
+    maker = {output: node for node in graph.graph.node for output in node.output}
+    layers = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(layers) == len(calls) == 20
+    extractor = Extractor(graph)
+    for node, (entering, leaving) in zip(layers, calls, strict=True):
+        start = node.input[0]
+        while maker.get(start) is not None and maker[start].op_type in ("DequantizeLinear", "Clip", "QuantizeLinear"):
+            start = maker[start].input[0]
+        part = extractor.extract_model([start], list(node.output))
+        part.graph.input[0].name = "images"
+        for other in part.graph.node:
+            other.input[:] = ["images" if name == start else name for name in other.input]
+        found = onnx_export.answers_of_onnxruntime(part.SerializeToString(), entering)
+        assert (found - leaving).abs().max() <= 1e-5 * max(1, leaving.abs().max()), node.name
+
+
+@needs_onnxruntime
+def test_weights_take_the_narrowest_types_that_load_and_inputs_may_be_signed(capsys):
+    pathlib.Path("net.py").write_text(NET)
+    bits = {"weight_bits": [4, 2, 8], "act_bits": [8, 3, 4]}
+    quan = QuanConfig(act=ActQuantizerConfig(all_positive=False), weight=QuantizerConfig(per_channel=True))
+    network = write_checkpoint("net.py:net", 16, quan=quan, bits=bits)
+    export.main(["run.pth.tar", "--onnx", "model.onnx", "--arch", "net.py:net", "--fold-bn"])
+    said, data = capsys.readouterr().out, pathlib.Path("model.onnx").read_bytes()
+    assert "-bit integers" in said
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (onnx_export.answers_of_onnxruntime(data, images) - network.model(images)).abs().max() < 1e-5
+    check_types(data)
+
+
+def check_types(data):
+    """With types of 8 bits only, the same model takes more bytes; operators are those that hardware knows."""
+    import onnx
+
+    graph = onnx.load_from_string(data)
+    used = {node.op_type for node in graph.graph.node}
+    assert {"QuantizeLinear", "Clip", "DequantizeLinear", "Conv", "Gemm"} <= used
+    wide = [tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    narrow = [tensor for tensor in graph.graph.initializer if tensor.data_type in (onnx.TensorProto.INT4,
+                                                                                   getattr(onnx.TensorProto, "INT2", -1))]
+    assert len(wide) >= 3 and narrow

@@ -1,6 +1,6 @@
 """Write a fine-tuned network as a packed model or as ONNX, show a packed model, or classify images with one.
 
-python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx]
+python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx] [--report report.html]
 python export.py model.safetensors --onnx model.onnx
 python export.py --inspect model.safetensors
 python export.py --predict model.safetensors IMAGE...
@@ -32,6 +32,7 @@ def parse(arguments):
     parser.add_argument("files", nargs="*", metavar="CHECKPOINT | IMAGE", help="a checkpoint of main.py; images to classify")
     parser.add_argument("--output", metavar="FILE.safetensors", help="the packed model to write")
     parser.add_argument("--onnx", metavar="FILE.onnx", help="the ONNX model to write; needs requirements-export.txt")
+    parser.add_argument("--report", metavar="FILE.html", help="a page about the packed model; needs --output")
     parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
     parser.add_argument("--inspect", metavar="FILE", help="print the layers of a packed model; nothing is rebuilt or run")
     parser.add_argument("--predict", metavar="FILE", help="classify images with a packed model")
@@ -40,6 +41,8 @@ def parse(arguments):
     options = parser.parse_intermixed_args(arguments)
     if options.inspect and (options.predict or options.files or options.output or options.onnx):
         parser.error("--inspect stands alone")
+    if options.report and not options.output:
+        parser.error("--report: is about a packed model; give --output too")
     if options.predict and not options.files:
         parser.error("--predict: name the images to classify")
     if not options.inspect and not options.predict:
@@ -73,10 +76,21 @@ def export(options):
         again = load_any(options.output)
         after = sample_logits(rebuild(again, options.output, options.arch), content["input_size"])[1]
         print(describe_export(again["packed"], compare(before, after, folds)))
+        if options.report:
+            report(again["packed"], options.report, path, content)
     elif options.fold_bn:
         fold(network, content["input_size"])
     if options.onnx:
         write_onnx(network, options.onnx, images)
+
+
+def report(packed, output, checkpoint, content):
+    """Write a page about a packed model and the run that it comes from."""
+    from model_report import write_report
+
+    page = write_report(packed, itemise(packed), promised_bytes(packed.header["cost"]), checkpoint, content)
+    write_atomically(output, page.encode())
+    print(f"report: {output}")
 
 
 def fold(network, size):

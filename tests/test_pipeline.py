@@ -108,6 +108,15 @@ def test_evaluation_repeats_the_figures_of_training(walked, stages):
     assert f"top-1 {summary['top1']:.3f}" in walked["eval"] and f"loss {summary['loss']:.4f}" in walked["eval"]
 
 
+def test_the_packed_model_repeats_the_figures_of_its_checkpoint(walked, stages):
+    path = "results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar"
+    said = command(stages["training"], "export.py", path, "--output", "results/model.safetensors")
+    assert "bit for bit" in said
+    said = command(stages["training"], "main.py", "eval_resnet20_digits_w3a3.yaml", *SMALL[:2],
+                   "resume.path=results/model.safetensors")
+    assert said.replace("results/model.safetensors", path) == walked["eval"]
+
+
 def test_a_finished_run_is_left_alone_and_a_changed_one_refused(walked, stages):
     folder = stages["training"] / "results/resnet20_digits_w3a3"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

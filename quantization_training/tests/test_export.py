@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import deserialize
 from safetensors.numpy import save
@@ -140,8 +141,9 @@ def trained(*overrides):
 
 def test_a_trained_network_is_evaluated_shown_and_classifies_from_its_packed_file(capsys):
     path = trained()
-    export.main([path, "--output", PACKED])
+    export.main([path, "--output", PACKED, "--report", "report.html"])
     capsys.readouterr()
+    check_report(pathlib.Path("report.html").read_text())
     said = {}
     for file in (path, PACKED):
         main.main(["config.yaml", "eval=true", f"resume.path={file}"])
@@ -149,6 +151,17 @@ def test_a_trained_network_is_evaluated_shown_and_classifies_from_its_packed_fil
     assert said[path] == said[PACKED] and "top-1" in said[PACKED]
     check_inspection()
     check_predictions(path, capsys)
+
+
+def check_report(page):
+    """A page that needs nothing else, with every layer, accuracy, both sizes, two pictures and the configuration."""
+    packed, summary = read_packed(PACKED), yaml.safe_load(pathlib.Path("results/run/summary.yaml").read_text())
+    assert "http" not in page and "<script" not in page
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 2
+    for words in (*packed.layers, f"{summary['top1']:.2f} %", f"{export.itemise(packed)['packed weights']:,} bytes",
+                  f"{export.promised_bytes(packed.header['cost']):,.0f} bytes", f"{packed.header['cost']['gbitops']:.3f} G",
+                  f"{packed.size:,} bytes", "batch_size: 64", "python export.py results/run"):
+        assert words in page, words
 
 
 def check_inspection():

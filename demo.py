@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent
 PRETRAINING, SEARCH, TRAINING = "indicators_pretraining", "quantization_search", "quantization_training"
 POLICY = "results/policy_resnet20_digits_w3a3.yaml"
 PICTURE = "results/policy_resnet20_digits_w3a3.png"
+TUNED = "results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar"
+PACKED = "results/resnet20_digits_w3a3.safetensors"
 ROWS = {"dense, 32 bits": "resnet20_digits_dense", "uniform W3A3": "resnet20_digits_uniform3",
         "searched at W3A3": "resnet20_digits_w3a3"}
 LEVELS = {0: "dense", 1: "50 % sparse", 2: "80 % sparse"}
@@ -61,6 +63,7 @@ def steps():
                  "finetune_resnet20_digits_w3a3.yaml"),
         training("fine-tune at uniform 3 bits", TRAINING, "resnet20_digits_uniform3",
                  "finetune_resnet20_digits_uniform3.yaml"),
+        Step("pack the searched network", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED),
     ]
 
 
@@ -128,6 +131,12 @@ def pruned_table():
     return "\n".join(lines)
 
 
+def packed_size():
+    """What the packed file takes on the disk, all that the network needs in it."""
+    size = (ROOT / TRAINING / PACKED).stat().st_size
+    return f"the packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB) with BatchNorm, steps and header"
+
+
 def main():
     is_pruned = sys.argv[1:] == ["--pruned"]
     if sys.argv[1:] and not is_pruned:
@@ -140,6 +149,7 @@ def main():
     if is_pruned:
         print(f"accuracy against sparsity: {PRETRAINING}/{PRUNED}/pruning.png")
     else:
+        print(packed_size())
         print(f"the policy: {SEARCH}/{POLICY}\nwhere the bits went: {SEARCH}/{PICTURE}")
     print("training curves: */results/*/curves.png\nmake clean removes all of it")
 

@@ -69,6 +69,9 @@ class OnnxQuantizer(nn.Module):
 class OnnxLayer(nn.Module):
     """A quantized convolution or linear layer with its weight as integers.
 
+    The bias is added by an operator of its own: where the layer has it, onnxruntime rounds it to multiples of the product of
+    both step sizes, which are wide at few bits.
+
     Args:
         layer: the QuanConv2d or QuanLinear.
         name: of the layer, for messages.
@@ -83,12 +86,14 @@ class OnnxLayer(nn.Module):
             step = step * scale_adjustment(layer.quan_w_fn.quantize(layer.weight.detach()))
         self.register_buffer("weight", torch.from_numpy(integer_weights(layer, name)))
         self.register_buffer("step", step.clone())
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        column = (-1, *[1] * (layer.weight.dim() - 2))  # [batch, channels, height, width], or [..., out_features]
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().view(column))
 
     def forward(self, x):
         axis = {"axis": 0} if self.step.dim() else {}
         weight = symbolic("DequantizeLinear", (self.weight, self.step), self.weight.shape, torch.float32, **axis)
-        return self.operate(self.quan_a_fn(x), weight, self.bias)
+        out = self.operate(self.quan_a_fn(x), weight, None)
+        return out if self.bias is None else out + self.bias
 
 
 def onnx_twin(model):

@@ -19,7 +19,8 @@ from torch import nn
 
 def net(num_classes):
     return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.BatchNorm2d(8), nn.SiLU(),
-                         nn.Conv2d(8, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6), nn.Linear(6, num_classes))
+                         nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, num_classes))
 """
 needs_onnxruntime = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in onnx_export.NEEDED),
                                        reason="requirements-export.txt is not installed")
@@ -65,19 +66,21 @@ def compare_layers(data, model, images):
     calls = []
     for module in model.modules():
         if hasattr(module, "quan_w_fn"):
-            module.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
+            module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs[0], output)))
     with torch.no_grad():
         model(images)
     graph = onnx.load_from_string(data)
     maker = {output: node for node in graph.graph.node for output in node.output}
-    layers = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm")]
+    layers = [node for node in graph.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     assert len(layers) == len(calls) == 20
     extractor = Extractor(graph)
-    for node, (entering, leaving) in zip(layers, calls, strict=True):
-        start = node.input[0]
+    for node, (module, entering, leaving) in zip(layers, calls, strict=True):
+        start, end = node.input[0], node
+        if module.bias is not None:
+            end = next(other for other in graph.graph.node if other.op_type == "Add" and node.output[0] in other.input)
         while maker.get(start) is not None and maker[start].op_type in ("DequantizeLinear", "Clip", "QuantizeLinear"):
             start = maker[start].input[0]
-        part = extractor.extract_model([start], list(node.output))
+        part = extractor.extract_model([start], list(end.output))
         part.graph.input[0].name = "images"
         for other in part.graph.node:
             other.input[:] = ["images" if name == start else name for name in other.input]
@@ -88,7 +91,7 @@ def compare_layers(data, model, images):
 @needs_onnxruntime
 def test_weights_take_the_narrowest_types_that_load_and_inputs_may_be_signed(capsys):
     pathlib.Path("net.py").write_text(NET)
-    bits = {"weight_bits": [4, 2, 8], "act_bits": [8, 3, 4]}
+    bits = {"weight_bits": [4, 2, 2, 8], "act_bits": [8, 3, 8, 4]}
     quan = QuanConfig(act=ActQuantizerConfig(all_positive=False), weight=QuantizerConfig(per_channel=True))
     network = write_checkpoint("net.py:net", 16, quan=quan, bits=bits)
     export.main(["run.pth.tar", "--onnx", "model.onnx", "--arch", "net.py:net", "--fold-bn"])
@@ -106,7 +109,7 @@ def check_types(data):
 
     graph = onnx.load_from_string(data)
     used = {node.op_type for node in graph.graph.node}
-    assert {"QuantizeLinear", "Clip", "DequantizeLinear", "Conv", "Gemm"} <= used
+    assert {"QuantizeLinear", "Clip", "DequantizeLinear", "Conv"} <= used
     wide = [tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     narrow = [tensor for tensor in graph.graph.initializer if tensor.data_type in (onnx.TensorProto.INT4,
                                                                                    getattr(onnx.TensorProto, "INT2", -1))]

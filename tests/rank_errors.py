@@ -27,6 +27,7 @@ def fail(kind):
     if kind == "loss":
         metrics, training = Metrics(torch.device("cpu")), object.__new__(Training)
         training.model, training.epochs_before, training.steps = torch.nn.Linear(2, 2), 0, 10
+        training.has_checkpoint = False
         metrics.sums[0] = float("nan") if rank == 1 else 1.0
         training.check_finite(2, 5, {None: metrics})
     if kind == "restart":

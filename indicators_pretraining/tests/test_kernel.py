@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_quantizer import plain_chain
 from torch import nn
 
 from quan.func import QuanConv2d, QuanLinear
@@ -34,14 +35,6 @@ def compiled_afterwards(monkeypatch):
     yield
     monkeypatch.undo()
     kernel.use("compiled")
-
-
-def plain_chain(v, s, qn, qp, scale):
-    """What published LSQ code does: divide, clamp, round with a straight-through gradient, multiply."""
-    s = (s - s * scale).detach() + s * scale
-    scaled = v / s
-    clipped = torch.where(scaled < -qn, -qn, torch.where(scaled > qp, qp, scaled))
-    return (clipped + (clipped.round() - clipped).detach()) * s
 
 
 @st.composite

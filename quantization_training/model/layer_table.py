@@ -98,10 +98,10 @@ class _Lineage(TorchFunctionMode):
         self.alive = []  # a tensor that is freed could give its id to another one
 
     def of(self, values):
-        return frozenset().union(*(self.sources.get(id(tensor), frozenset()) for tensor in _tensors(values)))
+        return frozenset().union(*(self.sources.get(id(tensor), frozenset()) for tensor in tensors_in(values)))
 
     def mark(self, values, sources):
-        for tensor in _tensors(values):
+        for tensor in tensors_in(values):
             self.sources[id(tensor)] = sources
             self.alive.append(tensor)
 
@@ -113,14 +113,15 @@ class _Lineage(TorchFunctionMode):
         return result
 
 
-def _tensors(values):
+def tensors_in(values):
+    """Every tensor in a nest of dicts, lists and tuples."""
     if isinstance(values, torch.Tensor):
         yield values
     elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+        yield from tensors_in(list(values.values()))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 ATEN = torch.ops.aten

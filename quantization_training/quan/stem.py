@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from model.layer_table import tensors_in
 from util.passes import autocast
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import LsqQuan
+from .utils import BATCHNORM
 
-BATCHNORM = nn.modules.batchnorm._BatchNorm
 # What gives the same output whenever it gets the same input; a module that draws random numbers does not.
 SHAREABLE = (nn.Conv2d, nn.Linear, BATCHNORM, ExceptedBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6,
              nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -33,23 +34,13 @@ class _Consumers(TorchFunctionMode):
         return next((index for index in reversed(range(len(self.chain))) if self.chain[index] is value), None)
 
     def use(self, values):
-        self.used_at += [index for index in map(self.index, _tensors(values)) if index is not None]
+        self.used_at += [index for index in map(self.index, tensors_in(values)) if index is not None]
 
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
         # Asking for a shape is a use, too: with the output of the stem in their place, images have another one.
         if self.inside is None and function != DEVICE:
             self.use((args, kwargs or {}))
         return function(*args, **(kwargs or {}))
-
-
-def _tensors(values):
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
 
 
 def find_stem(model, input_size):

@@ -88,7 +88,7 @@ def build_network(config, num_classes, input_size, found, device):
         freeze_weights(model)
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
     description = describe_network(config, model, graph, num_classes, input_size, masks)
-    stem = SharedStem(model, find_stem(model, input_size), len(config.target_bits) + 1)
+    stem = SharedStem(model, find_stem(model, input_size), len(config.passes))
     to_device(model, device)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())

@@ -4,14 +4,13 @@ import numpy as np
 from torch import nn
 
 from quan.utils import keep_steps_positive
+from schema import RANDOM
 from util import distributed
 from util.metrics import Metrics, evaluate
 from util.monitor import log_start
 from util.passes import Passes
 from util.sampling import Stream, generator
 from util.training import Training
-
-RANDOM = "random"
 
 
 def random_policy(layers, bits, seed, epoch, step):
@@ -21,23 +20,23 @@ def random_policy(layers, bits, seed, epoch, step):
 
 
 def joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation=False, metrics=None, passes=None):
-    """Add up the gradients of one pass per candidate and one pass at the policy `chosen`.
+    """Add up the gradients of one pass per candidate and, unless it is None, one at the policy `chosen`.
 
     Args:
         model: the jointly trained network.
         switch: its BitSwitch.
         images, target: a batch, [batch, 3, height, width] and [batch].
         criterion: loss of (logits, target), target being labels or probabilities [batch, classes].
-        chosen: {layer: bit} for the last pass.
+        chosen: {layer: bit} for the last pass, or None.
         in_place_distillation: passes after the widest learn from its answers instead of from the labels.
         metrics: {bit or "random": Metrics} to add to.
         passes: the Passes of the model; None stands for plain ones.
     """
     passes = passes or Passes(model)
     widest, wanted = max(switch.bits), target
-    first = [widest] if in_place_distillation else []
+    first, last = [widest] if in_place_distillation else [], [] if chosen is None else [RANDOM]
     with passes.entered(images) as entering:
-        for candidate in [*first, *(bit for bit in switch.bits if bit not in first), RANDOM]:
+        for candidate in [*first, *(bit for bit in switch.bits if bit not in first), *last]:
             if candidate == RANDOM:
                 switch.policy(chosen)
             else:
@@ -88,7 +87,7 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
 
     def take_step(batches, epoch, step, metrics):
         [(images, target)] = batches
-        chosen = random_policy(layers, switch.bits, config.seed, epoch, step)
+        chosen = random_policy(layers, switch.bits, config.seed, epoch, step) if config.random_pass else None
         joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics,
                    network.passes)
 
@@ -101,7 +100,7 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         distributed.on_main(folder.save, {**state, **network.facts}, is_best, config.log.keep_checkpoints)
 
     Training(model, optimizer, loaders.train, config, monitor, take_step, validate_where_due, write,
-             labels=[*switch.bits, RANDOM], shown=max(switch.bits)).run(start, last)
+             labels=config.passes, shown=max(switch.bits)).run(start, last)
 
 
 def validate(model, switch, loader, epoch, monitor):
@@ -136,8 +135,8 @@ def dry_run(network, loaders, optimizer, config):
     network.model.train()
     switch, facts = network.switch, network.facts
     images, target = next(iter(loaders.train))
-    metrics = {candidate: Metrics(images.device) for candidate in [*switch.bits, RANDOM]}
-    chosen = random_policy(list(switch.layers), switch.bits, config.seed, 0, 0)
+    metrics = {candidate: Metrics(images.device) for candidate in config.passes}
+    chosen = random_policy(list(switch.layers), switch.bits, config.seed, 0, 0) if config.random_pass else None
     joint_step(network.model, switch, images, target, criterion_of(config), optimizer, chosen,
                config.in_place_distillation, metrics, network.passes)
     layers, size = [*facts["layers"].values(), *facts["fixed"].values()], facts["input_size"]

@@ -32,8 +32,8 @@ from util.metrics import Metrics, evaluate
 from util.training import Training, training_step
 
 LEVEL_FILE = re.compile(r"level_(\d+)_checkpoint\.pth\.tar")
-HARMLESS = ("quan.", "target_bits", "in_place_distillation", "weight_bits", "act_bits", "prune.levels",
-            "prune.target_sparsity")  # what no level's training depends on
+HARMLESS = ("quan.", "target_bits", "in_place_distillation", "random_pass", "weight_bits", "act_bits",
+            "prune.levels", "prune.target_sparsity")  # what no level's training depends on
 HARMLESS_WHILE_DENSE = ("prune.method", "prune.type", "prune.scope", "prune.amount", "prune.excepts")
 
 

@@ -8,6 +8,8 @@ from util.config import RunConfig, bounded
 from util.errors import UserError
 from util.optim import check_schedule
 
+RANDOM = "random"  # stands for a bit-width drawn for each layer
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -70,11 +72,13 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class IndicatorsConfig(RunConfig):
-    """Joint training of all candidate bit-widths. New keys: in_place_distillation; init_from, a full-precision checkpoint
-    with pruning masks; prune, which only pruning.py reads."""
+    """Joint training of all candidate bit-widths. New keys: in_place_distillation; random_pass, whether each step has a pass
+    with a bit-width drawn for each layer (without, target_bits: [4] is plain training at 4 bits); init_from, a full-precision
+    checkpoint with pruning masks; prune, which only pruning.py reads."""
 
     name: str = "indicators"
     in_place_distillation: bool = False
+    random_pass: bool = True
     init_from: str | None = None
     prune: PruneConfig = PruneConfig()
 
@@ -85,6 +89,11 @@ class IndicatorsConfig(RunConfig):
             raise UserError("fp_model: full-precision networks are trained in quantization_training")
         if self.init_from and self.pre_trained:
             raise UserError("init_from: weights come from pre_trained already; give one of the two")
+
+    @property
+    def passes(self):
+        """What the passes of a joint step are computed at: each candidate, then RANDOM where there is that pass."""
+        return [*self.target_bits, *([RANDOM] if self.random_pass else [])]
 
 
 @dataclass(frozen=True)

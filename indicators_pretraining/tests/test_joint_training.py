@@ -1,6 +1,8 @@
 """Joint training against a literal transcription of its formula, and over two processes against one."""
 
+import csv
 import math
+import re
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
+import importance_extractor
+import main
 import process
 from model.layer_table import trace
 from network import build_network
@@ -21,8 +25,10 @@ from quan.utils import (
 )
 from schema import IndicatorsConfig
 from util import distributed
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from util.errors import UserError
+from util.exchange import read_indicators
 from util.optim import create_optimizer
 
 BITS = [2, 4, 3]  # on purpose not sorted
@@ -103,8 +109,9 @@ def transcription(tensors, images, target, policies, distilled):
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
+@pytest.mark.parametrize("has_random_pass", [True, False])
 @pytest.mark.parametrize("distilled", [False, True])
-def test_a_joint_step_equals_its_literal_transcription(distilled):
+def test_a_joint_step_equals_its_literal_transcription(distilled, has_random_pass):
     model, switch = jointly_quantized()
     images, target = batch()
     model.fc.weight.data.mul_(40)  # large gradients, so that some are clipped
@@ -112,9 +119,10 @@ def test_a_joint_step_equals_its_literal_transcription(distilled):
         quantizer.s.data.mul_(torch.tensor([0.7, 0.4, 0.55], dtype=torch.float64))
         quantizer.init_state.fill_(1)
         quantizer._initialized = [True] * 3
-    chosen = {"first": 3, "second": 2}
+    chosen = {"first": 3, "second": 2} if has_random_pass else None
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    order = [(4, 4), (2, 2), (3, 3), (3, 2)] if distilled else [(2, 2), (4, 4), (3, 3), (3, 2)]
+    order = [(4, 4), (2, 2), (3, 3)] if distilled else [(2, 2), (4, 4), (3, 3)]
+    order += [(3, 2)] if has_random_pass else []
     expected = transcription(before, images, target, order, distilled)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     process.joint_step(model, switch, images, target, nn.CrossEntropyLoss(), optimizer, chosen, distilled)
@@ -180,6 +188,45 @@ def test_the_widest_candidate_answers_first_in_distillation_only():
         process.joint_gradients(model, switch, *batch(), nn.CrossEntropyLoss(), {"first": 3, "second": 2}, distilled)
         hook.remove()
     assert seen == [2, 4, 3, 3, 4, 2, 3, 3]
+
+
+CONFIG = """
+arch: resnet20
+target_bits: [4]
+random_pass: false
+dataloader: {dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.1, val_split: 0.1}
+wandb: {mode: disabled}
+epochs: 1
+"""
+
+
+def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    main.main(["config.yaml", "--dry-run"])
+    assert re.findall("loss at (.*):", capsys.readouterr().out) == ["4 bits"]
+    main.main(["config.yaml"])
+    rows = csv.DictReader((tmp_path / "results/indicators/metrics.csv").read_text().splitlines())
+    assert {(row["split"], row["bits"]) for row in rows} == {("train", "4"), ("val", "4"), ("test", "4")}
+    importance_extractor.main(["results/indicators/indicators_checkpoint.pth.tar", "--output", "i.pkl"])
+    content = read_indicators("i.pkl")
+    assert content["bits"] == [4] and all(row.keys() == {4} for kind in ("weight", "act") for row in content[kind].values())
+    with pytest.raises(UserError, match="the run was started with another random_pass"):
+        main.main(["config.yaml", "epochs=2", "random_pass=true"])
+
+
+def test_a_run_from_before_the_random_pass_could_be_left_out_goes_on_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    main.main(["config.yaml", "random_pass=true"])
+    path = "results/indicators/indicators_checkpoint.pth.tar"
+    content = load_checkpoint(path)
+    del content["config"]["random_pass"]
+    save_checkpoint(path, content)
+    with pytest.raises(UserError, match="another random_pass"):
+        main.main(["config.yaml", "epochs=2"])
+    main.main(["config.yaml", "epochs=2", "random_pass=true"])
+    assert load_checkpoint(path)["epoch"] == 2
 
 
 def joined_gradients(parts, own_images, own_target):

@@ -25,7 +25,8 @@ HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "thread
                  "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
-NEW_KEYS = {"precision": "fp32", "compile": False}  # what checkpoints from before a key was there were trained with
+# What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
+NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True}
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
@@ -377,7 +378,9 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
     """
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
-    keys = differing_keys({**NEW_KEYS, **checkpoint["config"]}, to_plain(config))
+    wanted = to_plain(config)
+    earlier = {key: value for key, value in NEW_KEYS.items() if key in wanted}
+    keys = differing_keys({**earlier, **checkpoint["config"]}, wanted)
     idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else decided_keys(config)
     keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
             and not (key == "arch" and same_arch(checkpoint["config"].get("arch"), config.arch))]

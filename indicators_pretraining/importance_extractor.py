@@ -1,16 +1,20 @@
-"""Extract the importance indicators from a checkpoint: python importance_extractor.py CHECKPOINT --output FILE.pkl"""
+"""Extract the importance indicators from a checkpoint, or from several that were trained at bit-widths of their own.
+
+python importance_extractor.py CHECKPOINT [CHECKPOINT ...] --output FILE.pkl
+"""
 
 import math
 import os
 
 from model.masks import is_mask
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, signs_of
 from util.command import Parser
-from util.config import check_bits
+from util.config import check_bits, describe, differing_keys, flatten
 from util.errors import UserError, user_errors_on_one_line
-from util.exchange import strip_prefix, write_indicators
+from util.exchange import same_arch, strip_prefix, write_indicators
 
 CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed", "products")
+OF_THE_NETWORK = ("arch", "layer_name", "input_size", "num_classes", "layers", "fixed", "products", "signed")
 
 
 def extract(checkpoint, source, bits=None):
@@ -81,6 +85,60 @@ def _channels_left(mask, steps, quantizer, source):
     return left if left.any() else ...
 
 
+def extract_all(paths, bits=None):
+    """The content of an indicators file with the candidates of all checkpoints.
+
+    Args:
+        paths: of the checkpoints: one, or several of one network, each trained at bit-widths of its own.
+        bits: candidate bit-widths of a single checkpoint that does not say them itself.
+
+    Raises:
+        UserError: naming the file that is no such checkpoint, or two that do not fit each other, and the key.
+    """
+    if len(paths) == 1:
+        return extract(load_checkpoint(paths[0]), paths[0], bits)
+    if bits:
+        raise UserError("--b: goes with a single checkpoint; several have to carry their candidates themselves")
+    contents, facts = {}, {}
+    for path in paths:
+        if path in contents:
+            raise UserError(f"{path}: stands twice among the checkpoints")
+        checkpoint = load_checkpoint(path)
+        if not checkpoint.get("bits"):
+            raise UserError(f"{path}: does not say its candidate bit-widths, which each of several checkpoints has to")
+        contents[path] = extract(checkpoint, path)
+        facts[path] = {**contents[path], "signed": signs_of(checkpoint)}
+        check_same_network(facts[paths[0]], facts[path], paths[0], path)
+    return combine(contents)
+
+
+def check_same_network(one, other, path, other_path):
+    """Refuse two checkpoints of different networks, or of one with other signs of activations, naming where they differ."""
+    if same_arch(one.get("arch"), other.get("arch")):
+        other = {**other, "arch": one.get("arch")}
+    for key in OF_THE_NETWORK:
+        rows = [{key: facts.get(key)} for facts in (one, other)]
+        differing = differing_keys(*rows)
+        if differing:
+            found, found_there = (describe(flatten(row).get(differing[0], "nothing")) for row in rows)
+            raise UserError(f"{differing[0]}: found {found} in {path}, but {found_there} in {other_path}; the indicators of a "
+                            "file are those of one network")
+
+
+def combine(contents):
+    """One content with the candidates of several, in descending order; {path: content}, of one network."""
+    owners = {}
+    for path, content in contents.items():
+        for bit in content["bits"]:
+            if bit in owners:
+                raise UserError(f"{path}: was trained at {bit} bits, as {owners[bit]} was; give one checkpoint for each")
+            owners[bit] = path
+    bits, first = sorted(owners, reverse=True), next(iter(contents.values()))
+    tables = {kind: {name: {bit: contents[owners[bit]][kind][name][bit] for bit in bits} for name in first[kind]}
+              for kind in ("weight", "act")}
+    return {**first, **tables, "bits": bits}
+
+
 def not_growing(content):
     """[(kind, layer, bit)] where an indicator is smaller than that of the next larger candidate."""
     found = []
@@ -93,26 +151,37 @@ def not_growing(content):
 
 def parse_arguments(arguments=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", help="<name>_checkpoint.pth.tar or <name>_best.pth.tar of main.py")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                        help="<name>_checkpoint.pth.tar or <name>_best.pth.tar of main.py")
     parser.add_argument("--output", required=True, metavar="FILE.pkl")
     parser.add_argument("--b", nargs="+", type=int, metavar="BIT",
                         help="candidates, in the order of training, of a checkpoint that does not carry them")
     return parser.parse_args(arguments)
 
 
-def main(arguments=None):
-    options = parse_arguments(arguments)
-    if os.path.exists(options.output) and os.path.samefile(options.output, options.checkpoint):
-        raise UserError(f"--output: {options.output} is the checkpoint itself")
-    content = extract(load_checkpoint(options.checkpoint), options.checkpoint, options.b)
+def check_output(path, sources):
+    """Refuse to write over a file that is read; `sources` are paths, whether they exist or not."""
+    for source in sources:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"--output: {path} is the checkpoint itself")
+
+
+def write(path, content):
+    """Write an indicators file and say so, with a warning about indicators that do not grow."""
     rising = not_growing(content)
     if rising:
         shown = ", ".join(f"{name} ({kind}, {bit} bits)" for kind, name, bit in rising[:5])
         print(f"warning: {len(rising)} indicators do not grow as bits shrink: {shown}"
               + (", ..." if len(rising) > 5 else ""))
-    write_indicators(options.output, content)
+    write_indicators(path, content)
     bits = sorted(content["weight"][content["layer_name"][0]], reverse=True)
-    print(f"{options.output}: indicators of {len(content['layer_name'])} layers at {bits} bits")
+    print(f"{path}: indicators of {len(content['layer_name'])} layers at {bits} bits")
+
+
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    check_output(options.output, options.checkpoints)
+    write(options.output, extract_all(options.checkpoints, options.b))
 
 
 if __name__ == "__main__":

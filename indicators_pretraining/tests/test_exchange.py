@@ -2,11 +2,14 @@
 
 import collections
 import pickle
+import re
 
 import pytest
 import torch
 
-from importance_extractor import extract, not_growing
+import importance_extractor
+from importance_extractor import extract, extract_all, not_growing
+from util.checkpoint import save_checkpoint
 from util.errors import UserError
 from util.exchange import read_indicators, read_policy, write_indicators, write_policy
 
@@ -169,3 +172,76 @@ def test_bits_come_from_the_checkpoint_and_only_else_from_the_command_line():
         extract(checkpoint(), "c", [8, 3])
     with pytest.raises(UserError, match="--b: found"):
         extract(bare, "c", [4, 4])
+
+
+ROW = {"kind": "conv", "params": 6, "signed": {"weight": True, "act": False}}
+
+
+def trained_at(*bits, value=1.0, **changes):
+    """A checkpoint trained at these bits alone: each step size is value / bit."""
+    state = {f"{layer}.{quantizer}.s": torch.tensor([value / bit for bit in bits])
+             for layer in ("a", "b") for quantizer in ("quan_w_fn", "quan_a_fn")}
+    return {"state_dict": state, "bits": list(bits), "arch": "resnet20", "input_size": 16, "num_classes": 10,
+            "layers": {"a": ROW, "b": ROW}, "fixed": {"fc": {"kind": "linear"}}, "products": {},
+            "signed": {"a": False, "b": False, "fc": True}, **changes}
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Writes checkpoints named one, two, ... and gives their names."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(*checkpoints):
+        for name, content in zip(("one", "two", "three"), checkpoints, strict=False):
+            save_checkpoint(name, content)
+        return ["one", "two", "three"][:len(checkpoints)]
+    return save
+
+
+def test_checkpoints_trained_apart_give_one_file_with_all_candidates_descending(saved):
+    paths = saved(trained_at(2), trained_at(6, 3, value=2.0), trained_at(4, arch="resnet20"))
+    importance_extractor.main([*paths, "--output", "i.pkl"])
+    content, alone = read_indicators("i.pkl"), extract(trained_at(2), "c")
+    assert content["bits"] == [6, 4, 3, 2]
+    for kind in ("weight", "act"):
+        assert content[kind] == {name: {6: pytest.approx(2 / 6), 4: 0.25, 3: pytest.approx(2 / 3), 2: 0.5} for name in "ab"}
+        assert all(list(row) == [6, 4, 3, 2] for row in content[kind].values())
+    assert {key: content[key] for key in alone if key not in ("weight", "act", "bits")} == \
+        {key: alone[key] for key in alone if key not in ("weight", "act", "bits")}
+
+
+def test_one_checkpoint_gives_what_it_holds_in_its_own_order(saved):
+    [path] = saved(trained_at(2, 6, 4))
+    assert extract_all([path]) == extract(trained_at(2, 6, 4), path) and extract_all([path])["bits"] == [2, 6, 4]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"arch": "resnet18"}, "arch: found 'resnet20' in one, but 'resnet18' in two"),
+    ({"layers": {"b": ROW, "a": ROW}}, "layer_name: found ['a', 'b'] in one, but ['b', 'a'] in two"),
+    ({"layers": {"a": ROW}}, "layer_name: found ['a', 'b'] in one, but ['a'] in two"),
+    ({"layers": {"a": ROW, "b": {**ROW, "params": 7}}}, "layers.b.params: found 6 in one, but 7 in two"),
+    ({"layers": {"a": ROW, "b": {**ROW, "signed": {"weight": True, "act": True}}}},
+     "layers.b.signed.act: found False in one, but True in two"),
+    ({"signed": {"a": False, "b": False, "fc": False}}, "signed.fc: found True in one, but False in two"),
+    ({"fixed": {"fc": {"kind": "conv"}}}, "fixed.fc.kind: found 'linear' in one, but 'conv' in two"),
+    ({"products": {"attention": 5}}, "products: found {} in one, but 'nothing' in two"),
+    ({"num_classes": 7}, "num_classes: found 10 in one, but 7 in two"),
+    ({"input_size": 32}, "input_size: found 16 in one, but 32 in two"),
+    ({"bits": [6, 4]}, "two: was trained at 4 bits, as one was")])
+def test_checkpoints_that_do_not_fit_each_other_are_named_with_the_key(saved, changes, message):
+    paths = saved(trained_at(4, 3), trained_at(*changes.get("bits", [6, 2]), **changes))
+    with pytest.raises(UserError, match=re.escape(message)):
+        importance_extractor.main([*paths, "--output", "i.pkl"])
+
+
+def test_several_checkpoints_say_their_candidates_themselves_and_are_not_written_over(saved):
+    paths = saved(trained_at(4), {"state_dict": trained_at(2)["state_dict"]})
+    with pytest.raises(UserError, match="two: does not say its candidate bit-widths, which each"):
+        extract_all(paths)
+    with pytest.raises(UserError, match="--b: goes with a single checkpoint"):
+        extract_all(paths, [4])
+    with pytest.raises(UserError, match="one: stands twice"):
+        extract_all(["one", "one"])
+    for path in paths:
+        with pytest.raises(UserError, match=f"--output: {path} is the checkpoint itself"):
+            importance_extractor.main([*paths, "--output", path])

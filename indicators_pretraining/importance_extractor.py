@@ -159,11 +159,11 @@ def parse_arguments(arguments=None):
     return parser.parse_args(arguments)
 
 
-def check_output(path, sources):
-    """Refuse to write over a file that is read; `sources` are paths, whether they exist or not."""
+def check_output(path, sources, what="the checkpoint"):
+    """Refuse to write over a file that is read; `sources` are paths, whether they exist or not, and `what` they are."""
     for source in sources:
         if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-            raise UserError(f"--output: {path} is the checkpoint itself")
+            raise UserError(f"--output: {path} is {what} itself")
 
 
 def write(path, content):

@@ -54,9 +54,7 @@ class JointNetwork:
     def facts(self):
         """What travels in the checkpoint: the description, with the signs of activations as they are decided by now."""
         signed = signs_in_use(self.model)
-        layers = {name: {**row, "signed": {"weight": True, "act": signed[name]}}
-                  for name, row in self.description["layers"].items()}
-        return {**self.description, "layers": layers, "signed": signed}
+        return {**self.description, "layers": with_signs(self.description["layers"], signed), "signed": signed}
 
 
 def build_dense(config, num_classes, input_size, found, device):
@@ -114,6 +112,11 @@ def create_initial(config, num_classes, input_size, found):
     if config.init_from and not has_head:
         raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
     return model, masks_of(content, model, source)
+
+
+def with_signs(layers, signed):
+    """The table of layers with the signs of their weights and activations; signed: {layer: whether its activations are}."""
+    return {name: {**row, "signed": {"weight": True, "act": signed[name]}} for name, row in layers.items()}
 
 
 def describe_network(config, model, graph, num_classes, input_size, masks):

@@ -14,7 +14,7 @@ COLUMNS = ("status", "gap", "objective", "penalty", "size_mb", "compression_rati
            "mean_weight_bits", "mean_act_bits", "policy")
 SPARSE_COLUMNS = ("sparsity", "sparse_size_mb", "sparse_compression_ratio", "effective_bitops_published",
                   "effective_bitops_exact")  # of a pruned network
-INFEASIBLE = "infeasible"
+INFEASIBLE, NONE_DRAWN, RANDOM = "infeasible", "none drawn", "random"
 
 
 def run_sweep(config, study):
@@ -30,16 +30,17 @@ def run_sweep(config, study):
             rows.append({key: text} | solve_point(config, study, key, text, point))
         except Impossible as error:
             first_refusal = first_refusal or error
-            rows.append({key: text, "status": INFEASIBLE})
-    found = [row for row in rows if row["status"] != INFEASIBLE]
+            rows.append({key: text, "status": NONE_DRAWN if config.baseline == "random" else INFEASIBLE})
+    found = [row for row in rows if "objective" in row]
     if not found:
         raise first_refusal
     write_table(config, rows, [key, *COLUMNS, *(SPARSE_COLUMNS if study.network.sparse else ())])
     if config.plot:
         draw(config, study, key, found)
         print(f"picture written to {config.plot}")
-    print(f"{len(found)} of {len(rows)} points can be kept, {sum(row['status'] == 'optimal' for row in found)} of them "
-          "proven to be optimal")
+    print(f"{len(found)} of {len(rows)} points " + (
+        "have a policy drawn at random" if config.baseline == "random" else
+        f"can be kept, {sum(row['status'] == 'optimal' for row in found)} of them proven to be optimal"))
 
 
 def _with_progress(points):
@@ -55,7 +56,8 @@ def solve_point(config, study, key, text, point):
     problem = study.problem(point)
     solution = solve(problem, point)
     costs = report.Costs(study.network, solution)
-    row = {"status": "optimal" if solution.optimal else "not proven", "gap": solution.gap,
+    status = RANDOM if solution.seed is not None else "optimal" if solution.optimal else "not proven"
+    row = {"status": status, "gap": solution.gap,
            "objective": float(solution.objective), "penalty": float(solution.penalty)} | costs.as_plain()
     if config.sweep_policies:
         row["policy"] = os.path.join(config.sweep_policies, f"policy_{key}{text}.yaml")

@@ -111,6 +111,7 @@ class Solution:
     proven: no policy is better, and none ties and comes first; every one that could was compared exactly.
     gap: relative gap of the objective that is left, 0.0 where none is; None where it is not known.
     penalty_gap: the same of the penalty; where it is not 0, the objective is the best found at that penalty.
+    seed: of a policy that was drawn at random; None where it was searched.
     """
 
     chosen: list
@@ -122,6 +123,7 @@ class Solution:
     solver_status: str | None
     gap: float | None
     penalty_gap: float | None = 0.0
+    seed: int | None = None
 
     @property
     def optimal(self):
@@ -379,11 +381,16 @@ def _minimised(problem, chooser, more, solver, deadline, before=None):
     """The policy of least objective. more: further budgets; before: the answer that they come from."""
     answer = minimise(chooser.table(problem.costs), chooser.budgets(problem.constraints) + more,
                       [chooser.table(table) for table in problem.ties], solver, deadline)
-    return _recosted(problem, answer, chooser.chosen(answer), before)
+    return solution_of(problem, chooser.chosen(answer), answer.proven and (before is None or before.proven),
+                       answer.solver_status, answer.gap, 0.0 if before is None else before.gap)
 
 
-def _recosted(problem, answer, chosen, before):
-    """The solution with its cost and every constraint worked out anew from the problem, in exact arithmetic."""
+def solution_of(problem, chosen, proven, solver_status, gap, penalty_gap, seed=None):
+    """The Solution with its cost and every constraint worked out anew from the problem, in exact arithmetic.
+
+    Args:
+        chosen: the index of each layer's pair; it has to keep the constraints. The others: as in Solution.
+    """
     for constraint in problem.constraints:
         assert constraint.amount(chosen) <= constraint.bound, f"the policy breaks the {constraint.name} constraint"
     pairs = [row[pair] for row, pair in zip(problem.pairs, chosen, strict=True)]
@@ -391,8 +398,7 @@ def _recosted(problem, answer, chosen, before):
         chosen, [w for w, _ in pairs], [a for _, a in pairs],
         Fraction(sum(row[pair] for row, pair in zip(problem.penalties, chosen, strict=True))),
         Fraction(sum(row[pair] for row, pair in zip(problem.costs, chosen, strict=True))),
-        answer.proven and (before is None or before.proven), answer.solver_status, answer.gap,
-        0.0 if before is None else before.gap)
+        proven, solver_status, gap, penalty_gap, seed)
 
 
 def _conflict(problem, solver):

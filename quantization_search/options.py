@@ -12,6 +12,7 @@ from util.errors import UserError, nearest
 
 DEFAULT_RATIO = 12.2  # LIMPQ's, as are --bops True, --wb 3 and --ab 4
 LARGEST_EXPONENT = 18
+LARGEST_SEED = 2**63 - 1
 MOST_POINTS = 1000
 BUDGETS = ("bops_budget", "size_budget", "avg_wb", "avg_ab", "act_mem", "latency_budget")  # those that LIMPQ lacks
 SWEPT = {"cr": "cr", "bops": "bops_budget"}
@@ -33,6 +34,9 @@ class SearchConfig:
     (ms) with the table in latency. sparse_size: cr and size_budget count sparse sizes; sparse_bops: bops and bops_budget
     count MACs with non-zero weights, held to the same limit. fix: {pattern: [w, a]}; tie: lists of patterns whose layers
     share bits; same_bits: w = a in each layer.
+
+    baseline: what to compare a search with: a policy drawn at "random" with the seed (0), at least 99% of each budget in
+    use, or the search with the indicators "reversed", each layer's exchanged for those of its mirror rank.
 
     shadow: also solve with 1% more of each budget. sweep: "cr=LOW:HIGH:STEP" or "bops=LOW:HIGH:STEP".
     time_limit: seconds for one solution. solver: the name in PuLP of a solver that has to be asked; by default HiGHS,
@@ -62,6 +66,8 @@ class SearchConfig:
     fix: dict[str, list[int]] = field(default_factory=dict)
     tie: list[list[str]] = field(default_factory=list)
     same_bits: bool = False
+    baseline: Literal["random", "reversed"] | None = None
+    seed: int | None = None
     shadow: bool = False
     sweep: str | None = None
     sweep_output: str | None = None
@@ -91,6 +97,7 @@ class SearchConfig:
         if self.plot is not None and os.path.splitext(self.plot)[1].lower() not in PICTURES:
             raise UserError(f"plot: found {self.plot!r}, expected a file ending in .png or .svg")
         self._check_sweep()
+        self._check_baseline()
         if not self.sweep and not self.ratio and not self.uniform and not self.newer:
             raise UserError("cr, bops: both constraints are off, and no other budget is given; at least one is needed")
 
@@ -109,6 +116,15 @@ class SearchConfig:
             if self.shadow:
                 raise UserError("shadow: cannot be had together with sweep")
             self.points()
+
+    def _check_baseline(self):
+        if self.seed is not None:
+            if self.baseline != "random":
+                raise UserError("seed: belongs to baseline random, which is not given")
+            if not 0 <= self.seed <= LARGEST_SEED:
+                raise UserError(f"seed: found {str(self.seed)[:40]}, allowed is 0 to {LARGEST_SEED}")
+        if self.shadow and self.baseline == "random":
+            raise UserError("shadow: cannot be had together with baseline random")
 
     @property
     def newer(self):
@@ -198,6 +214,10 @@ def _add_search(parser):
                         help="layers, or patterns, that share their bits; repeatable")
     parser.add_argument("--same-bits", action="store_true", default=None,
                         help="weights and activations of a layer have the same bits")
+    parser.add_argument("--baseline", choices=("random", "reversed"),
+                        help="for comparisons: draw a policy at random that uses at least 99%% of each budget, or search "
+                             "after each layer's indicators were exchanged for those of its mirror rank")
+    parser.add_argument("--seed", type=int, metavar="N", help="of --baseline random (0)")
     parser.add_argument("--solver",
                         help="a solver that PuLP finds and that has to be asked; by default HiGHS, where needed")
     parser.add_argument("--time-limit", metavar="S",

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from baselines import LEAST_USE
 from ilp import BITOPS_PER_G, BITS_PER_MB, FIXED_BITS, FULL_PRECISION_BITS, erased
 from network import Network
 
@@ -114,7 +115,7 @@ def _print_suspects(what, found):
 
 
 def print_solution(problem, solution, costs, solver=None):
-    print(describe_proof(solution, solver))
+    print(describe_proof(solution, solver) if solution.seed is None else describe_draw(problem, solution))
     print(f"objective {float(solution.objective):.9f}, penalty {float(solution.penalty):g}")
     print(f"size {costs.size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.size():.3f} times smaller than "
           f"{costs.full_size() / BITS_PER_MB:.3f} MB at 32 bits")
@@ -154,6 +155,14 @@ def describe_proof(solution, solver=None):
         return f"optimal within the solver's tolerances, ties not compared{said}, gap 0"
     at_penalty = "" if solution.penalty_gap == 0 else f" at this penalty, whose own gap is {_gap(solution.penalty_gap)}"
     return f"not proven to be optimal{said}, gap {_gap(solution.gap)}{at_penalty}"
+
+
+def describe_draw(problem, solution):
+    """Where a policy comes from that no search has found, in one line."""
+    largest = [constraint.name for constraint in problem.constraints if constraint.largest]
+    kept = "".join(f", {name} kept" for name in largest)
+    used = f", at least {LEAST_USE}% of each {'other ' if kept else ''}budget in use"
+    return f"drawn at random with seed {solution.seed}{used if len(largest) < len(problem.constraints) else ''}{kept}"
 
 
 def _gap(gap):

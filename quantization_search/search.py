@@ -27,6 +27,8 @@ def run(config):
     check_outputs(config)
     check_solver(config.solver)
     study = Study.read(config)
+    if config.baseline == "reversed":
+        print("baseline: each layer has the indicators of its mirror rank, and the objective counts these")
     report.print_indicators(study.layers, study.bits, config.outliers)
     if config.sweep:
         from frontier import run_sweep

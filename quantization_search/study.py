@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import ilp
 import report
+from baselines import NoneDrawn, draw, mirrored
 from budgets import check_sparsity, find_allowed, find_groups, make_constraints
 from network import Network, find_network
 from util.config import check_bits
@@ -28,6 +29,8 @@ class Study:
         check_sparsity(config, network)
         layers = [ilp.Layer(name, indicators["weight"][name], indicators["act"][name],
                             getattr(row, f"macs_{config.macs}"), row.params) for name, row in network.rows.items()]
+        if config.baseline == "reversed":
+            layers = mirrored(layers, bits)
         return Study(network, bits, layers)
 
     def problem(self, config):
@@ -55,20 +58,24 @@ def find_candidates(config, indicators):
 
 
 def solve(problem, config):
-    """The solution, or a UserError that says what stands in the way."""
+    """The solution, or a policy drawn at random where that is asked, or a UserError that says what stands in the way."""
     from solver import SolverError
 
     try:
+        if config.baseline == "random":
+            return draw(problem, config.seed or 0)
         return ilp.solve(problem, config.solver, float(config.number("time_limit")))
     except ilp.Infeasible as error:
         why = report.describe_conflict(error.conflict, error.together)
         raise Impossible(f"infeasible: {error}; {why}{_pinned(config)}") from None
+    except NoneDrawn as error:
+        raise Impossible(f"baseline: {error}{_pinned(config)}") from None
     except SolverError as error:
         raise UserError(f"solver: {error}") from None
 
 
 class Impossible(UserError):
-    """The budgets cannot be kept together."""
+    """The budgets cannot be kept together, or no policy drawn at random uses enough of them."""
 
 
 def _pinned(config):
@@ -101,6 +108,10 @@ def _asked(config):
             asked[key] = getattr(config, key)
     if config.outliers != "erase":
         asked["outliers"] = config.outliers
+    if config.baseline:
+        asked["baseline"] = config.baseline
+    if config.baseline == "random":
+        asked["seed"] = config.seed or 0
     return asked
 
 

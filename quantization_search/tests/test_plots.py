@@ -9,11 +9,11 @@ import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 
-import plots
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
+import plots
 from util.errors import UserError
 
 STAGE = pathlib.Path(__file__).parents[1]

@@ -1,0 +1,74 @@
+"""What is measured on the files of a run. Indicators and policies are read by the stages' own readers."""
+
+import csv
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "quantization_search"))
+from util.exchange import read_indicators, read_policy
+
+KINDS = ("weight", "act")
+
+
+def read_table(path):
+    """The rows of a CSV file, {column: text}."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def validation_of(path):
+    """{'top1': mean over the candidates (or the one network) of the last validation}, in percent."""
+    rows = [row for row in read_table(path) if row["split"] == "val"]
+    last = [float(row["top1"]) for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    return {"top1": sum(last) / len(last)}
+
+
+def training_seconds(path):
+    """Seconds in the training epochs of a run; the row of the random pass, or of any candidate, stands for all of an epoch."""
+    epochs = {row["epoch"]: float(row["seconds"]) for row in read_table(path) if row["split"] == "train" and row["seconds"]}
+    return round(sum(epochs.values()), 1)
+
+
+def order_of(path):
+    """Counts over the indicators of a file: all, smaller than with one bit more, not positive."""
+    content = read_indicators(path)
+    rows = [row for kind in KINDS for row in content[kind].values()]
+    falling = sum(row[bit] < row[wider] for row in rows for wider, bit in itertools.pairwise(sorted(row, reverse=True)))
+    return {"indicators": sum(map(len, rows)), "out_of_order": falling,
+            "not_positive": sum(value <= 0 for row in rows for value in row.values())}
+
+
+def objective_of(policy, content):
+    """sum over layers of act[bits] + alpha * weight[bits] (LIMPQ, arXiv 2203.08368), for any policy and any indicators."""
+    return sum(content["act"][name][a] + float(policy["alpha"]) * content["weight"][name][w]
+               for name, w, a in zip(policy["layer_name"], policy["weight_bits"], policy["act_bits"], strict=True))
+
+
+def rank_correlation(one, other):
+    """Spearman's: the correlation of ranks, of two sequences without ties."""
+    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def agreement_of(policy_file, indicators_file, reference_policy_file, reference_indicators_file):
+    """How near indicators and their policy come to a reference.
+
+    Returns:
+        weight_rank, act_rank: Spearman's rank correlation of the layers' indicators, mean over the candidates.
+        same_weight_bits, same_act_bits: share of the layers with the bits of the reference's policy.
+        regret: by how much, relative to the reference's policy, the objective in the reference's indicators is larger.
+    """
+    policy, reference = read_policy(policy_file), read_policy(reference_policy_file)
+    content, best = read_indicators(indicators_file), read_indicators(reference_indicators_file)
+    measured = {}
+    for kind in KINDS:
+        names, bits = list(best[kind]), list(next(iter(best[kind].values())))
+        columns = [[[table[kind][name][bit] for name in names] for table in (content, best)] for bit in bits]
+        measured[f"{kind}_rank"] = float(np.mean([rank_correlation(*pair) for pair in columns]))
+        same = np.mean([own == other for own, other in zip(policy[f"{kind}_bits"], reference[f"{kind}_bits"], strict=True)])
+        measured[f"same_{kind}_bits"] = float(same)
+    measured["regret"] = objective_of(policy, best) / objective_of(reference, best) - 1
+    return measured

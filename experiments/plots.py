@@ -1,0 +1,45 @@
+"""The picture of a table: a point per run, a bar at their mean."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+
+
+def save_plot(path, title, rows, summary, plot, measure):
+    """Draw `measure` against the axis plot['x'], one colour for each value of plot['colour'].
+
+    Args:
+        rows, summary: as report.py has them.
+        plot: {x, colour (optional), label (of the y axis)}; x may name a measured column, which is then drawn to scale.
+    """
+    x, colour = plot["x"], plot.get("colour")
+    series = list(dict.fromkeys(str(row.get(colour, "")) for row in summary)) if colour else [""]
+    names = list(dict.fromkeys(str(row[x]) for row in summary)) if x in summary[0] and not is_number(summary[0][x]) else None
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for index, name in enumerate(series):
+        shift = (index - (len(series) - 1) / 2) * 0.8 / len(series) if names else 0
+        place = (lambda row, shift=shift: names.index(str(row[x])) + shift) if names else lambda row: float(row[x])
+        own = [row for row in rows if not colour or str(row.get(colour, "")) == name]
+        means = sorted((place(row), row[measure]) for row in summary if not colour or str(row.get(colour, "")) == name)
+        tint = COLOURS[index % len(COLOURS)]
+        axes.scatter([place(row) for row in own], [float(row[measure]) for row in own], s=14, color=tint, alpha=0.5)
+        axes.plot(*zip(*means, strict=True), "_" if names else "-", markersize=16, markeredgewidth=2.5, color=tint, label=name)
+    if names:
+        axes.set_xticks(range(len(names)), names)
+    axes.set(title=title, ylabel=plot.get("label", measure), xlabel="" if names else plot.get("x_label", x))
+    axes.grid(axis="y", alpha=0.3)
+    if colour:
+        axes.legend(frameon=False, ncols=2)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""Tables and plots of an experiment, from the files that its commands left. Each entry of `report` makes one:
+
+  accuracy      top-1 and cost of runs of quantization_training
+  validation    top-1 on the validation split of runs of either stage, by which hyper-parameters are chosen
+  order         how many indicators are out of order, or not positive
+  agreement     indicators and policies against those of a reference: rank correlation, equal choices, regret
+
+Every entry takes `runs`, {step: {axis: value where the step has no such axis}}, and `group`, the axes whose values have a
+row each in the summary; the runs of a row differ in the axis `seed` (`total: true` adds up those that do not). It writes
+EXPERIMENT[_ENTRY]_runs.csv, a row per run with the command that made it, and EXPERIMENT[_ENTRY].csv with mean, standard
+deviation and number of runs.
+"""
+
+import csv
+import statistics
+
+import yaml
+
+from measures import agreement_of, order_of, training_seconds, validation_of
+from plots import save_plot
+
+COSTS = ("size_mb", "ratio", "gbitops", "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
+
+
+def write_report(experiment, folder):
+    """Write what `report` asks for into `folder`, of what is there by now."""
+    for name, entry in experiment.report.items():
+        rows = [row for row in find_rows(experiment, entry) if row]
+        stem = folder / (experiment.name if name == "main" else f"{experiment.name}_{name}")
+        if not rows:
+            print(f"{stem.name}: nothing to report yet")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        group, measured = entry["group"], entry.get("measures", ["top1"])
+        if entry.get("total"):
+            rows = totals(rows, [*group, "seed"], measured)
+        summary = summarise(rows, group, measured, entry.get("paired"))
+        write_csv(f"{stem}_runs.csv", rows)
+        write_csv(f"{stem}.csv", summary)
+        print(f"\n{experiment.title}{'' if name == 'main' else f': {name}'}\n{as_text(summary)}")
+        if "plot" in entry:
+            save_plot(f"{stem}.png", experiment.title, rows, summary, entry["plot"], measured[0])
+
+
+def find_rows(experiment, entry):
+    """A row per finished run: its values, what was measured, its command."""
+    measure = {"accuracy": accuracy_row, "validation": validation_row, "order": order_row,
+               "agreement": agreement_row}[entry["kind"]]
+    for name, given in entry["runs"].items():
+        for step in experiment.named(name):
+            if step.is_done:
+                row = measure(step, experiment, entry)
+                yield row and {**step.values, **(given or {}), **row, "command": f"cd {step.folder} && python "
+                               + " ".join(step.command)}
+
+
+def accuracy_row(step, experiment, entry):
+    facts = yaml.safe_load(step.made.read_text())
+    dense = {"sparsity": 0.0, "sparse_ratio": facts["ratio"]} if "sparsity" in entry.get("measures", []) else {}
+    return {"top1": facts["top1"], "top5": facts["top5"], "loss": facts["loss"],
+            **dense, **{key: facts[key] for key in COSTS if key in facts},
+            "train_seconds": training_seconds(step.made.parent / "metrics.csv")}
+
+
+def validation_row(step, experiment, entry):
+    return {**validation_of(step.made.parent / "metrics.csv"),
+            "train_seconds": training_seconds(step.made.parent / "metrics.csv")}
+
+
+def order_row(step, experiment, entry):
+    return order_of(step.made)
+
+
+def agreement_row(step, experiment, entry):
+    """The policy that a search made, and the indicators that it read, against those of the search with the values of
+    `reference`; None while that is not there."""
+    wanted = step.values | {axis: str(value) for axis, value in entry["reference"].items()}
+    reference = next(other for other in experiment.named(step.name) if other.values == wanted)
+    return agreement_of(step.made, step.read("--i"), reference.made, reference.read("--i")) if reference.is_done else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables.
+
+
+def totals(rows, axes, measures):
+    """One row for all that agree in `axes`: the sums of the measures, and all commands."""
+    added = {}
+    for row in rows:
+        key = tuple(row.get(axis, "") for axis in axes)
+        total = added.setdefault(key, {**dict(zip(axes, key, strict=True)), **dict.fromkeys(measures, 0), "command": ""})
+        for measure in measures:
+            total[measure] = round(total[measure] + row[measure], 4)
+        total["command"] += ("; " if total["command"] else "") + row["command"]
+    return list(added.values())
+
+
+def summarise(rows, group, measures, paired=None):
+    """A row per combination of the values of `group`: mean, standard deviation (n - 1) and number of runs of each measure.
+
+    Args:
+        paired: {axis: value}; with it, also the differences of the first measure to the runs that have this value instead,
+            and the same values of all other axes, seed among them.
+    """
+    combinations = list(dict.fromkeys(tuple(row.get(axis, "") for axis in group) for row in rows))
+    summary = []
+    for combination in combinations:
+        members = [row for row in rows if tuple(row.get(axis, "") for axis in group) == combination]
+        line = dict(zip(group, combination, strict=True))
+        for measure in measures:
+            values = [float(row[measure]) for row in members if row.get(measure) is not None]
+            line[measure], line[f"{measure}_sd"] = mean_and_deviation(values)
+        line["n"] = len(members)
+        for cost in ("size_mb", "ratio", "gbitops"):
+            if all(cost in row for row in members):
+                line[cost] = round(statistics.fmean(row[cost] for row in members), 6)
+        if paired:
+            line |= paired_difference(members, rows, group, measures[0], paired)
+        summary.append(line)
+    return summary
+
+
+def paired_difference(members, rows, group, measure, paired):
+    """Mean, standard deviation and number of the differences of `members` to their partners."""
+    axes = [*group, "seed"]
+    by_values = {tuple(row.get(axis, "") for axis in axes): row for row in rows}
+    differences = []
+    for row in members:
+        wanted = {axis: str(value) for axis, value in paired.items()}
+        partner = by_values.get(tuple(wanted.get(axis, row.get(axis, "")) for axis in axes))
+        if partner is not None and partner is not row:
+            differences.append(float(row[measure]) - float(partner[measure]))
+    mean, deviation = mean_and_deviation(differences)
+    return {"difference": mean, "difference_sd": deviation, "pairs": len(differences)}
+
+
+def mean_and_deviation(values):
+    """Rounded to four digits; '' where there is no value, or for the deviation only one."""
+    mean = round(statistics.fmean(values), 4) if values else ""
+    return mean, round(statistics.stdev(values), 4) if len(values) > 1 else ""
+
+
+def write_csv(path, rows):
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_text(rows):
+    """A table in aligned columns."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)

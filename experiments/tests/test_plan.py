@@ -1,0 +1,110 @@
+"""Experiment files: how they become commands, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plan import PlanError, read_experiment
+
+HERE = Path(__file__).resolve().parent.parent
+ROOT = HERE.parent
+EXPERIMENTS = sorted(HERE.glob("*.yaml"))
+
+PLAN = {
+    "title": "A title", "question": "Which?",
+    "settings": {"lr": 0.1, "run": "train.py lr={lr}"},
+    "values": {"seed": [0, 1], "budget": {"small": {"bits": 2}, "large": {"bits": 4, "file": "{results}/b_{seed}.pkl"}}},
+    "steps": {
+        "tune": {"over": ["seed", "budget"], "where": {"budget": ["large"]}, "folder": "stage",
+                 "command": "{run} name=t{budget.bits}_{seed} from={results}/joint_{seed}/x.tar i={budget.file}",
+                 "makes": "{results}/t_{budget}_{seed}"},
+        "joint": {"over": ["seed"], "folder": "stage", "command": "{run} name=joint_{seed}",
+                  "makes": "{results}/joint_{seed}"},
+    },
+    "quick": {"settings": {"lr": 1}, "values": {"seed": [5]}},
+}
+
+
+def written(folder, plan, name="plan.yaml"):
+    (folder / name).write_text(yaml.safe_dump(plan, sort_keys=False))
+    return folder / name
+
+
+def read(folder, plan, **options):
+    return read_experiment(written(folder, plan), folder, "../out", "/data", **options)
+
+
+def test_a_step_becomes_a_command_for_each_combination(tmp_path):
+    tune = read(tmp_path, PLAN).named("tune")
+    assert [step.command for step in tune] == [
+        ("train.py", "lr=0.1", f"name=t4_{seed}", f"from=../out/joint_{seed}/x.tar", f"i=../out/b_{seed}.pkl")
+        for seed in (0, 1)]
+    assert tune[0].values == {"seed": "0", "budget": "large"}
+    assert tune[0].made == tmp_path / "out" / "t_large_0" / "summary.yaml"
+
+
+def test_a_step_waits_for_what_its_command_names_of_the_same_seed(tmp_path):
+    experiment = read(tmp_path, PLAN)
+    for tune, joint in zip(experiment.named("tune"), experiment.named("joint"), strict=True):
+        assert tune.after == (joint.made,)
+        assert joint.after == ()
+
+
+def test_names_that_only_begin_alike_are_not_waited_for(tmp_path):
+    plan = PLAN | {"values": PLAN["values"] | {"seed": [1, 11]}}
+    experiment = read(tmp_path, plan)
+    one, eleven = experiment.named("joint")
+    assert [step.after for step in experiment.named("tune")] == [(one.made,), (eleven.made,)]
+
+
+def test_quick_takes_its_own_settings_and_values(tmp_path):
+    experiment = read(tmp_path, PLAN, quick=True)
+    assert [step.command for step in experiment.named("joint")] == [("train.py", "lr=1", "name=joint_5")]
+
+
+def test_an_included_file_comes_first(tmp_path):
+    written(tmp_path, PLAN, "other.yaml")
+    own = {"title": "Mine", "include": ["other.yaml"], "settings": {"lr": 3}, "values": {"seed": [7]}}
+    experiment = read(tmp_path, own)
+    assert experiment.title == "Mine"
+    assert [step.command for step in experiment.named("joint")] == [("train.py", "lr=3", "name=joint_7")]
+
+
+def changed(step, **keys):
+    return PLAN | {"steps": PLAN["steps"] | {step: PLAN["steps"][step] | keys}}
+
+
+@pytest.mark.parametrize(("plan", "words"), [
+    (PLAN | {"stepz": {}}, "stepz"),
+    (changed("tune", over=["seed", "size"]), "size is none of the values"),
+    (changed("tune", command="{nothing}"), "{nothing} is no setting"),
+    (changed("tune", command="{budget.cr}"), "{cr} is no setting"),
+    (changed("tune", comand="x"), "expected folder, command and makes"),
+    (changed("tune", makes="{results}/joint_{seed}"), "both make"),
+    (changed("joint", command="go {results}/t_large_{seed}/x"), "wait for each other"),
+])
+def test_a_mistake_is_named(tmp_path, plan, words):
+    with pytest.raises(PlanError, match="plan.yaml") as error:
+        read(tmp_path, plan)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_experiments_that_lie_here_name_commands_and_files_that_exist(path, quick):
+    experiment = read_experiment(path, ROOT, "../experiments/results", "/data", quick)
+    made = {step.made for step in experiment.steps}
+    for step in experiment.steps:
+        assert (ROOT / step.folder / step.command[0]).is_file(), step.command
+        for word in step.command[1:]:
+            value = word.rpartition("=")[2]
+            if value.endswith(".yaml") and not value.startswith("../experiments/results"):
+                assert (ROOT / step.folder / value).is_file(), word
+            if value.startswith("../experiments/results/") and step.command[step.command.index(word) - 1] != "--output":
+                target = (ROOT / step.folder / value).resolve()
+                assert target in made or any(target.is_relative_to(other.parent) and other.name == "summary.yaml"
+                                             for other in made), word
+    for entry in experiment.report.values():
+        names = {step.name for step in experiment.steps}
+        assert set(entry["runs"]) <= names

@@ -1,0 +1,85 @@
+"""The runner, on commands of a moment: order, parallel jobs, failures, continuing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plan import read_experiment
+from run import Runner, left_over
+
+STAGE = '''
+import pathlib, sys, time
+name, needs, fails = (sys.argv[1:] + ["", ""])[:3]
+if needs and not pathlib.Path(needs).exists():
+    sys.exit(f"{needs} is not there yet")
+if fails == "fails":
+    sys.exit(3)
+with open("order.txt", "a") as file:
+    file.write(name + "\\n")
+pathlib.Path(f"../results/{name}.yaml").write_text("x: 1")
+'''
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "stage" / "make.py").write_text(STAGE)
+    return tmp_path
+
+
+def experiment(root, fails=""):
+    plan = {"values": {"seed": [0, 1, 2]}, "steps": {
+        "late": {"over": ["seed"], "folder": "stage", "command": "make.py late{seed} {results}/early{seed}.yaml",
+                 "makes": "{results}/late{seed}.yaml"},
+        "early": {"over": ["seed"], "folder": "stage", "command": f"make.py early{{seed}} '' {fails}",
+                  "makes": "{results}/early{seed}.yaml"}}}
+    (root / "plan.yaml").write_text(yaml.safe_dump(plan))
+    return read_experiment(root / "plan.yaml", root, "../results", "")
+
+
+@pytest.fixture
+def runner(root, monkeypatch):
+    monkeypatch.setattr("run.ROOT", root)
+    return Runner(2, root / "results")
+
+
+def test_every_step_runs_once_after_what_it_waits_for(root, runner):
+    assert runner.run([experiment(root), experiment(root)]) == []
+    order = (root / "stage" / "order.txt").read_text().split()
+    assert sorted(order) == sorted([*(f"early{seed}" for seed in range(3)), *(f"late{seed}" for seed in range(3))])
+    assert all(order.index(f"early{seed}") < order.index(f"late{seed}") for seed in range(3))
+
+
+def test_what_is_there_is_not_made_again(root, runner):
+    runner.run([experiment(root)])
+    (root / "results" / "late1.yaml").unlink()
+    (root / "stage" / "order.txt").unlink()
+    assert [step.key for step in left_over([experiment(root)])] == ["late 1"]
+    assert runner.run([experiment(root)]) == []
+    assert (root / "stage" / "order.txt").read_text().split() == ["late1"]
+
+
+def test_a_failure_is_reported_with_what_waits_for_it_and_the_rest_is_done(root, runner):
+    failing = experiment(root, fails="fails")
+    (root / "results" / "early1.yaml").write_text("x: 1")
+    failed = runner.run([failing])
+    assert sorted(failed) == ["early 0", "early 2", "late 0", "late 2"]
+    assert (root / "results" / "late1.yaml").exists()
+    assert "early2" in (root / "results" / "logs" / "early_2.log").read_text()
+
+
+def test_a_command_that_makes_nothing_has_failed(root, runner):
+    plan = experiment(root)
+    (root / "stage" / "make.py").write_text("")
+    assert len(runner.run([plan])) == 6
+
+
+@pytest.mark.parametrize(("words", "said"), [(["missing.yaml"], "missing.yaml"), (["policies.yaml", "--jobs", "0"], "--jobs")])
+def test_misuse_ends_in_one_line(words, said):
+    here = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "run.py", *words], cwd=here, capture_output=True, text=True)
+    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr

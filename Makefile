@@ -1,6 +1,7 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
 # make bench: times of training and of the search     make sync: copy what the stages share     make clean: remove all results
+# make experiments: does the method work, on Fashion-MNIST, in hours       make experiments-quick: a small version in minutes
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
-.PHONY: demo demo-pruned test soak lint bench sync clean environment
+.PHONY: demo demo-pruned experiments experiments-quick test soak lint bench sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -32,9 +33,15 @@ demo: $(READY)
 demo-pruned: $(READY)
 	$(RUN) demo.py --pruned
 
+experiments: $(READY)
+	cd experiments && $(RUN) run.py *.yaml
+
+experiments-quick: $(READY)
+	cd experiments && $(RUN) run.py *.yaml --quick
+
 # One thread each: the tests compute little, and threads that wait for each other on busy cores cost far more.
 test: $(READY)
-	@set -e; export OMP_NUM_THREADS=1; for folder in $(STAGES) .; do \
+	@set -e; export OMP_NUM_THREADS=1; for folder in $(STAGES) experiments .; do \
 		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q tests); done
 
 soak: $(READY)
@@ -67,4 +74,4 @@ sync:
 	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
 
 clean:
-	rm -rf $(addsuffix /results,$(STAGES))
+	rm -rf $(addsuffix /results,$(STAGES) experiments)

@@ -115,8 +115,8 @@ def validate(model, switch, loader, epoch, monitor):
 
 
 def final_evaluation(network, loaders, config, monitor, folder):
-    """Evaluate every candidate on the test set, log it, and write summary.yaml."""
-    figures = evaluate_candidates(network.model, network.switch, loaders.test)
+    """Evaluate every candidate on the test set, unless final_test is off, log it, and write summary.yaml."""
+    figures = evaluate_candidates(network.model, network.switch, loaders.test) if config.final_test else {}
     for bit, row in figures.items():
         monitor.epoch(config.last_epoch, "test", row, bits=bit)
     if distributed.is_main():

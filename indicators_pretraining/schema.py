@@ -114,6 +114,8 @@ class PruningConfig(IndicatorsConfig):
         if self.resume.path != "auto" or self.resume.lean:
             raise UserError("resume.path: pruning.py finds its levels itself; leave it auto, and name a start in init_from "
                             "or pre_trained")
+        if not self.final_test:
+            raise UserError("final_test: pruning.py evaluates each level when it is trained; leave it true")
         if self.freeze_weights:
             raise UserError("freeze_weights: pruning.py trains the weights; leave it false")
 

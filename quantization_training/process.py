@@ -121,18 +121,20 @@ def validate(model, loaders, config, epoch, monitor):
 
 
 def final_evaluation(network, loaders, config, monitor, folder):
-    """Evaluate the final model on the test set, log it with what it costs, and write summary.yaml."""
-    figures = evaluate(network.model, loaders.test)
-    monitor.epoch(config.last_epoch, "test", figures)
-    monitor.log(f"final model on the test set: {report(figures, network.cost)}")
+    """Evaluate the final model on the test set, unless final_test is off; log it with what it costs; write summary.yaml."""
+    figures = {}
+    if config.final_test:
+        figures = evaluate(network.model, loaders.test)
+        monitor.epoch(config.last_epoch, "test", figures)
+    monitor.log(f"final model{' on the test set' if figures else ''}: {report(figures, network.cost)}")
     if distributed.is_main():
         folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, **figures, **network.cost})
 
 
 def report(figures, cost):
-    """Accuracy, size and BitOPs on one line."""
-    return (f"loss {figures['loss']:.4f}  top-1 {figures['top1']:.3f}  top-5 {figures['top5']:.3f}  "
-            f"{describe_cost(cost, '  ')}")
+    """Accuracy, where there are figures of it, size and BitOPs on one line."""
+    accuracy = "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}  ".format(**figures) if figures else ""
+    return accuracy + describe_cost(cost, "  ")
 
 
 def describe_cost(cost, separator):

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,3 +283,16 @@ def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+
+
+@pytest.mark.parametrize("final_test", [True, False])
+def test_the_test_set_is_left_alone_without_a_final_test(final_test):
+    model, switch = jointly_quantized()[:2]
+    written, seen = {}, []
+    test = [(torch.randn(4, 3, 9, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
+    network = SimpleNamespace(model=model, switch=switch)
+    monitor = SimpleNamespace(epoch=lambda *arguments, bits: seen.append(bits))
+    process.final_evaluation(network, SimpleNamespace(test=test if final_test else None),
+                             IndicatorsConfig(final_test=final_test), monitor, SimpleNamespace(summarise=written.update))
+    assert seen == list(written["candidates"]) == (BITS if final_test else [])
+    assert written["epochs"] == IndicatorsConfig().last_epoch

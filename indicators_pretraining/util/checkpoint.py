@@ -21,8 +21,8 @@ from util.exchange import same_arch, strip_prefix, write_atomically
 
 FORMAT_VERSION = 2
 FIRST_WITH_CHECKSUM = 2
-HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "threads", "kernels", "dataloader.workers",
-                 "dataloader.path", "dataloader.serialized")
+HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "final_test", "threads", "kernels",
+                 "dataloader.workers", "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 # What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.

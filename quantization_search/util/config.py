@@ -119,7 +119,8 @@ class QuanConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training run is made of. The keys are LIMPQ's, so that its YAML files run unchanged."""
+    """What every training run is made of. The keys are LIMPQ's, so that its YAML files run unchanged. New is final_test:
+    whether a finished run is evaluated on the test set, which runs that choose hyper-parameters leave alone."""
 
     name: str = "run"
     output_dir: str = "results"
@@ -135,6 +136,7 @@ class RunConfig:
     target_bits: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2])
     freeze_weights: bool = False
     eval: bool = False
+    final_test: bool = True
     fp_model: bool = False
 
     dataloader: DataConfig = DataConfig()

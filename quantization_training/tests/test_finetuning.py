@@ -399,3 +399,15 @@ def test_every_shipped_configuration_is_valid():
     for path in paths:
         assert load_config(FinetuneConfig, [path]).name
         assert yaml.safe_load(path.read_text())
+
+
+def test_without_a_final_test_the_test_set_is_left_alone_and_the_summary_says_what_the_network_costs():
+    written = {}
+    folder = types.SimpleNamespace(summarise=written.update)
+    monitor = types.SimpleNamespace(epoch=lambda *arguments: None, log=print)
+    tested = network()
+    for final_test in (False, True):
+        loaders = types.SimpleNamespace(test=batches(2) if final_test else None)
+        process.final_evaluation(tested, loaders, config(final_test=final_test), monitor, folder)
+        assert ("top1" in written) == final_test
+        assert written["gbitops"] > 0 and written["epochs"] == config().last_epoch

@@ -14,6 +14,8 @@ from util.errors import UserError, user_errors_on_one_line
 from util.exchange import same_arch, strip_prefix, write_indicators
 
 CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed", "products")
+TRAINED = ("dataloader.dataset", "dataloader.data_fraction", "dataloader.val_split", "dataloader.batch_size", "epochs", "opt",
+           "lr", "weight_decay", "precision", "seed")  # what a file says of how it was made
 OF_THE_NETWORK = ("arch", "layer_name", "input_size", "num_classes", "layers", "fixed", "products", "signed")
 
 
@@ -50,7 +52,15 @@ def extract(checkpoint, source, bits=None):
                "act": {name: _indicators(steps, f"{name}.quan_a_fn", bits, source) for name in names}}
     content["layer_name"] = [strip_prefix(name) for name in names]
     content.update({key: checkpoint[key] for key in CARRIED if key in checkpoint})
+    if checkpoint.get("config"):
+        content["trained"] = trained(checkpoint["config"])
     return content
+
+
+def trained(config):
+    """What an indicators file says of the configuration (nested, of plain values) that it was made with."""
+    flat = flatten(config)
+    return {key.removeprefix("dataloader."): flat[key] for key in TRAINED if key in flat}
 
 
 def _indicators(steps, quantizer, bits, source, mask=None):

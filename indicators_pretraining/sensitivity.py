@@ -72,7 +72,8 @@ def measure(config, images, device):
     bits, quan = config.target_bits, config.quan
     weight = {name: least_errors(weight_of(model, name), bits, True, quan.weight.symmetric) for name in signed}
     act = {name: least_errors(inputs[name].values, bits, signed[name], quan.act.symmetric) for name in signed}
-    return {"weight": weight, "act": act, "layer_name": list(signed), **{key: facts[key] for key in CARRIED}}
+    return {"weight": weight, "act": act, "layer_name": list(signed), **{key: facts[key] for key in CARRIED},
+            "trained": {"dataset": config.dataloader.dataset, "epochs": 0, "images": loader.images, "seed": config.seed}}
 
 
 def build_described(config, num_classes, input_size, device):

@@ -1,5 +1,6 @@
 """What a search prints: warnings about the indicators, the answer with its costs, and why there is none."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -7,9 +8,12 @@ from fractions import Fraction
 from baselines import LEAST_USE
 from ilp import BITOPS_PER_G, BITS_PER_MB, FIXED_BITS, FULL_PRECISION_BITS, erased
 from network import Network
+from util.config import describe
 
 RULES = {"erase": "and are taken only where nothing else fits", "keep": "and are kept as they are",
          "isotonic": "and give way to the nearest sequence that never is"}
+
+MOST_FACTS = 20  # of how the indicators were made, on one line
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,15 @@ class Costs:
                 "sparse_compression_ratio": self.full_size() / self.sparse_size(),
                 "effective_bitops_published": self.effective_bitops("published"),
                 "effective_bitops_exact": self.effective_bitops("exact")}
+
+
+def describe_training(trained):
+    """What an indicators file says of how it was made, in one line; '' where it says nothing."""
+    if not isinstance(trained, dict):
+        return ""
+    said = [f"{key} {value if isinstance(value, str) and value.isidentifier() else describe(value)}"
+            for key, value in itertools.islice(trained.items(), MOST_FACTS) if isinstance(key, str) and key.isidentifier()]
+    return f"indicators made with {', '.join(said)}" if said else ""
 
 
 def print_indicators(layers, bits, outliers="erase"):

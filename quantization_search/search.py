@@ -29,6 +29,9 @@ def run(config):
     study = Study.read(config)
     if config.baseline == "reversed":
         print("baseline: each layer has the indicators of its mirror rank, and the objective counts these")
+    made = report.describe_training(study.trained)
+    if made:
+        print(made)
     report.print_indicators(study.layers, study.bits, config.outliers)
     if config.sweep:
         from frontier import run_sweep

@@ -15,11 +15,13 @@ from util.exchange import read_indicators
 
 @dataclass(frozen=True)
 class Study:
-    """What does not change from one budget to the next: network, candidates (descending) and layers."""
+    """What does not change from one budget to the next: network, candidates (descending), layers, and what the indicators
+    file says of how it was made."""
 
     network: Network
     bits: list
     layers: list
+    trained: object = None
 
     @staticmethod
     def read(config):
@@ -31,7 +33,7 @@ class Study:
                             getattr(row, f"macs_{config.macs}"), row.params) for name, row in network.rows.items()]
         if config.baseline == "reversed":
             layers = mirrored(layers, bits)
-        return Study(network, bits, layers)
+        return Study(network, bits, layers, indicators.get("trained"))
 
     def problem(self, config):
         """The integer program that the configuration asks for."""

@@ -144,6 +144,15 @@ def test_indicators_are_the_trained_step_sizes():
     assert not_growing(content) == [("weight", "b", 2)]
 
 
+def test_indicators_say_what_they_were_trained_on():
+    config = {"dataloader": {"dataset": "digits", "data_fraction": 0.5, "path": "/home/me"}, "epochs": 3, "lr": 0.01,
+              "name": "x"}
+    steps = {"a.quan_w_fn.s": torch.tensor([0.1]), "a.quan_a_fn.s": torch.tensor([0.2])}
+    found = extract({"state_dict": steps, "bits": [4], "config": config}, "file")
+    assert found["trained"] == {"dataset": "digits", "data_fraction": 0.5, "epochs": 3, "lr": 0.01}
+    assert "trained" not in extract({"state_dict": steps, "bits": [4]}, "file")
+
+
 def test_the_indicator_of_per_channel_steps_is_their_mean():
     content = extract(checkpoint(a__quan_w_fn__s=torch.tensor([[0.1, 0.3], [0.2, 0.6]])), "c")
     assert content["weight"]["a"] == {4: pytest.approx(0.2), 2: pytest.approx(0.4)}

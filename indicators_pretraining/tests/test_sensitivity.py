@@ -118,7 +118,8 @@ def test_the_file_is_as_the_extractor_writes_it(folder):
     importance_extractor.main(["results/run/run_checkpoint.pth.tar", "--output", "trained.pkl"])
     trained = read_indicators("trained.pkl")
     assert content.keys() == trained.keys()
-    for key in content.keys() - {"weight", "act"}:
+    assert content["trained"]["dataset"] == trained["trained"]["dataset"] == "digits"
+    for key in content.keys() - {"weight", "act", "trained"}:
         assert content[key] == trained[key], key
     for kind in ("weight", "act"):
         assert content[kind].keys() == trained[kind].keys()

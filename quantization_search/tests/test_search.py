@@ -91,6 +91,16 @@ def check_costs(policy):
     assert policy["objective"] == pytest.approx(math.fsum(terms), rel=1e-15)
 
 
+@pytest.mark.parametrize(("trained", "line"), [
+    ({"dataset": "digits", "epochs": 3}, "indicators made with dataset digits, epochs 3"),
+    ({"dataset": "two\nlines", 7: 1}, "indicators made with dataset 'two\\nlines'"),
+    ({"two words": 1}, None), ("digits", None), ({}, None)])
+def test_what_the_indicators_were_trained_on_is_said_on_one_line(save, capsys, trained, line):
+    search.main(["--i", save({**content(), "trained": trained}), *flags("--b 4 3 2 --wb 3 --ab 3 --cr 9.5 --bops yes")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [found for found in lines if "indicators made with" in found] == ([line] if line else [])
+
+
 def test_candidates_in_any_order_give_the_same_answer(save, capsys):
     path = save(content())
     answers = [found(capsys, "--i", path, "--wb", "3", "--ab", "3", "--cr", "9", "--b", *bits.split())

@@ -104,7 +104,7 @@ def read_experiment(path, root, results, data, quick=False):
     if quick:
         settings |= sections["quick"].get("settings", {})
         axes |= sections["quick"].get("values", {})
-    axes = {axis: _values(rows) for axis, rows in axes.items()}
+    axes = {axis: _values(f"{path}: values.{axis}", rows) for axis, rows in axes.items()}
     words = {**settings, "results": results, "data": data}
     steps = []
     for name, row in sections["steps"].items():
@@ -141,8 +141,11 @@ def _over(sections, others):
     return merged
 
 
-def _values(rows):
+def _values(where, rows):
     if isinstance(rows, dict):
+        for name, row in rows.items():
+            if taken := {"name", "fields"} & set(row or {}):
+                raise PlanError(f"{where}.{name}: {taken.pop()} is taken; give the field another name")
         return [Value(str(name), {key: str(word) for key, word in (row or {}).items()}) for name, row in rows.items()]
     return [Value(str(name), {}) for name in rows]
 

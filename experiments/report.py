@@ -8,7 +8,7 @@
 Every entry takes `runs`, {step: {axis: value where the step has no such axis}}, and `group`, the axes whose values have a
 row each in the summary; the runs of a row differ in the axis `seed` (`total: true` adds up those that do not). It writes
 EXPERIMENT[_ENTRY]_runs.csv, a row per run with the command that made it, and EXPERIMENT[_ENTRY].csv with mean, standard
-deviation and number of runs.
+deviation and number of runs; EXPERIMENT.md holds the same tables for people.
 """
 
 import csv
@@ -20,10 +20,12 @@ from measures import agreement_of, order_of, training_seconds, validation_of
 from plots import save_plot
 
 COSTS = ("size_mb", "ratio", "gbitops", "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
+COUNTS = ("out_of_order", "not_positive", "indicators")
 
 
 def write_report(experiment, folder):
     """Write what `report` asks for into `folder`, of what is there by now."""
+    page = [f"# {experiment.title}", experiment.question]
     for name, entry in experiment.report.items():
         rows = [row for row in find_rows(experiment, entry) if row]
         stem = folder / (experiment.name if name == "main" else f"{experiment.name}_{name}")
@@ -38,8 +40,15 @@ def write_report(experiment, folder):
         write_csv(f"{stem}_runs.csv", rows)
         write_csv(f"{stem}.csv", summary)
         print(f"\n{experiment.title}{'' if name == 'main' else f': {name}'}\n{as_text(summary)}")
+        page += [f"## {entry.get('title', name)}", *tables(summary, entry),
+                 f"[Rows]({stem.name}.csv), [runs]({stem.name}_runs.csv)"]
         if "plot" in entry:
             save_plot(f"{stem}.png", experiment.title, rows, summary, entry["plot"], measured[0])
+            page.append(f"![{experiment.title}]({stem.name}.png)")
+    if len(page) > 2:
+        command = f"python run.py {experiment.name}.yaml"
+        page.append(f"Made by `{command}`. Mean ± standard deviation over runs that differ in their seed; n: number of runs.")
+        (folder / f"{experiment.name}.md").write_text("\n\n".join(page) + "\n")
 
 
 def find_rows(experiment, entry):
@@ -154,3 +163,42 @@ def as_text(rows):
     cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same for people, in Markdown.
+
+
+def tables(summary, entry):
+    """What EXPERIMENT.md shows of a summary; with `table`, {rows, columns}, first the first measure against these two axes."""
+    group, measures = entry["group"], entry.get("measures", ["top1"])
+    if "table" in entry:
+        yield pivot(summary, entry["table"]["rows"], entry["table"]["columns"], measures[0])
+        if entry.get("paired"):
+            pairs = ", ".join(f"{axis} {value}" for axis, value in entry["paired"].items() if value)
+            yield f"Differences to {pairs}, of runs with the same seed:"
+            yield pivot(summary, entry["table"]["rows"], entry["table"]["columns"], "difference")
+    columns = [*group, *measures, "n", *(cost for cost in ("size_mb", "ratio", "gbitops") if cost in summary[0])]
+    if entry.get("paired"):
+        columns.append("difference")
+    yield markdown(columns, [[shown(row, column) for column in columns] for row in summary])
+
+
+def pivot(summary, rows, columns, measure):
+    """Mean and deviation of a measure, one axis down and one across."""
+    down, across = (list(dict.fromkeys(row[axis] for row in summary)) for axis in (rows, columns))
+    cells = {(row[rows], row[columns]): shown(row, measure) for row in summary}
+    return markdown([rows, *across], [[name, *(cells.get((name, other), "") for other in across)] for name in down])
+
+
+def shown(row, column):
+    """A cell: mean and deviation where there is one, else what stands there."""
+    value, deviation = row.get(column, ""), row.get(f"{column}_sd", "")
+    if isinstance(value, float):
+        style = "g" if column in COUNTS else ".2f" if f"{column}_sd" in row else ".4f"
+        return f"{value:{style}}" + (f" ± {deviation:{style}}" if deviation != "" else "")
+    return str(value)
+
+
+def markdown(header, lines):
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))

@@ -61,7 +61,9 @@ def batchnorms_estimating_anew(model):
 
 @torch.no_grad()
 def calibrate_batchnorm(model, loader):
-    """Re-estimate the BatchNorm statistics of a quantized network on a loader's images and over ranks."""
+    """Re-estimate the BatchNorm statistics of a quantized network, where it has any, on a loader's images and over ranks."""
+    if not any(isinstance(module, BATCHNORM) for module in model.modules()):
+        return
     with batchnorms_estimating_anew(model), weights_quantized_once(model):
         for images, _ in watched(loader):
             model(images)

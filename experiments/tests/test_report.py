@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from measures import agreement_of, objective_of, order_of, rank_correlation, read_table, training_seconds, validation_of
 from plan import read_experiment
-from report import mean_and_deviation, paired_difference, summarise, totals, write_report
+from report import mean_and_deviation, paired_difference, pivot, summarise, totals, write_report
 from util.exchange import write_policy
 
 ROWS = [{"seed": str(seed), "budget": budget, "policy": policy, "top1": top1}
@@ -145,3 +145,10 @@ def test_a_report_has_a_row_for_each_finished_run_with_its_command(tmp_path, cap
     [row] = read_table(tmp_path / "tables" / "plan.csv")
     assert (row["policy"], row["top1"], row["top1_sd"], row["n"]) == ("searched", "91.5", "", "1")
     assert (tmp_path / "tables" / "plan.png").stat().st_size > 1000
+    assert "| small | searched | 91.50 | 1 | 0.1000 |" in (tmp_path / "tables" / "plan.md").read_text()
+
+
+def test_a_table_of_two_axes_has_mean_and_deviation_in_each_cell():
+    table = pivot(summarise(ROWS, ["budget", "policy"], ["top1"]), "policy", "budget", "top1")
+    assert table.splitlines() == ["| policy | a | b |", "| --- | --- | --- |", "| uniform | 82.00 ± 2.00 |  |",
+                                  "| searched | 83.00 ± 1.73 | 72.00 ± 2.65 |"]

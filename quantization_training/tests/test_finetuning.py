@@ -411,3 +411,13 @@ def test_without_a_final_test_the_test_set_is_left_alone_and_the_summary_says_wh
         process.final_evaluation(tested, loaders, config(final_test=final_test), monitor, folder)
         assert ("top1" in written) == final_test
         assert written["gbitops"] > 0 and written["epochs"] == config().last_epoch
+
+
+def test_a_network_without_batchnorms_is_not_run_for_their_statistics():
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("images were read")
+
+    process.calibrate_batchnorm(torch.nn.Linear(3, 2), Unread())
+    with pytest.raises(AssertionError, match="images were read"):
+        process.calibrate_batchnorm(torch.nn.BatchNorm1d(3), Unread())

@@ -1,5 +1,6 @@
 """The README's search commands, run on the files of the repository, print what it says they print."""
 
+import csv
 import re
 import shlex
 import subprocess
@@ -30,3 +31,25 @@ def test_every_file_that_the_readme_names_is_there():
     for name in re.findall(r"(?:main\.py |`)(\w+\.yaml)", README):
         if not name.startswith(("CONFIG", "args", "summary", "policy")):
             assert list(ROOT.glob(f"*/{name}")), name
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("row", list(csv.DictReader((ROOT / "measurements" / "readme.csv").read_text().splitlines())),
+                         ids=lambda row: row["what"][:40])
+def test_what_was_measured_stands_in_the_readme_as_it_was_measured(row):
+    assert one_line(row["in_readme"]) in one_line(README) and row["command"]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "experiments").glob("*.md")), ids=lambda page: page.stem)
+def test_tables_that_the_readme_takes_from_an_experiment_are_those_of_its_page(page):
+    """Every table of the README that a link to an experiment's page stands above."""
+    shown = re.findall(rf"\]\(experiments/{page.stem}\.md\)[^|]*?\n\n((?:\|.*\n)+)", README)
+    for table in shown:
+        assert table.strip() in page.read_text(encoding="utf-8")
+
+
+def test_the_readme_shows_the_main_table():
+    assert re.search(r"\]\(experiments/policies\.md\)[^|]*?\n\n\| policy \|", README)

@@ -11,7 +11,7 @@ An experiment file holds
   report            what is made of the results; see report.py
 
 `makes` is the file, or the run folder, that the command leaves; a step waits for the steps whose `makes` its command names.
-Paths in commands count from the folder that they run in. {results} and {data} are given by the runner.
+Paths in commands count from the folder that they run in. {results}, {tables} and {data} are given by the runner.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 RUN = "summary.yaml"  # what a finished run folder holds
-FILES = (".pkl", ".yaml")
+FILES = (".pkl", ".yaml", ".png")
 SECTIONS = {"title", "question", "include", "settings", "values", "steps", "quick", "report"}
 STEP_KEYS = {"over", "where", "folder", "command", "makes"}
 
@@ -87,13 +87,14 @@ class Experiment:
         return [step for step in self.steps if step.name == name]
 
 
-def read_experiment(path, root, results, data, quick=False):
+def read_experiment(path, root, results, tables, data, quick=False):
     """Read an experiment file.
 
     Args:
         path: of the YAML file.
         root: the folder that holds the stages.
-        results, data: what {results} and {data} stand for, as seen from a stage's folder.
+        results, tables, data: what {results}, {tables} and {data} stand for, as seen from a stage's folder: where runs, where
+            tables and plots, and where Fashion-MNIST's files lie.
         quick: whether the section `quick` counts.
 
     Raises:
@@ -105,7 +106,7 @@ def read_experiment(path, root, results, data, quick=False):
         settings |= sections["quick"].get("settings", {})
         axes |= sections["quick"].get("values", {})
     axes = {axis: _values(f"{path}: values.{axis}", rows) for axis, rows in axes.items()}
-    words = {**settings, "results": results, "data": data}
+    words = {**settings, "results": results, "tables": tables, "data": data}
     steps = []
     for name, row in sections["steps"].items():
         steps += _expand(path, name, row, axes, words, Path(root))

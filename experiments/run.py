@@ -8,6 +8,7 @@ of each is computed and written to results/quick.
 import argparse
 import concurrent.futures
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -39,9 +40,10 @@ def parse_arguments(arguments=None):
 def main(arguments=None):
     options = parse_arguments(arguments)
     results = "../experiments/results" + ("/quick" if options.quick else "")
+    tables = results if options.quick else "../experiments"
     data = Path(options.data).expanduser().resolve() if options.data else DEBIAN if DEBIAN.exists() else ROOT / "data"
     try:
-        experiments = [read_experiment(path, ROOT, results, data, options.quick) for path in options.experiments]
+        experiments = [read_experiment(path, ROOT, results, tables, data, options.quick) for path in options.experiments]
     except PlanError as error:
         sys.exit(f"error: {error}")
     folder = HERE / "results" / "quick" if options.quick else HERE
@@ -49,6 +51,7 @@ def main(arguments=None):
         for step in left_over(experiments):
             print(f"(cd {step.folder} && python {' '.join(step.command)})")
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, and so do the commands
     failed = [] if options.report else Runner(options.jobs, HERE / results.removeprefix("../experiments/")).run(experiments)
     for experiment in experiments:
         write_report(experiment, folder)

@@ -32,7 +32,7 @@ def written(folder, plan, name="plan.yaml"):
 
 
 def read(folder, plan, **options):
-    return read_experiment(written(folder, plan), folder, "../out", "/data", **options)
+    return read_experiment(written(folder, plan), folder, "../out", "../tables", "/data", **options)
 
 
 def test_a_step_becomes_a_command_for_each_combination(tmp_path):
@@ -94,7 +94,7 @@ def test_a_mistake_is_named(tmp_path, plan, words):
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_experiments_that_lie_here_name_commands_and_files_that_exist(path, quick):
-    experiment = read_experiment(path, ROOT, "../experiments/results", "/data", quick)
+    experiment = read_experiment(path, ROOT, "../experiments/results", "../experiments", "/data", quick)
     made = {step.made for step in experiment.steps}
     for step in experiment.steps:
         assert (ROOT / step.folder / step.command[0]).is_file(), step.command

@@ -129,7 +129,7 @@ PLAN = {
 
 def test_a_report_has_a_row_for_each_finished_run_with_its_command(tmp_path, capsys):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
-    experiment = read_experiment(tmp_path / "plan.yaml", tmp_path, "../out", "")
+    experiment = read_experiment(tmp_path / "plan.yaml", tmp_path, "../out", "", "")
     write_report(experiment, tmp_path / "tables")
     assert "nothing to report yet" in capsys.readouterr().out
     folder = tmp_path / "out" / "searched_1"

@@ -1,7 +1,9 @@
 """The runner, on commands of a moment: order, parallel jobs, failures, continuing."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ def experiment(root, fails=""):
         "early": {"over": ["seed"], "folder": "stage", "command": f"make.py early{{seed}} '' {fails}",
                   "makes": "{results}/early{seed}.yaml"}}}
     (root / "plan.yaml").write_text(yaml.safe_dump(plan))
-    return read_experiment(root / "plan.yaml", root, "../results", "")
+    return read_experiment(root / "plan.yaml", root, "../results", "", "")
 
 
 @pytest.fixture
@@ -76,6 +78,27 @@ def test_a_command_that_makes_nothing_has_failed(root, runner):
     plan = experiment(root)
     (root / "stage" / "make.py").write_text("")
     assert len(runner.run([plan])) == 6
+
+
+def test_a_stopped_runner_stops_its_commands_and_says_how_to_go_on(root):
+    experiment(root)
+    (root / "stage" / "make.py").write_text("import os, pathlib, time; "
+                                            "pathlib.Path(f'{os.getpid()}.pid').touch(); time.sleep(600)")
+    code = (f"import run, pathlib, plan; root = pathlib.Path({str(root)!r}); run.ROOT = run.HERE = root; "
+            "run.read_experiment = lambda path, *rest: plan.read_experiment(path, root, '../results', '', ''); "
+            "run.main([str(root / 'plan.yaml'), '--jobs', '2'])")
+    here = Path(__file__).resolve().parent.parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as runner:
+        while len(pids := list((root / "stage").glob("*.pid"))) < 2:
+            assert runner.poll() is None
+            time.sleep(0.05)
+        runner.terminate()
+        said = runner.communicate(timeout=60)[1]
+    assert runner.returncode and "the same command goes on" in said and "Traceback" not in said
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid.stem), 0)
 
 
 @pytest.mark.parametrize(("words", "said"), [(["missing.yaml"], "missing.yaml"), (["policies.yaml", "--jobs", "0"], "--jobs")])

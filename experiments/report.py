@@ -27,7 +27,7 @@ def write_report(experiment, folder):
     """Write what `report` asks for into `folder`, of what is there by now."""
     page = [f"# {experiment.title}", experiment.question]
     for name, entry in experiment.report.items():
-        rows = [row for row in find_rows(experiment, entry) if row]
+        rows = in_order([row for row in find_rows(experiment, entry) if row], entry["group"], experiment.values)
         stem = folder / (experiment.name if name == "main" else f"{experiment.name}_{name}")
         if not rows:
             print(f"{stem.name}: nothing to report yet")
@@ -61,6 +61,14 @@ def find_rows(experiment, entry):
                 row = measure(step, experiment, entry)
                 yield row and {**step.values, **(given or {}), **row, "command": f"cd {step.folder} && python "
                                + " ".join(step.command)}
+
+
+def in_order(rows, group, values):
+    """The rows in the order of the axes' values; what is none of them, such as a value that a step was given, comes first."""
+    def places(row):
+        names = [[value.name for value in values.get(axis, [])] for axis in group]
+        return [own.index(row[axis]) if row.get(axis) in own else -1 for axis, own in zip(group, names, strict=True)]
+    return sorted(rows, key=places)
 
 
 def accuracy_row(step, experiment, entry):
@@ -195,7 +203,7 @@ def shown(row, column):
     """A cell: mean and deviation where there is one, else what stands there."""
     value, deviation = row.get(column, ""), row.get(f"{column}_sd", "")
     if isinstance(value, float):
-        style = "g" if column in COUNTS else ".2f" if f"{column}_sd" in row else ".4f"
+        style = "g" if column in COUNTS else ".3f" if column == "regret" else ".2f" if f"{column}_sd" in row else ".4f"
         return f"{value:{style}}" + (f" ± {deviation:{style}}" if deviation != "" else "")
     return str(value)
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from measures import agreement_of, objective_of, order_of, rank_correlation, read_table, training_seconds, validation_of
-from plan import read_experiment
-from report import mean_and_deviation, paired_difference, pivot, summarise, totals, write_report
+from plan import Value, read_experiment
+from report import in_order, mean_and_deviation, paired_difference, pivot, summarise, totals, write_report
 from util.exchange import write_policy
 
 ROWS = [{"seed": str(seed), "budget": budget, "policy": policy, "top1": top1}
@@ -56,6 +56,13 @@ def test_totals_add_up_what_has_the_same_seed():
             {"seed": "1", "kind": "alone", "s": 4, "command": "z"}]
     assert [(row["seed"], row["s"], row["command"]) for row in totals(rows, ["kind", "seed"], ["s"])] == [
         ("0", 3, "x; y"), ("1", 4, "z")]
+
+
+def test_rows_stand_in_the_order_of_the_values_whatever_ran_first():
+    values = {"budget": [Value("small", {}), Value("large", {})], "policy": [Value("searched", {})]}
+    rows = [{"budget": budget, "policy": policy} for budget in ("large", "small") for policy in ("searched", "uniform")]
+    assert [(row["budget"], row["policy"]) for row in in_order(rows, ["budget", "policy"], values)] == [
+        ("small", "uniform"), ("small", "searched"), ("large", "uniform"), ("large", "searched")]
 
 
 @given(st.permutations(range(7)), st.permutations(range(7)))

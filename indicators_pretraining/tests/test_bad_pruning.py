@@ -77,6 +77,7 @@ def stopped(capsys, *changes):
     (["resume.path=config.yaml"], "resume.path: "),
     (["resume.lean=true"], "resume.path: "),
     (["freeze_weights=true"], "freeze_weights: "),
+    (["final_test=false"], "final_test: "),
     (["init_from=nowhere"], "nowhere: cannot read the checkpoint"),
     (["init_from=config.yaml"], "config.yaml: "),
     (["init_from=a", "pre_trained=b"], "init_from: weights come from pre_trained already"),

@@ -90,10 +90,12 @@ def order_row(step, experiment, entry):
 
 def agreement_row(step, experiment, entry):
     """The policy that a search made, and the indicators that it read, against those of the step `of` with the values of
-    `reference`; None while that is not there."""
+    `reference`; None where that is not there."""
     wanted = step.values | {axis: str(value) for axis, value in entry["reference"].items()}
-    reference = next(other for other in experiment.named(entry["of"]) if other.values == wanted)
-    return agreement_of(step.made, step.read("--i"), reference.made, reference.read("--i")) if reference.is_done else None
+    for reference in experiment.named(entry["of"]):
+        if reference.values == wanted and reference.is_done:
+            return agreement_of(step.made, step.read("--i"), reference.made, reference.read("--i"))
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -58,6 +58,22 @@ def test_totals_add_up_what_has_the_same_seed():
         ("0", 3, "x; y"), ("1", 4, "z")]
 
 
+def test_a_policy_is_compared_with_the_reference_of_its_seed_where_that_is_there(tmp_path):
+    plan = {"title": "x", "values": {"seed": [0, 1], "amount": ["little", "much"]},
+            "steps": {"search": {"over": ["seed", "amount"], "folder": "stage", "makes": "{results}/{amount}_{seed}.yaml",
+                                 "command": "search.py --i {results}/{amount}_{seed}.pkl"}},
+            "report": {"main": {"kind": "agreement", "runs": {"search": None}, "of": "search", "group": ["amount"],
+                                "reference": {"amount": "much"}, "measures": ["regret"]}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (tmp_path / "out").mkdir()
+    for name, table, bits in (("little_0", ONE, [2, 2, 2]), ("much_0", TWO, [4, 4, 4]), ("little_1", ONE, [4, 4, 4])):
+        indicators(tmp_path / "out" / f"{name}.pkl", table, table)
+        policy(tmp_path / "out" / f"{name}.yaml", bits, bits)
+    write_report(read_experiment(tmp_path / "plan.yaml", tmp_path, "../out", "", ""), tmp_path)
+    found = [(row["seed"], row["amount"], float(row["regret"])) for row in read_table(tmp_path / "plan_runs.csv")]
+    assert found == [("0", "little", pytest.approx(12 / 6 - 1)), ("0", "much", 0)]
+
+
 def test_rows_stand_in_the_order_of_the_values_whatever_ran_first():
     values = {"budget": [Value("small", {}), Value("large", {})], "policy": [Value("searched", {})]}
     rows = [{"budget": budget, "policy": policy} for budget in ("large", "small") for policy in ("searched", "uniform")]

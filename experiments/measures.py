@@ -1,13 +1,13 @@
-"""What is measured on the files of a run. Indicators and policies are read by the stages' own readers."""
+"""What is measured on the files of a run. Their readers, and the rule for outliers, are those of the search."""
 
 import csv
-import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "quantization_search"))
+from ilp import erased
 from util.exchange import read_indicators, read_policy
 
 KINDS = ("weight", "act")
@@ -36,7 +36,7 @@ def order_of(path):
     """Counts over the indicators of a file: all, smaller than with one bit more, not positive."""
     content = read_indicators(path)
     rows = [row for kind in KINDS for row in content[kind].values()]
-    falling = sum(row[bit] < row[wider] for row in rows for wider, bit in itertools.pairwise(sorted(row, reverse=True)))
+    falling = sum(len(erased(row, sorted(row, reverse=True))) for row in rows)
     return {"indicators": sum(map(len, rows)), "out_of_order": falling,
             "not_positive": sum(value <= 0 for row in rows for value in row.values())}
 

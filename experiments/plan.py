@@ -18,7 +18,7 @@ import itertools
 import re
 import shlex
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -60,7 +60,7 @@ class Step:
     command: tuple
     makes: str
     made: Path
-    after: tuple = field(default=(), compare=False)
+    after: tuple = ()
 
     @property
     def is_done(self):
@@ -101,12 +101,10 @@ def read_experiment(path, root, results, tables, data, quick=False):
         PlanError: naming file and key.
     """
     sections = _read(Path(path))
-    settings, axes = dict(sections["settings"]), dict(sections["values"])
     if quick:
-        settings |= sections["quick"].get("settings", {})
-        axes |= sections["quick"].get("values", {})
-    axes = {axis: _values(f"{path}: values.{axis}", rows) for axis, rows in axes.items()}
-    words = {**settings, "results": results, "tables": tables, "data": data}
+        sections = _over(sections, sections["quick"])
+    axes = {axis: _values(f"{path}: values.{axis}", rows) for axis, rows in sections["values"].items()}
+    words = {**sections["settings"], "results": results, "tables": tables, "data": data}
     steps = []
     for name, row in sections["steps"].items():
         steps += _expand(path, name, row, axes, words, Path(root))
@@ -185,11 +183,11 @@ def _filled(text, words):
 
 
 def _linked(step, steps):
-    """The step with the keys of those that make what its command names."""
+    """The step, waiting for what other steps make and its command names."""
     words = re.split(r"[\s=]", " ".join(step.command))
     after = tuple(other.made for other in steps if other is not step
                   and any(word == other.makes or word.startswith(f"{other.makes}/") for word in words))
-    return Step(step.key, step.name, step.values, step.folder, step.command, step.makes, step.made, after)
+    return replace(step, after=after)
 
 
 def _check_order(path, steps):

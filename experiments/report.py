@@ -19,7 +19,8 @@ import yaml
 from measures import agreement_of, order_of, training_seconds, validation_of
 from plots import save_plot
 
-COSTS = ("size_mb", "ratio", "gbitops", "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
+DENSE_COSTS = ("size_mb", "ratio", "gbitops")
+COSTS = (*DENSE_COSTS, "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
 COUNTS = ("out_of_order", "not_positive", "indicators")
 
 
@@ -130,7 +131,7 @@ def summarise(rows, group, measures, paired=None):
             values = [float(row[measure]) for row in members if row.get(measure) is not None]
             line[measure], line[f"{measure}_sd"] = mean_and_deviation(values)
         line["n"] = len(members)
-        for cost in ("size_mb", "ratio", "gbitops"):
+        for cost in DENSE_COSTS:
             if all(cost in row for row in members):
                 line[cost] = round(statistics.fmean(row[cost] for row in members), 6)
         if paired:
@@ -188,7 +189,7 @@ def tables(summary, entry):
             pairs = ", ".join(f"{axis} {value}" for axis, value in entry["paired"].items() if value)
             yield f"Differences to {pairs}, of runs with the same seed:"
             yield pivot(summary, entry["table"]["rows"], entry["table"]["columns"], "difference")
-    columns = [*group, *measures, "n", *(cost for cost in ("size_mb", "ratio", "gbitops") if cost in summary[0])]
+    columns = [*group, *measures, "n", *(cost for cost in DENSE_COSTS if cost in summary[0])]
     if entry.get("paired"):
         columns.append("difference")
     yield markdown(columns, [[shown(row, column) for column in columns] for row in summary])

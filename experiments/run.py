@@ -39,25 +39,32 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    results = "../experiments/results" + ("/quick" if options.quick else "")
-    tables = results if options.quick else "../experiments"
-    data = Path(options.data).expanduser().resolve() if options.data else DEBIAN if DEBIAN.exists() else ROOT / "data"
+    results = HERE / "results" / "quick" if options.quick else HERE / "results"
+    tables = results if options.quick else HERE
+    seen = [f"../{folder.relative_to(ROOT)}" for folder in (results, tables)]  # from the folder of a stage
+    data = find_data(options.data)
     try:
-        experiments = [read_experiment(path, ROOT, results, tables, data, options.quick) for path in options.experiments]
+        experiments = [read_experiment(path, ROOT, *seen, data, options.quick) for path in options.experiments]
     except PlanError as error:
         sys.exit(f"error: {error}")
-    folder = HERE / "results" / "quick" if options.quick else HERE
     if options.dry_run:
         for step in left_over(experiments):
             print(f"(cd {step.folder} && python {' '.join(step.command)})")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, and so do the commands
-    failed = [] if options.report else Runner(options.jobs, HERE / results.removeprefix("../experiments/")).run(experiments)
+    failed = [] if options.report else Runner(options.jobs, results).run(experiments)
     for experiment in experiments:
-        write_report(experiment, folder)
+        write_report(experiment, tables)
     if failed:
-        sys.exit(f"error: {len(failed)} commands failed: {', '.join(failed)}; what they said lies in {HERE / 'results'}; "
+        sys.exit(f"error: {len(failed)} commands failed: {', '.join(failed)}; what they said lies in {results / 'logs'}; "
                  "the same command tries them again")
+
+
+def find_data(typed):
+    """The folder of Fashion-MNIST's files: the one typed, Debian's where it is, or one for torchvision to download into."""
+    if typed:
+        return Path(typed).expanduser().resolve()
+    return DEBIAN if DEBIAN.exists() else ROOT / "data"
 
 
 def left_over(experiments):

@@ -57,7 +57,8 @@ def agreement_of(policy_file, indicators_file, reference_policy_file, reference_
     """How near indicators and their policy come to a reference.
 
     Returns:
-        weight_rank, act_rank: Spearman's rank correlation of the layers' indicators, mean over the candidates.
+        weight_rank, act_rank: Spearman's rank correlation of the layers' indicators, mean over the candidates at which they
+            differ at all (losses at the widest one are those of the same network); None where there is no such candidate.
         same_weight_bits, same_act_bits: share of the layers with the bits of the reference's policy.
         regret: by how much, relative to the reference's policy, the objective in the reference's indicators is larger.
     """
@@ -67,7 +68,8 @@ def agreement_of(policy_file, indicators_file, reference_policy_file, reference_
     for kind in KINDS:
         names, bits = list(best[kind]), list(next(iter(best[kind].values())))
         columns = [[[table[kind][name][bit] for name in names] for table in (content, best)] for bit in bits]
-        measured[f"{kind}_rank"] = float(np.mean([rank_correlation(*pair) for pair in columns]))
+        ranked = [rank_correlation(*pair) for pair in columns if all(len(set(column)) > 1 for column in pair)]
+        measured[f"{kind}_rank"] = float(np.mean(ranked)) if ranked else None
         same = np.mean([own == other for own, other in zip(policy[f"{kind}_bits"], reference[f"{kind}_bits"], strict=True)])
         measured[f"same_{kind}_bits"] = float(same)
     measured["regret"] = objective_of(policy, best) / objective_of(reference, best) - 1

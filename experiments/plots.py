@@ -13,22 +13,29 @@ def save_plot(path, title, rows, summary, plot, measure):
 
     Args:
         rows, summary: as report.py has them.
-        plot: {x, colour (optional), label (of the y axis)}; x may name a measured column, which is then drawn to scale.
+        plot: {x, colour (optional), label (of the y axis)}; x may name a measured column, which is then drawn to scale, or be
+            a list of axes of which each row has one.
     """
     x, colour = plot["x"], plot.get("colour")
+    axes_of_x = x if isinstance(x, list) else [x]
+
+    def x_of(row):
+        return next((str(row[axis]) for axis in axes_of_x if row.get(axis, "") != ""), "")
+
     series = list(dict.fromkeys(str(row.get(colour, "")) for row in summary)) if colour else [""]
-    names = list(dict.fromkeys(str(row[x]) for row in summary)) if x in summary[0] and not is_number(summary[0][x]) else None
+    names = None if is_number(x_of(summary[0])) else list(dict.fromkeys(map(x_of, summary)))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for index, name in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * 0.8 / len(series) if names else 0
-        place = (lambda row, shift=shift: names.index(str(row[x])) + shift) if names else lambda row: float(row[x])
+        place = (lambda row, shift=shift: names.index(x_of(row)) + shift) if names else lambda row: float(x_of(row))
         own = [row for row in rows if not colour or str(row.get(colour, "")) == name]
         means = sorted((place(row), row[measure]) for row in summary if not colour or str(row.get(colour, "")) == name)
         tint = COLOURS[index % len(COLOURS)]
         axes.scatter([place(row) for row in own], [float(row[measure]) for row in own], s=14, color=tint, alpha=0.5)
         axes.plot(*zip(*means, strict=True), "_" if names else "-", markersize=16, markeredgewidth=2.5, color=tint, label=name)
     if names:
-        axes.set_xticks(range(len(names)), names)
+        crowded = sum(map(len, names)) > 80
+        axes.set_xticks(range(len(names)), names, rotation=20 if crowded else 0, ha="right" if crowded else "center")
     axes.set(title=title, ylabel=plot.get("label", measure), xlabel="" if names else plot.get("x_label", x))
     axes.grid(axis="y", alpha=0.3)
     if colour:

@@ -1,13 +1,17 @@
-"""Measure the indicators of a network without training: how far quantization alone moves its weights and activations.
+"""Measure indicators instead of learning them: how far quantization moves the weights and activations of a network.
 
-python sensitivity.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...] --output FILE.pkl [--images N]
+python sensitivity.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...] --output FILE.pkl [--of error|loss] [--images N]
 
 They are mean squared quantization errors, of the weight and of the input of each layer of the full-precision network, at the
 step size with which the error is least. There is one step size per tensor, whatever quan.weight.per_channel says.
+
+With --of loss, they are losses of the jointly trained network in resume.path (or in the folder of the run), each with one
+weight or one input at the bit-width and everything else at the widest candidate.
 """
 
 import torch
 
+import loss_sensitivity
 from importance_extractor import CARRIED, check_output, write
 from network import build_dense, describe_network, with_signs
 from quan.utils import check_exceptions, name_exceptions
@@ -28,15 +32,17 @@ MOST_VALUES = 2**20  # of the input of a layer; where there are more, they are d
 
 def main(arguments=None):
     options, configs, overrides = parse_arguments(arguments)
-    config = load_config(IndicatorsConfig, configs, overrides)
+    of_loss = options.of == "loss"
+    config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"] if of_loss else overrides)
     check_output(options.output, configs, "the configuration")
-    check_output(options.output, [path for path in (config.init_from, config.pre_trained) if isinstance(path, str)])
+    read = (config.init_from, config.pre_trained, config.resume.path)
+    check_output(options.output, [path for path in read if isinstance(path, str)])
     with distributed.process_group(config.training_device) as device:
         if distributed.world_size() > 1:
             raise UserError("--nproc_per_node: sensitivity.py computes in one process")
         distributed.set_seed(config.seed, config.dataloader.deterministic)
         prepare(config, None)
-        write(options.output, measure(config, options.images, device))
+        write(options.output, (loss_sensitivity.measure if of_loss else measure)(config, options.images, device))
 
 
 def parse_arguments(arguments):
@@ -44,8 +50,11 @@ def parse_arguments(arguments):
     parser = Parser(description=__doc__)
     add_configuration(parser)
     parser.add_argument("--output", required=True, metavar="FILE.pkl")
+    parser.add_argument("--of", choices=("error", "loss"), default="error",
+                        help="quantization errors of the full-precision network, or losses of the jointly trained one "
+                             "(default error)")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N",
-                        help=f"how many training images the inputs of layers are taken from (default {IMAGES})")
+                        help=f"how many training images inputs of layers, or losses, are taken from (default {IMAGES})")
     options = parser.parse_intermixed_args(arguments)
     if options.images < 1:
         raise UserError(f"--images: found {options.images}, allowed is at least 1")

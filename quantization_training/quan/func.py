@@ -30,9 +30,10 @@ class QuantizedLayer:
     keeps_weight = False
     kept_weight = None
 
-    def select(self, bit):
+    def select(self, bit, act_bit=None):
+        """The weight at `bit` bits, and the input at `act_bit`, where that is given, else at the same."""
         self.quan_w_fn.select(bit)
-        self.quan_a_fn.select(bit)
+        self.quan_a_fn.select(act_bit or bit)
 
     def keep_weight(self, keeps):
         """Begin, or end, to quantize the weight only once."""

@@ -280,13 +280,14 @@ class BitSwitch:
             batchnorm.select(bit)
         self.note_places()
 
-    def policy(self, chosen):
+    def policy(self, chosen, acts=None):
         """Each searchable layer at its own bits, {layer: bit}; a BatchNorm follows the one searchable layer before it.
 
-        A BatchNorm without such a layer uses the copy of the widest candidate.
+        A BatchNorm without such a layer uses the copy of the widest candidate. With `acts`, {layer: bit}, these are the bits
+        of activations, and `chosen` those of weights.
         """
         for name, layer in self.layers.items():
-            layer.select(chosen[name])
+            layer.select(chosen[name], (acts or chosen)[name])
         for batchnorm, before in self.batchnorms.values():
             batchnorm.select(chosen.get(before, max(self.bits)))
         self.note_places()

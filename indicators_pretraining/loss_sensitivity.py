@@ -1,0 +1,59 @@
+"""How much a jointly trained network loses where a single weight or input has fewer bits."""
+
+from importance_extractor import CARRIED, trained
+from network import build_network
+from util.checkpoint import RunFolder, find_run, restore
+from util.data_loader import create_loaders, describe_data
+from util.errors import UserError
+from util.metrics import evaluate
+
+
+def measure(config, images, device):
+    """The content of an indicators file, with losses for indicators.
+
+    Args:
+        config: the IndicatorsConfig of the joint training, for evaluation.
+        images: how many training images the loss is taken over, without augmentation; all, where there are fewer.
+        device: where the network computes.
+    """
+    folder = RunFolder.of(config)
+    found = find_run(config, folder)
+    num_classes, input_size = describe_data(config.dataloader)
+    network = build_network(config, num_classes, input_size, found, device)
+    restore(found, network.model, None, network.config)
+    loader = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True).calibration(images)
+    print("\n".join(filter(None, [network.remark, f"{found.path}: losses over {loader.images} training images"])))
+    facts = {**network.facts, "arch": config.arch}
+    made = trained(found.content["config"]) if found.content.get("config") else {}
+    return {**losses(network.model, network.switch, list(loader)), "layer_name": list(network.switch.layers),
+            **{key: facts[key] for key in CARRIED}, "trained": made}
+
+
+def losses(model, switch, batches):
+    """What one layer at fewer bits does to the loss.
+
+    Args:
+        model: the jointly trained network.
+        switch: its BitSwitch.
+        batches: [(images [batch, 3, height, width], target [batch])].
+
+    Returns:
+        {"weight": {layer: {bit: loss}}, "act": the same}: the mean cross-entropy with the weight, or the input, of that layer
+        at `bit` bits and everything else at the widest candidate.
+    """
+    widest = {name: max(switch.bits) for name in switch.layers}
+    switch.policy(widest)
+    best = evaluate(model, batches)["loss"]
+
+    def loss(name, bit, kind):
+        if bit == widest[name]:
+            return best
+        changed = {**widest, name: bit}
+        switch.policy(*((changed, widest) if kind == "weight" else (widest, changed)))
+        found = evaluate(model, batches)["loss"]
+        if not found > 0:
+            raise UserError(f"{name}: the loss with its {kind} at {bit} bits is {found}, expected a positive number")
+        return found
+
+    return {kind: {name: {bit: loss(name, bit, kind) for bit in switch.bits} for name in switch.layers}
+            for kind in ("weight", "act")}

@@ -41,9 +41,9 @@ def order_of(path):
             "not_positive": sum(value <= 0 for row in rows for value in row.values())}
 
 
-def objective_of(policy, content):
+def objective_of(policy, content, alpha):
     """sum over layers of act[bits] + alpha * weight[bits] (LIMPQ, arXiv 2203.08368), for any policy and any indicators."""
-    return sum(content["act"][name][a] + float(policy["alpha"]) * content["weight"][name][w]
+    return sum(content["act"][name][a] + alpha * content["weight"][name][w]
                for name, w, a in zip(policy["layer_name"], policy["weight_bits"], policy["act_bits"], strict=True))
 
 
@@ -60,7 +60,8 @@ def agreement_of(policy_file, indicators_file, reference_policy_file, reference_
         weight_rank, act_rank: Spearman's rank correlation of the layers' indicators, mean over the candidates at which they
             differ at all (losses at the widest one are those of the same network); None where there is no such candidate.
         same_weight_bits, same_act_bits: share of the layers with the bits of the reference's policy.
-        regret: by how much, relative to the reference's policy, the objective in the reference's indicators is larger.
+        regret: by how much, relative to the reference's policy, the objective in the reference's indicators, with the alpha of
+            its search, is larger.
     """
     policy, reference = read_policy(policy_file), read_policy(reference_policy_file)
     content, best = read_indicators(indicators_file), read_indicators(reference_indicators_file)
@@ -72,5 +73,6 @@ def agreement_of(policy_file, indicators_file, reference_policy_file, reference_
         measured[f"{kind}_rank"] = float(np.mean(ranked)) if ranked else None
         same = np.mean([own == other for own, other in zip(policy[f"{kind}_bits"], reference[f"{kind}_bits"], strict=True)])
         measured[f"same_{kind}_bits"] = float(same)
-    measured["regret"] = objective_of(policy, best) / objective_of(reference, best) - 1
+    alpha = float(reference["alpha"])
+    measured["regret"] = objective_of(policy, best, alpha) / objective_of(reference, best, alpha) - 1
     return measured

@@ -69,8 +69,11 @@ def find_data(typed):
 
 def left_over(experiments):
     """The steps of all experiments that are not done, each once, in order."""
-    steps = {step.made: step for experiment in reversed(experiments) for step in reversed(experiment.steps)}
-    return [step for step in reversed(steps.values()) if not step.is_done]
+    steps = {}
+    for experiment in experiments:
+        for step in experiment.steps:
+            steps.setdefault(step.made, step)
+    return [step for step in steps.values() if not step.is_done]
 
 
 class Runner:

@@ -113,9 +113,9 @@ ONE = {"a": {"4": 1.0, "2": 2.0}, "b": {"4": 3.0, "2": 2.5}, "c": {"4": -1.0, "2
 TWO = {"a": {"4": 1.0, "2": 3.0}, "b": {"4": 2.0, "2": 4.0}, "c": {"4": 3.0, "2": 5.0}}
 
 
-def policy(path, weight_bits, act_bits):
+def policy(path, weight_bits, act_bits, alpha=2):
     write_policy(path, {"arch": "resnet20", "layer_name": ["a", "b", "c"], "weight_bits": weight_bits, "act_bits": act_bits,
-                        "alpha": 2})
+                        "alpha": alpha})
     return path
 
 
@@ -125,7 +125,7 @@ def test_indicators_out_of_order_and_not_positive_are_counted(tmp_path):
 
 def test_agreement_with_a_reference(tmp_path):
     own, best = indicators(tmp_path / "own.pkl", ONE, TWO), indicators(tmp_path / "best.pkl", TWO, TWO)
-    found = agreement_of(policy(tmp_path / "own.yaml", [4, 4, 2], [4, 4, 4]), own,
+    found = agreement_of(policy(tmp_path / "own.yaml", [4, 4, 2], [4, 4, 4], alpha=7), own,
                          policy(tmp_path / "best.yaml", [4, 4, 4], [4, 4, 2]), best)
     assert found["same_weight_bits"] == pytest.approx(2 / 3) and found["same_act_bits"] == pytest.approx(2 / 3)
     assert found["act_rank"] == pytest.approx(1)
@@ -135,10 +135,19 @@ def test_agreement_with_a_reference(tmp_path):
     assert found["regret"] == pytest.approx(22 / 20 - 1)
 
 
+def test_candidates_at_which_no_layer_differs_have_no_ranks(tmp_path):
+    level = {name: {"4": 0.5, "2": row["2"]} for name, row in TWO.items()}
+    own, best = indicators(tmp_path / "own.pkl", level, ONE), indicators(tmp_path / "best.pkl", TWO, level)
+    flat = indicators(tmp_path / "flat.pkl", {name: {"4": 0.5, "2": 0.5} for name in TWO}, ONE)
+    chosen = policy(tmp_path / "policy.yaml", [4, 4, 2], [4, 4, 4])
+    assert agreement_of(chosen, own, chosen, best)["weight_rank"] == pytest.approx(1)  # that of 2 bits
+    assert agreement_of(chosen, flat, chosen, best)["weight_rank"] is None
+
+
 def test_the_objective_is_that_of_the_search(tmp_path):
     content = {"weight": TWO, "act": ONE}
-    chosen = {"layer_name": ["a", "b", "c"], "weight_bits": ["4", "2", "2"], "act_bits": ["2", "4", "4"], "alpha": 0.5}
-    assert objective_of(chosen, content) == 2.0 + 3.0 - 1.0 + 0.5 * (1.0 + 4.0 + 5.0)
+    chosen = {"layer_name": ["a", "b", "c"], "weight_bits": ["4", "2", "2"], "act_bits": ["2", "4", "4"], "alpha": 3}
+    assert objective_of(chosen, content, 0.5) == 2.0 + 3.0 - 1.0 + 0.5 * (1.0 + 4.0 + 5.0)
 
 
 PLAN = {

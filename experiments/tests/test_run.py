@@ -65,6 +65,13 @@ def test_what_is_there_is_not_made_again(root, runner):
     assert (root / "stage" / "order.txt").read_text().split() == ["late1"]
 
 
+def test_a_step_of_several_experiments_has_its_place_in_the_first(root):
+    plan = {"values": {"seed": [0]}, "steps": {"own": {"folder": "stage", "command": "own.py", "makes": "{results}/own.yaml"}}}
+    (root / "first.yaml").write_text(yaml.safe_dump(plan))
+    first, both = read_experiment(root / "first.yaml", root, "../results", "", ""), experiment(root)
+    assert [step.key for step in left_over([both, first, both])] == [step.key for step in left_over([both])] + ["own"]
+
+
 def test_a_failure_is_reported_with_what_waits_for_it_and_the_rest_is_done(root, runner):
     failing = experiment(root, fails="fails")
     (root / "results" / "early1.yaml").write_text("x: 1")

@@ -21,6 +21,7 @@ from plots import save_plot
 
 DENSE_COSTS = ("size_mb", "ratio", "gbitops")
 COSTS = (*DENSE_COSTS, "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
+DIGITS = {"regret": ".3f", "loss": ".4f"}
 COUNTS = ("out_of_order", "not_positive", "indicators")
 
 
@@ -188,25 +189,26 @@ def tables(summary, entry):
         if entry.get("paired"):
             pairs = ", ".join(f"{axis} {value}" for axis, value in entry["paired"].items() if value)
             yield f"Differences to {pairs}, of runs with the same seed:"
-            yield pivot(summary, entry["table"]["rows"], entry["table"]["columns"], "difference")
+            yield pivot(summary, entry["table"]["rows"], entry["table"]["columns"], "difference", measures[0])
     columns = [*group, *measures, "n", *(cost for cost in DENSE_COSTS if cost in summary[0])]
     if entry.get("paired"):
         columns.append("difference")
-    yield markdown(columns, [[shown(row, column) for column in columns] for row in summary])
+    yield markdown(columns, [[shown(row, column, measures[0] if column == "difference" else column) for column in columns]
+                             for row in summary])
 
 
-def pivot(summary, rows, columns, measure):
+def pivot(summary, rows, columns, measure, written_as=None):
     """Mean and deviation of a measure, one axis down and one across."""
     down, across = (list(dict.fromkeys(row[axis] for row in summary)) for axis in (rows, columns))
-    cells = {(row[rows], row[columns]): shown(row, measure) for row in summary}
+    cells = {(row[rows], row[columns]): shown(row, measure, written_as or measure) for row in summary}
     return markdown([rows, *across], [[name, *(cells.get((name, other), "") for other in across)] for name in down])
 
 
-def shown(row, column):
-    """A cell: mean and deviation where there is one, else what stands there."""
+def shown(row, column, written_as):
+    """A cell: mean and deviation where there is one, else what stands there; with the digits of the column `written_as`."""
     value, deviation = row.get(column, ""), row.get(f"{column}_sd", "")
     if isinstance(value, float):
-        style = "g" if column in COUNTS else ".3f" if column == "regret" else ".2f" if f"{column}_sd" in row else ".4f"
+        style = "g" if written_as in COUNTS else DIGITS.get(written_as, ".2f" if f"{column}_sd" in row else ".4f")
         return f"{value:{style}}" + (f" ± {deviation:{style}}" if deviation != "" else "")
     return str(value)
 

@@ -208,7 +208,7 @@ def shown(row, column, written_as):
     """A cell: mean and deviation where there is one, else what stands there; with the digits of the column `written_as`."""
     value, deviation = row.get(column, ""), row.get(f"{column}_sd", "")
     if isinstance(value, float):
-        style = "g" if written_as in COUNTS else DIGITS.get(written_as, ".2f" if f"{column}_sd" in row else ".4f")
+        style = ".3g" if written_as in COUNTS else DIGITS.get(written_as, ".2f" if f"{column}_sd" in row else ".4f")
         return f"{value:{style}}" + (f" ± {deviation:{style}}" if deviation != "" else "")
     return str(value)
 

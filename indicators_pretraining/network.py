@@ -74,7 +74,12 @@ def build_network(config, num_classes, input_size, found, device):
         num_classes, input_size: of the data.
         found: the Found checkpoint that is going to be loaded into it, or None; initial weights are then not needed.
         device: where the network is to live.
+
+    Raises:
+        UserError: where `found`, which is to be evaluated, was trained at other bit-widths, or at these in another order.
     """
+    if config.eval and found.content.get("bits", config.target_bits) != config.target_bits:
+        raise UserError(f"target_bits: found {config.target_bits}, but {found.path} was trained at {found.content['bits']}")
     model, masks = create_initial(config, num_classes, input_size, found)
     graph = trace(model, input_size, num_classes)
     config, exceptions = name_exceptions(config, graph)

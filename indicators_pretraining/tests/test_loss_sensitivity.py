@@ -101,8 +101,8 @@ def test_the_checkpoint_may_be_named_and_is_needed(capsys):
             (["--output", "i.pkl", "name=other"], "resume.path"),
             (["--output", TRAINED, f"resume.path={TRAINED}"], f"--output: {TRAINED} is the checkpoint itself"),
             (["--output", "i.pkl", f"resume.path={TRAINED}", "arch=resnet18"], "holds resnet20, but arch is resnet18"),
-            (["--output", "i.pkl", f"resume.path={TRAINED}", "target_bits=[6,4]"], "was trained with another target_bits"),
-            (["--output", "i.pkl", f"resume.path={TRAINED}", "target_bits=[6,4,2]"], "was trained with another target_bits"),
+            (["--output", "i.pkl", f"resume.path={TRAINED}", "target_bits=[6,4]"], "was trained at [6, 2, 4]"),
+            (["--output", "i.pkl", f"resume.path={TRAINED}", "target_bits=[6,4,2]"], "was trained at [6, 2, 4]"),
             (["--output", "i.pkl", "--of", "los"], "--of")]:
         assert message in complaint(capsys, sensitivity.main, "config.yaml", "--of", "loss", *words), words
 

@@ -27,7 +27,7 @@ HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 # What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
 NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True}
-MODEL_KEYS = ("sat", "quan.", "target_bits")
+MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
 

@@ -49,7 +49,7 @@ def main(arguments=None):
         sys.exit(f"error: {error}")
     if options.dry_run:
         for step in left_over(experiments):
-            print(f"(cd {step.folder} && python {' '.join(step.command)})")
+            print(f"(cd {step.folder} && python {' '.join(step.command)})", flush=True)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, and so do the commands
     failed = [] if options.report else Runner(options.jobs, results).run(experiments)
@@ -137,4 +137,8 @@ class Runner:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # what read our output is gone, as in `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

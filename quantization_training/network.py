@@ -11,6 +11,7 @@ from model.names import is_below, second_names
 from model.weights import load_state
 from policy import resolve_policy
 from quan.cost import full_precision_cost, policy_cost
+from quan.func import QuanLinear, scale_adjustment
 from quan.transfer import choose_candidates
 from quan.utils import (
     bits_in_use,
@@ -100,7 +101,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    remark = "\n".join(filter(None, [exceptions, graph.describe()]))
+    remark = "\n".join(filter(None, [exceptions, graph.describe(), describe_sat(model) if fresh else ""]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 
@@ -144,6 +145,14 @@ def start_from_joint_training(model, policy, checkpoint, masks, config):
     state = choose_candidates(checkpoint, policy.weight_bits, policy.act_bits, source, second)
     load_state(model, state, source, may_lack=lambda name: ".quan_" in name or is_below(name, second))
     init_weight_steps(model, masks, untrained=lambda name: f"{name}.s" not in state)
+
+
+def describe_sat(model):
+    """A line about scale-adjusted training where it makes the outputs of a classifier more than twice as large or small."""
+    factors = {name: float(scale_adjustment(module.weight)) for name, module in model.named_modules()
+               if isinstance(module, QuanLinear) and module.sat}
+    return "\n".join(f"scale-adjusted training multiplies the outputs of {name} by {factor:.3g}; sat: false leaves them alone"
+                     for name, factor in factors.items() if not 1 / 2 <= factor <= 2)
 
 
 def check_same_bits(checkpoint, description):

@@ -113,3 +113,12 @@ def test_misuse_ends_in_one_line(words, said):
     here = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "run.py", *words], cwd=here, capture_output=True, text=True)
     assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "run.py", "policies.yaml", "--quick", "--dry-run"], stdout=write,
+                          stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent)
+    os.close(write)
+    assert not done.stderr

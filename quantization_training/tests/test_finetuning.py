@@ -421,3 +421,23 @@ def test_a_network_without_batchnorms_is_not_run_for_their_statistics():
     process.calibrate_batchnorm(torch.nn.Linear(3, 2), Unread())
     with pytest.raises(AssertionError, match="images were read"):
         process.calibrate_batchnorm(torch.nn.BatchNorm1d(3), Unread())
+
+
+def test_the_log_says_by_how_much_scale_adjusted_training_changes_the_outputs(tmp_path):
+    dense = create_model("resnet20", 10)
+    nn.init.zeros_(dense.fc.bias)
+    remarks, outputs = {}, {}
+    for std in (0.02, 0.3):
+        dense.fc.weight.data *= std / dense.fc.weight.std()
+        path = str(tmp_path / f"{std}.pth")
+        save_checkpoint(path, {"arch": "resnet20", "state_dict": dense.state_dict()})
+        for sat in (True, False):
+            built = network(pre_trained=path, sat=sat)
+            remarks[std, sat] = [line for line in built.remark.splitlines() if "scale-adjusted" in line]
+            outputs[std, sat] = built.model.eval()(batches(1)[0][0]).detach()
+    ratio = (outputs[0.02, True] / outputs[0.02, False]).median().item()
+    (line,) = remarks.pop((0.02, True))
+    assert line.startswith("scale-adjusted training multiplies the outputs of fc by 15.8; sat: false")
+    assert ratio == pytest.approx(15.8, rel=0.03)
+    assert not any(remarks.values())  # where it changes little, or is off
+    assert "scale-adjusted" not in network(built.facts | {"state_dict": {}}).remark  # too late to choose

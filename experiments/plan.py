@@ -3,7 +3,7 @@
 An experiment file holds
 
   title, question   what it is about
-  include           files whose `settings`, `values` and `steps` come first
+  include           files whose `settings`, `values` and `steps` come first, and whose `report` counts where there is none here
   settings          single words that commands take as {name}
   values            {axis: list, or {name: {field: word}}}; commands take {axis} and {axis.field}
   steps             {step: {over: axes, where: {axis: values}, folder, command, makes}}
@@ -125,7 +125,7 @@ def _read(path):
     whole = {"title": path.stem, "question": "", "settings": {}, "values": {}, "steps": {}, "quick": {}, "report": {}}
     for other in own.pop("include", []):
         included = _read(path.parent / other)
-        whole = _over(whole, {section: included[section] for section in ("settings", "values", "steps", "quick")})
+        whole = _over(whole, {section: included[section] for section in ("settings", "values", "steps", "quick", "report")})
     return _over(whole, own)
 
 

@@ -23,6 +23,7 @@ PLAN = {
                   "makes": "{results}/joint_{seed}"},
     },
     "quick": {"settings": {"lr": 1}, "values": {"seed": [5]}},
+    "report": {"main": {"kind": "accuracy", "runs": {"tune": None}, "group": ["budget"]}},
 }
 
 
@@ -67,7 +68,7 @@ def test_an_included_file_comes_first(tmp_path):
     written(tmp_path, PLAN, "other.yaml")
     own = {"title": "Mine", "include": ["other.yaml"], "settings": {"lr": 3}, "values": {"seed": [7]}}
     experiment = read(tmp_path, own)
-    assert experiment.title == "Mine"
+    assert experiment.title == "Mine" and experiment.report == PLAN["report"]
     assert [step.command for step in experiment.named("joint")] == [("train.py", "lr=3", "name=joint_7")]
 
 
@@ -96,6 +97,7 @@ def test_a_mistake_is_named(tmp_path, plan, words):
 def test_the_experiments_that_lie_here_name_commands_and_files_that_exist(path, quick):
     experiment = read_experiment(path, ROOT, "../experiments/results", "../experiments", "/data", quick)
     made = {step.made for step in experiment.steps}
+    assert experiment.report and all(experiment.named(name) for entry in experiment.report.values() for name in entry["runs"])
     for step in experiment.steps:
         assert (ROOT / step.folder / step.command[0]).is_file(), step.command
         for word in step.command[1:]:

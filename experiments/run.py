@@ -17,6 +17,7 @@ from pathlib import Path
 
 from plan import PlanError, read_experiment
 from report import write_report
+from util.errors import user_errors_on_one_line
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -137,8 +138,5 @@ class Runner:
 
 
 if __name__ == "__main__":
-    try:
+    with user_errors_on_one_line():
         main()
-    except BrokenPipeError:  # what read our output is gone, as in `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)

@@ -4,13 +4,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
 from plan import read_experiment
-from run import Runner, left_over
+from run import HERE, Runner, left_over
 
 STAGE = '''
 import pathlib, sys, time
@@ -94,8 +93,7 @@ def test_a_stopped_runner_stops_its_commands_and_says_how_to_go_on(root):
     code = (f"import run, pathlib, plan; root = pathlib.Path({str(root)!r}); run.ROOT = run.HERE = root; "
             "run.read_experiment = lambda path, *rest: plan.read_experiment(path, root, '../results', '', ''); "
             "run.main([str(root / 'plan.yaml'), '--jobs', '2'])")
-    here = Path(__file__).resolve().parent.parent
-    with subprocess.Popen([sys.executable, "-c", code], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as runner:
         while len(pids := list((root / "stage").glob("*.pid"))) < 2:
             assert runner.poll() is None
@@ -110,8 +108,7 @@ def test_a_stopped_runner_stops_its_commands_and_says_how_to_go_on(root):
 
 @pytest.mark.parametrize(("words", "said"), [(["missing.yaml"], "missing.yaml"), (["policies.yaml", "--jobs", "0"], "--jobs")])
 def test_misuse_ends_in_one_line(words, said):
-    here = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=here, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "run.py", *words], cwd=HERE, capture_output=True, text=True)
     assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
 
 
@@ -119,6 +116,6 @@ def test_output_that_nobody_reads_ends_quietly():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "run.py", "policies.yaml", "--quick", "--dry-run"], stdout=write,
-                          stderr=subprocess.PIPE, cwd=Path(__file__).resolve().parent.parent)
+                          stderr=subprocess.PIPE, cwd=HERE)
     os.close(write)
     assert not done.stderr

@@ -11,6 +11,10 @@ from model.layer_table import trace
 from util.errors import UserError
 
 
+def test_create_model_stands_where_the_method_s_readme_says():
+    assert create_model.__module__ == "model.model"
+
+
 def test_names_of_torchvision_and_our_own_are_known():
     names = list_architectures()
     assert {"resnet18", "resnet50", "mobilenet_v2", "vit_b_16", "swin_t", "resnet20", "mobilenetv1"} <= set(names)

@@ -1,0 +1,119 @@
+"""Networks by name: torchvision's classification models, those that torchvision lacks, timm's, and the user's own."""
+
+import re
+import warnings
+
+from torch import nn
+
+from util.errors import UserError, nearest, reason
+from util.exchange import split_arch
+
+from .attention import take_apart
+from .elsewhere import TIMM, create_from_file, create_from_timm
+from .mobilenetv1 import mobilenetv1
+from .resnet_cifar import resnet20
+from .vit import vit_tiny_patch4_32, vit_tiny_patch16_224
+from .weights import classifier_name, load_weights
+
+OWN_MODELS = {"mobilenetv1": mobilenetv1, "resnet20": resnet20, "vit_tiny_patch4_32": vit_tiny_patch4_32,
+              "vit_tiny_patch16_224": vit_tiny_patch16_224}
+SIZED_MODELS = ("vit_tiny_patch4_32", "vit_tiny_patch16_224")  # those of OWN_MODELS that are built for one input size
+AUXILIARY_HEADS = ("googlenet", "inception_v3")
+OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # norm.1 in the published files is norm1 today
+
+
+def list_architectures():
+    """Every name that `arch:` accepts, besides timm:NAME and path/to/file.py:factory."""
+    from torchvision import models
+
+    return sorted({*OWN_MODELS, *models.list_models(module=models)})
+
+
+def create_model(arch, num_classes, pre_trained=False, input_size=None):
+    """Build a network for images of shape [batch, 3, height, width], its attention taken apart into layers.
+
+    Args:
+        arch: a name from list_architectures(); timm:NAME; or path/to/file.py:factory, whose code is then run.
+        num_classes: number of outputs.
+        pre_trained: take torchvision's ImageNet weights, or timm's; the classifier is kept where it has num_classes outputs.
+        input_size: height and width of the images, which networks with one position embedding per patch are built for;
+            None for those they were made for.
+
+    Returns:
+        the network, with freshly initialised parameters wherever no pre-trained ones were taken.
+
+    Raises:
+        UserError: on an unknown name, a size or a file that does not fit, weights that do not exist or cannot be downloaded.
+    """
+    is_torchvision = not (split_arch(arch) or arch.startswith(TIMM) or arch in OWN_MODELS)
+    if pre_trained and not (is_torchvision or arch.startswith(TIMM)):
+        raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
+    if split_arch(arch):
+        return take_apart(create_from_file(arch, num_classes))
+    if arch.startswith(TIMM):
+        return take_apart(create_from_timm(arch, num_classes, pre_trained, input_size))
+    _check_name(arch)
+    build = _torchvision_model if is_torchvision else _own_model
+    try:
+        model = take_apart(build(arch, num_classes, input_size))
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
+                        "change arch or dataloader.input_size") from None
+    if pre_trained:
+        load_weights(model, _torchvision_weights(arch), f"torchvision's {arch}")
+    return model
+
+
+def _check_name(arch):
+    if arch in list_architectures():
+        return
+    if arch.endswith(".py"):
+        raise UserError(f"arch: {arch!r} is a file; say what in it builds the network, {arch}:factory")
+    close = nearest(arch, list_architectures())
+    raise UserError(f"arch: {arch!r} is not a known network"
+                    f"{close or '; expected a name such as resnet18, timm:NAME, or path/to/file.py:factory'}")
+
+
+def _own_model(arch, num_classes, input_size):
+    options = {"input_size": input_size} if input_size and arch in SIZED_MODELS else {}
+    return _with_fresh_classifier(OWN_MODELS[arch](num_classes, **options))
+
+
+def _torchvision_model(arch, num_classes, input_size):
+    from torchvision import models
+
+    options = {"num_classes": num_classes}
+    if arch in AUXILIARY_HEADS:
+        # Their second classifiers serve full-precision training only; the published weights expect inputs transformed.
+        options.update(aux_logits=False, init_weights=True, transform_input=True)
+    if input_size and arch.startswith("vit_"):
+        options.update(image_size=input_size)
+    if input_size and arch.startswith("maxvit"):
+        options.update(input_size=(input_size, input_size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _with_fresh_classifier(models.get_model(arch, weights=None, **options))
+
+
+def _with_fresh_classifier(model):
+    """Draw the weights of a classifier that begins at zero: zeros have no step size, and no deviation to be scaled by."""
+    head = model.get_submodule(classifier_name(model))
+    if not head.weight.any():
+        nn.init.trunc_normal_(head.weight, std=0.02)
+    return model
+
+
+def _torchvision_weights(arch):
+    """The weights that torchvision's `pretrained=True` stood for, IMAGENET1K_V1 where there are several."""
+    from torchvision import models
+
+    choices = models.get_model_weights(arch)
+    weights = getattr(choices, "IMAGENET1K_V1", getattr(choices, "DEFAULT", None))
+    if weights is None:
+        raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # URL, proxy, disk and hash errors come as many types
+        raise UserError(f"pre_trained: cannot download {weights.url} ({reason(error)}); put the file into "
+                        "$TORCH_HOME/hub/checkpoints (~/.cache/torch/hub/checkpoints), or give its path") from None
+    return {OLD_DENSENET_NAME.sub(r"\1\2", name): tensor for name, tensor in state.items()}

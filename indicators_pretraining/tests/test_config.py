@@ -85,7 +85,7 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path):
     ("epochs: true", "epochs: expected a whole number, found True"),
     ("lr: .nan", "lr: expected a number, found nan"),
     ("eval: 'yes please'", "eval: expected true or false"),
-    ("opt: sdg", "opt: expected one of sgd, adamw, found 'sdg'; did you mean 'sgd'?"),
+    ("opt: sdg", "opt: expected one of sgd, momentum, adam, adamw, found 'sdg'; did you mean 'sgd'?"),
     ("dataloader: 5", "dataloader: expected a section, found 5"),
     ("target_bits: [4, 4]", "target_bits: found [4, 4], expected different bit-widths"),
     ("target_bits: [1, 4]", "target_bits: found [1, 4]"),

@@ -27,6 +27,7 @@ HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 # What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
 NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True}
+PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
@@ -273,13 +274,14 @@ class Inside:
 @dataclass(frozen=True)
 class Start:
     """Where a run begins: epochs completed, (top-1, top-5) of the best one, its wandb run, what changed so that the result
-    will not equal that of an undisturbed run, and the place inside the epoch that follows, or None."""
+    will not equal that of an undisturbed run, the place inside the epoch that follows, or None, and a remark or ''."""
 
     epoch: int = 0
     best: tuple = (-1.0, -1.0)
     wandb_id: str | None = None
     changed: tuple = ()
     inside: Inside | None = None
+    remark: str = ""
 
     @property
     def epochs_logged(self):
@@ -322,7 +324,9 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
         load_state(model, found.content["state_dict"], found.path)
         return Start()
     start = load_training_state(found.content, model, optimizer, found.path)
-    return replace(start, changed=(*changed, *start.changed))
+    # The options of the optimizer come from the checkpoint, so that the run goes on as it began.
+    is_plain = config.opt == "sgd" and has_plain_momentum_as_sgd(found.content)
+    return replace(start, changed=(*changed, *start.changed), remark=PLAIN_MOMENTUM if is_plain else "")
 
 
 def load_training_state(content, model, optimizer, path):
@@ -382,6 +386,8 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
     earlier = {key: value for key, value in NEW_KEYS.items() if key in wanted}
     keys = differing_keys({**earlier, **checkpoint["config"]}, wanted)
     idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else decided_keys(config)
+    if config.opt == "momentum" and has_plain_momentum_as_sgd(checkpoint):
+        idle = (*idle, "opt")
     keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
             and not (key == "arch" and same_arch(checkpoint["config"].get("arch"), config.arch))]
     serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]
@@ -389,6 +395,13 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
         raise UserError(f"{path}: the run was started with another {', '.join(serious)}; "
                         "put these back, or start a new run under another name")
     return keys
+
+
+def has_plain_momentum_as_sgd(checkpoint):
+    """Whether a run began when `opt: sgd` stood for plain momentum, as it was before it came to mean Nesterov's."""
+    groups = checkpoint.get("optimizer", {}).get("param_groups", [])
+    return checkpoint["config"].get("opt") == "sgd" and any(group.get("momentum") and not group.get("nesterov")
+                                                            for group in groups)
 
 
 def training_state(model, optimizer, epoch, best, config, monitor):

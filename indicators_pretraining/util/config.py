@@ -147,14 +147,14 @@ class RunConfig:
 
     epochs: int = bounded(10, low=1)
     smoothing: float = bounded(0.0, low=0, below=1)
-    opt: Literal["sgd", "adamw"] = "sgd"
+    opt: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
     lr: float = bounded(0.01, above=0)
     momentum: float = bounded(0.9, low=0, below=1)
     weight_decay: float = bounded(1e-4, low=0)
-    sched: Literal["cosine", "step", "constant"] = "cosine"
+    sched: Literal["cosine", "step", "multistep", "constant"] = "cosine"
     min_lr: float = bounded(0.0, low=0)
     decay_rate: float = bounded(0.1, above=0, high=1)
-    decay_epochs: float = bounded(30, above=0)
+    decay_epochs: float | list[float] = bounded(30, above=0)
     warmup_epochs: float = bounded(0, low=0)
     warmup_lr: float = bounded(0.0, low=0)
     cooldown_epochs: int = bounded(0, low=0)

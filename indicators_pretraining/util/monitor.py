@@ -246,8 +246,8 @@ def log_start(monitor, start, remark):
         monitor.log(f"continuing after epoch {start.epoch}" + (f" and {start.inside.step} steps" if start.inside else ""))
     if start.changed:
         monitor.log(f"{', '.join(start.changed)} changed: the result will not equal that of an undisturbed run")
-    if remark:
-        monitor.log(remark)
+    for line in filter(None, [start.remark, remark]):
+        monitor.log(line)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

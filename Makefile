@@ -39,10 +39,11 @@ experiments: $(READY)
 experiments-quick: $(READY)
 	cd experiments && $(RUN) run.py *.yaml --quick
 
-# One thread each: the tests compute little, and threads that wait for each other on busy cores cost far more.
+# Processes on all cores, of one thread each: the tests compute little, and threads that wait for each other on busy cores
+# cost far more. Each folder has processes of its own, since stages have modules of the same names.
 test: $(READY)
 	@set -e; export OMP_NUM_THREADS=1; for folder in $(STAGES) experiments .; do \
-		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q tests); done
+		echo "== tests of $$folder"; (cd $$folder && $(RUN) -m pytest -q -n auto --maxprocesses=8 --dist=loadgroup tests); done
 
 soak: $(READY)
 	@set -e; export OMP_NUM_THREADS=1; \

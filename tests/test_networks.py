@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+pytestmark = pytest.mark.xdist_group("networks")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"pretraining": "indicators_pretraining", "search": "quantization_search", "training": "quantization_training"}
 # name: (input size, searched layers, what is excepted)

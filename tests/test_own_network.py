@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.xdist_group("own network")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("### A network of your own")[2].partition("\n## ")[0]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
 SMALL = ["dataloader.input_size=8", "dataloader.batch_size=32", "dataloader.data_fraction=0.2", "epochs=1"]

@@ -28,6 +28,7 @@ wandb: {mode: disabled}
 IMAGES = 60
 CPU = torch.device("cpu")
 TRAINED = "results/run/run_checkpoint.pth.tar"
+pytestmark = pytest.mark.xdist_group("losses")  # one process makes what all read
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from quan.quantizer import LsqQuan, integer_range
 from util import distributed
 from util.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("signs")  # one process makes what all read
 CONFIG = """
 arch: mobilenet_v2
 target_bits: [6, 4]

@@ -113,11 +113,21 @@ def read_experiment(path, root, results, tables, data, quick=False):
     return Experiment(Path(path).stem, sections["title"], sections["question"], axes, steps, sections["report"])
 
 
+class _Words(yaml.SafeLoader):
+    """Reads words of commands as they stand there: 1.10 and 010 are no numbers, and `on` is no truth value."""
+
+    yaml_implicit_resolvers = {}
+
+
+_Words.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|)$"), None)
+_Words.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|false)$"), None)
+
+
 def _read(path):
     """The sections of a file, after those that it includes."""
     try:
-        own = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        own = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Words)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise PlanError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(own, dict) or set(own) - SECTIONS:
         odd = ", ".join(sorted(set(own) - SECTIONS)) if isinstance(own, dict) else type(own).__name__

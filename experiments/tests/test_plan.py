@@ -59,6 +59,25 @@ def test_names_that_only_begin_alike_are_not_waited_for(tmp_path):
     assert [step.after for step in experiment.named("tune")] == [(one.made,), (eleven.made,)]
 
 
+def test_words_are_taken_as_they_are_written(tmp_path):
+    words = ["1.10", "010", "1:30", "1e-3", "on", "0x10", "2024-01-01"]
+    (tmp_path / "plan.yaml").write_bytes(b"\xef\xbb\xbf" + f"""
+settings: {{lr: {words[0]}}}
+values: {{word: [{', '.join(words)}], budget: {{{words[1]}: {{bits: {words[2]}}}}}}}
+steps: {{go: {{over: [word, budget], folder: stage, command: "go {{word}} {{lr}} {{budget}} {{budget.bits}}",
+             makes: "run_{{word}}"}}}}
+""".encode())
+    steps = read_experiment(tmp_path / "plan.yaml", tmp_path, "../out", "../tables", "/data").named("go")
+    assert [step.command for step in steps] == [("go", word, "1.10", "010", "1:30") for word in words]
+
+
+@pytest.mark.parametrize("data", ["title: é".encode("latin-1"), "title: é".encode("utf-16"), b"a: [1"])
+def test_a_file_that_is_no_yaml_is_named(tmp_path, data):
+    (tmp_path / "plan.yaml").write_bytes(data)
+    with pytest.raises(PlanError, match="plan.yaml: cannot be read"):
+        read_experiment(tmp_path / "plan.yaml", tmp_path, "../out", "../tables", "/data")
+
+
 def test_quick_takes_its_own_settings_and_values(tmp_path):
     experiment = read(tmp_path, PLAN, quick=True)
     assert [step.command for step in experiment.named("joint")] == [("train.py", "lr=1", "name=joint_5")]

@@ -1,6 +1,8 @@
 """The typed configuration: what it accepts, and what it says of everything else."""
 
 import pathlib
+import pickle
+import re
 
 import pytest
 import yaml
@@ -8,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schema import IndicatorsConfig
-from util.config import bounded, build, differing_keys, load_config, to_plain
+from util.config import Origin, Scalar, bounded, build, decode_yaml, differing_keys, load_config, plain, to_plain, try_convert
 from util.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[2]
 LIMPQ_STYLE = """
 name: IMP_resnet50
 target_bits: [6, 5, 4, 3, 2]
@@ -68,6 +71,83 @@ def test_a_file_with_every_key_of_limpq_is_read(tmp_path):
     assert config.quan.act.all_positive and config.dataloader.num_classes == 1000
 
 
+AS_WRITTEN = ["1.10", "007", "0o10", "010", "1:30", "0x10", "0b11", "1_000", "1e3", "1.", ".inf", "-.INF", "on", "off", "yes",
+              "No", "true", "TRUE", "2024-01-01", "2024-01-01T10:00:00Z", "=", "08", "+5", "v1", "00", "1e-05"]
+
+
+@pytest.mark.parametrize("text", AS_WRITTEN)
+def test_text_is_what_stands_there(tmp_path, text):
+    config = read(tmp_path, f"name: {text}\nwandb: {{tags: [{text}, '{text}']}}\nquan: {{excepts: {{{text}: }}}}\n"
+                            f"prune: {{excepts: [{text}]}}\ndataloader: {{path: {text}}}\n", f"output_dir={text}")
+    texts = [config.name, *config.wandb.tags, *config.quan.excepts, *config.prune.excepts, config.dataloader.path,
+             config.output_dir]
+    assert texts == [text] * 7 and {type(word) for word in texts} == {str}
+    again = read(tmp_path, yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+    assert again == config and again.name == text
+
+
+def test_a_key_is_text_and_stands_once_whatever_its_form(tmp_path):
+    config = read(tmp_path, "quan: {excepts: {0: {weight: {bit: 8}}, 1.10: , on: , null: , 012: }}",
+                  'quan.excepts."0".weight.bit=4', "quan.excepts.012.act.bit=3")
+    assert list(config.quan.excepts) == ["0", "1.10", "on", "null", "012"]
+    assert config.quan.excepts["0"].weight.bit == 4 and config.quan.excepts["012"].act.bit == 3
+    with pytest.raises(UserError, match="the key '0' stands twice"):
+        read(tmp_path, "quan: {excepts: {0: , '0': }}")
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("10", 10), ("010", 10), ("07", 7), ("08", 8), ("0010", 10), ("+5", 5), ("1_000", 1000), ("0x10", None), ("0b11", None),
+    ("0o10", None), ("1:30", None), ("1:30:00", None), ("1e1", None), ("1.0", None), ("'10'", None), ("_1", None),
+    ("on", None)])
+def test_a_whole_number_is_decimal(tmp_path, text, number):
+    for read_it in (lambda: read(tmp_path, f"epochs: {text}").epochs,
+                    lambda: read(tmp_path, "name: run", f"epochs={text}").epochs,
+                    lambda: read(tmp_path, f"weight_bits: [{text}]").weight_bits[0]):
+        if number is None:
+            with pytest.raises(UserError, match=f"a whole number, found .*{re.escape(text)}"):
+                read_it()
+        else:
+            assert read_it() == number and type(read_it()) is int
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("0.5", 0.5), ("1e-2", 0.01), ("1E-2", 0.01), ("1.e-2", 0.01), (".5", 0.5), ("01", 1), ("010", 10), ("08", 8),
+    ("'1e-2'", 0.01), ("1:30", None), ("1:30.5", None), ("0x10", None), ("0o10", None), (".inf", None), ("on", None)])
+def test_a_number_is_decimal(tmp_path, text, number):
+    if number is None:
+        with pytest.raises(UserError, match="lr: expected a number, found"):
+            read(tmp_path, f"lr: {text}")
+    else:
+        lr = read(tmp_path, f"lr: {text}").lr
+        assert lr == number and type(lr) is float
+
+
+def test_the_files_that_are_here_say_what_they_said_to_yaml_1_1():
+    def same(one, other):
+        if isinstance(one, dict):
+            assert [str(key) for key in one] == list(other)
+            return all(same(value, other[str(key)]) for key, value in one.items())
+        if isinstance(one, list):
+            return len(one) == len(other) and all(map(same, one, other))
+        value = plain(other)
+        return type(one) is type(value) and one == value or one == str(other) and float(one) == value  # 1e-2 was text
+
+    shipped = {path: path.read_bytes() for path in ROOT.rglob("*.yaml") if "results" not in path.parts}
+    assert len(shipped) > 40
+    for path, data in {**shipped, "LIMPQ": LIMPQ_STYLE.encode()}.items():
+        assert same(yaml.safe_load(data), decode_yaml(data, path)), path
+
+
+def test_nothing_but_plain_values_comes_out(tmp_path):
+    text = ("gpu: [0, on, {a: 1.0}]\npre_trained: 1.10\n"
+            "quan: {act: {all_positive: on}, excepts: {0: {act: {all_positive: no}}}}")
+    config = to_plain(read(tmp_path, text))
+    assert config["gpu"] == [0, True, {"a": 1.0}] and config["pre_trained"] == "1.10"
+    assert config["quan"]["act"]["all_positive"] is True and config["quan"]["excepts"]["0"]["act"]["all_positive"] is False
+    assert "Scalar" not in repr(pickle.dumps(config))
+    assert try_convert(bool | str, Scalar("off", False), "", None) == (True, False)
+
+
 def test_later_files_and_overrides_win_key_by_key(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("epochs: 3\ndataloader: {batch_size: 8, workers: 0}\n")
@@ -82,8 +162,8 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path):
     ("dataloader: {batch_sise: 4}", "dataloader.batch_sise: unknown key; did you mean 'batch_size'?"),
     ("epochs: many", "epochs: expected a whole number, found 'many'"),
     ("epochs: 0", "epochs: found 0, allowed is at least 1"),
-    ("epochs: true", "epochs: expected a whole number, found True"),
-    ("lr: .nan", "lr: expected a number, found nan"),
+    ("epochs: true", "epochs: expected a whole number, found true"),
+    ("lr: .nan", "lr: expected a number, found .nan"),
     ("eval: 'yes please'", "eval: expected true or false"),
     ("opt: sdg", "opt: expected one of sgd, momentum, adam, adamw, found 'sdg'; did you mean 'sgd'?"),
     ("dataloader: 5", "dataloader: expected a section, found 5"),
@@ -141,8 +221,9 @@ def test_aliases_that_multiply_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("value", [
-    "!!int ''", "!!float x", "!!bool x", "!!timestamp x", "0001-01-01T00:00:00+23:59", "2001-01-01", "!!set {a}",
-    "!!binary eA==", "0x" + "f" * 9999, "9" * 400, "[" * 3000, "{a: " * 60, "{0x" + "f" * 9999 + ": 1}"])
+    "!!int ''", "!!float x", "!!bool x", "!!timestamp 2001-01-01", "!!set {a}",
+    "!!binary eA==", "!!int 0x10", "!!int 1:30", "!!float 1:30", "9" * 400,
+    "[" * 3000, "{a: " * 60, "{0x" + "f" * 9999 + ": 1}"])
 def test_a_value_that_is_not_plain_is_refused_wherever_it_stands(tmp_path, value):
     with pytest.raises(UserError, match="config.yaml: (line 1 )?not valid YAML"):
         read(tmp_path, f"gpu: {value}")  # the one key that takes any value
@@ -187,6 +268,25 @@ JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3))
 
 
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbfname: one\r\nepochs: 3\r\n", "name: one\nepochs: 3".encode("utf-8-sig")])
+def test_a_byte_order_mark_and_the_ends_of_windows_lines_are_no_part_of_it(tmp_path, data):
+    (tmp_path / "config.yaml").write_bytes(data)
+    config = load_config(IndicatorsConfig, [tmp_path / "config.yaml"])
+    assert (config.name, config.epochs) == ("one", 3)
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ("name: é".encode("utf-16"), "the file is UTF-16 text; save it as UTF-8"),
+    ("name: é".encode("utf-16-be"), "cannot read the file"),
+    ("a: 1\nname: é\n".encode("latin-1"), "line 2 is not UTF-8 text"),
+    (b"name: a\0b", "not text"),
+])
+def test_other_encodings_are_named(tmp_path, data, message):
+    (tmp_path / "config.yaml").write_bytes(data)
+    with pytest.raises(UserError, match=f"config.yaml: .*{message}"):
+        load_config(IndicatorsConfig, [tmp_path / "config.yaml"])
+
+
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(st.dictionaries(st.sampled_from(sorted(IndicatorsConfig.__dataclass_fields__)), JUNK, max_size=6))
 def test_junk_values_give_a_config_or_a_user_error(tmp_path_factory, values):
@@ -219,8 +319,6 @@ def test_bounds_hold_inside_and_outside():
     @dataclasses.dataclass(frozen=True)
     class Section:
         share: float = bounded(0.5, above=0, high=1)
-
-    from util.config import Origin
 
     assert build(Section, {"share": 1}, "", Origin("f", {})).share == 1
     for value in (0, 1.01, -3):

@@ -112,6 +112,14 @@ def test_a_policy_edited_by_hand_says_how_it_is_taken_all_the_same(tmp_path):
     assert read_policy(str(path)) == {**POLICY, "weight_bits": [4, 3]}
 
 
+def test_layers_of_a_policy_are_named_as_they_are_written(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("\ufefflayer_name: [0, 1.10, on, 012]\nweight_bits: [04, 08, 2, 3]\nact_bits: [4, 4, 4, 4]\n")
+    policy = read_policy(path)
+    assert policy["layer_name"] == ["0", "1.10", "on", "012"] and policy["weight_bits"] == [4, 8, 2, 3]
+    assert {type(bit) for bit in policy["weight_bits"] + policy["act_bits"]} == {int}
+
+
 def test_a_policy_comes_back_as_written_with_its_lists_on_one_line_each(tmp_path):
     path = tmp_path / "p.yaml"
     write_policy(str(path), {**POLICY, "weight_bits": [4] * 60, "act_bits": [2] * 60,

@@ -2,8 +2,12 @@
 
 A schema is a frozen dataclass. Its fields say what exists, of which type, with which default; `bounded` and
 `Literal` say which values are allowed. A blank value in the YAML means the default.
+
+Text is what stands in the file: `name: 1.10` is "1.10" and `name: on` is "on". Numbers are decimal, with leading zeros or
+without: 010 is ten. YAML 1.1 would make eight of it, and ninety of 1:30; such numbers are refused, and so are 0x10 and 0o10.
 """
 
+import codecs
 import dataclasses
 import itertools
 import math
@@ -27,6 +31,13 @@ MAX_LEVELS = 50
 MAX_NAME = 150
 AUTO = "auto"
 KEY_WORDS = re.compile(r'"[^"]*"|[^."]+')
+BLANK = re.compile(r"(~|null|Null|NULL|)\Z")
+TRUTH = re.compile(r"(true|True|TRUE|yes|Yes|YES|on|On|ON|false|False|FALSE|no|No|NO|off|Off|OFF)\Z")
+TRUE = ("true", "yes", "on")
+WHOLE_NUMBER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
+NUMBER = re.compile(r"([-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
+                    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
+MERGE = re.compile(r"<<\Z")
 
 
 def bounded(default, low=None, high=None, above=None, below=None):
@@ -205,7 +216,7 @@ def load_config(schema, paths, overrides=()):
     """
     merged, origin = {}, {}
     for path in paths:
-        merge(merged, read_yaml(path), origin, path)
+        merge(merged, decode_yaml(read_bytes(path), path), origin, path)
     for override in overrides:
         key, equals, value = override.partition("=")
         words = [word.strip('"') for word in KEY_WORDS.findall(key)]
@@ -216,8 +227,8 @@ def load_config(schema, paths, overrides=()):
 
 
 def read_yaml(path):
-    """Read a YAML file that holds a mapping."""
-    return decode_yaml(read_bytes(path), path)
+    """Read a YAML file that holds a mapping, as plain values."""
+    return plain(decode_yaml(read_bytes(path), path))
 
 
 def read_bytes(path, limit=MAX_YAML_FILE, what="the file"):
@@ -232,13 +243,23 @@ def read_bytes(path, limit=MAX_YAML_FILE, what="the file"):
     return data
 
 
-def decode_yaml(data, path):
-    """The mapping in the bytes of a YAML file."""
+def decode_text(data, path):
+    """The text in the bytes of a file: UTF-8, with a byte-order mark or without."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: the file is UTF-16 text; save it as UTF-8")
     try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: cannot read the file (not text)") from None
-    content = parse_yaml(text, path)
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: cannot read the file (line {line} is not UTF-8 text); save it as UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"{path}: cannot read the file (not text)")
+    return text
+
+
+def decode_yaml(data, path):
+    """The mapping in the bytes of a YAML file, its numbers and truth values as Scalars."""
+    content = parse_yaml(decode_text(data, path), path)
     if content is None:
         raise UserError(f"{path}: the file is empty")
     if not isinstance(content, dict):
@@ -246,8 +267,35 @@ def decode_yaml(data, path):
     return content
 
 
+@dataclass(frozen=True)
+class Scalar:
+    """What stands in a YAML file without quotes and is a number, or true or false, unless text is wanted there."""
+
+    text: str
+    value: bool | int | float
+
+    def __repr__(self):
+        return self.text
+
+
+def plain(value):
+    """A copy of what a YAML file says in which each Scalar is its value."""
+    if isinstance(value, dict):
+        return {key: plain(element) for key, element in value.items()}
+    if isinstance(value, list):
+        return [plain(element) for element in value]
+    return value.value if isinstance(value, Scalar) else value
+
+
+def written(value):
+    """A value of a YAML file as text, as it stands there; None where it is a list or a section."""
+    return value.text if isinstance(value, Scalar) else value if isinstance(value, str) else None
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and a flood of aliases."""
+    """Safe YAML that refuses repeated keys and a flood of aliases. Its keys are text, its numbers decimal."""
+
+    yaml_implicit_resolvers = {}
 
     def __init__(self, stream):
         super().__init__(stream)
@@ -261,13 +309,32 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):  # a tag over something else
+            return super().construct_mapping(node, deep)
         keys = set()
         for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a list or a section where a key should be (line {key_node.start_mark.line + 1})")
+            if key_node.tag != "tag:yaml.org,2002:merge":
                 if key_node.value in keys:
                     raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
                 keys.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        self.flatten_mapping(node)
+        return {key_node.value: self.construct_object(value_node, deep) for key_node, value_node in node.value}
+
+    def construct_truth(self, node):
+        text = self.construct_scalar(node)
+        if not TRUTH.match(text):
+            raise ValueError(f"{text!r} is neither true nor false")
+        return Scalar(text, text.lower() in TRUE)
+
+    def construct_number(self, node):
+        text = self.construct_scalar(node)
+        if WHOLE_NUMBER.match(text):
+            return Scalar(text, int(text))
+        if NUMBER.match(text) and node.tag.endswith(":float"):
+            return Scalar(text, float(text.lower().replace(".inf", "inf").replace(".nan", "nan")))
+        raise ValueError(f"{text!r} is no decimal number")
 
     def fetch_flow_collection_start(self, token):
         if self.flow_level >= MAX_LEVELS:  # the scanner looks at every level again with each token
@@ -280,6 +347,13 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"more than {MAX_VALUES} values")
 
 
+for _tag, _pattern in (("null", BLANK), ("bool", TRUTH), ("int", WHOLE_NUMBER), ("float", NUMBER), ("merge", MERGE)):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, None)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_truth)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
 def parse_yaml(text, where):
     try:
         return unshared(yaml.load(text, Loader=_Loader), itertools.count())
@@ -290,7 +364,7 @@ def parse_yaml(text, where):
 
 
 def unshared(value, count):
-    """A copy of plain values in which every alias has become a value of its own; `count` numbers the values.
+    """A copy of plain values, and Scalars, in which every alias has become a value of its own; `count` numbers the values.
 
     Raises:
         ValueError: on too many of them, on a number too large for a float, and on what is not plain.
@@ -301,9 +375,10 @@ def unshared(value, count):
         return {unshared(key, count): unshared(element, count) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(unshared(element, count) for element in value)
-    if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
-        raise ValueError(f"a number of {value.bit_length()} bits")
-    if value is not None and not isinstance(value, (str, int, float)):
+    number = value.value if isinstance(value, Scalar) else value
+    if isinstance(number, int) and number.bit_length() > MAX_NUMBER_BITS:
+        raise ValueError(f"a number of {number.bit_length()} bits")
+    if number is not None and not isinstance(number, (str, int, float)):
         raise ValueError(f"a {type(value).__name__} where only numbers and text are read; put text in quotes")
     return value
 
@@ -373,8 +448,10 @@ def convert(hint, value, dotted, where, item=None):
 def try_convert(hint, value, dotted, where):
     """Return (True, converted) where `value` fits `hint`, else (False, None)."""
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, Scalar) and kind not in (typing.Union, types.UnionType):
+        value = value.text if hint is str or kind is Literal else value.value
     if hint is typing.Any:
-        return True, value
+        return True, plain(value)
     if hint is type(None):
         return value is None, None
     if kind in (typing.Union, types.UnionType):
@@ -405,7 +482,7 @@ def is_text(value):
 
 
 def to_float(value):
-    """YAML 1.1 reads 1e-3 as text; accept it, and refuse what is not finite."""
+    """A number, also one in quotes; refuse what is not finite."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
     except (ValueError, OverflowError):

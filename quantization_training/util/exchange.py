@@ -12,7 +12,7 @@ import re
 
 import yaml
 
-from util.config import decode_yaml, describe, read_bytes, unshared
+from util.config import decode_yaml, describe, plain, read_bytes, unshared, written
 from util.errors import UserError, reason
 
 MAX_INDICATOR_FILE = 64 * 2**20
@@ -173,13 +173,14 @@ def read_policy(path):
     as_it_is = "to take it as it is, remove its last line and the entry format"
     if has_checksum and data[start:] != b"# " + checksum(data[:start]) + b"\n":
         raise UserError(f"{path}: edited by hand, or damaged (its checksum does not fit); {as_it_is}")
-    policy = decode_yaml(data, path)
+    content = decode_yaml(data, path)
+    policy = plain(content)
     if needs_checksum(path, policy) and not has_checksum:
         raise UserError(f"{path}: edited by hand, or damaged (its checksum is missing); {as_it_is}")
     for key in ("layer_name", "weight_bits", "act_bits"):
         if not isinstance(policy.get(key), list) or not policy[key]:
             raise UserError(f"{path}: {key}: not a policy file (expected a list under this key)")
-    names = policy["layer_name"] = [strip_prefix(str(name)) for name in policy["layer_name"]]
+    names = policy["layer_name"] = [strip_prefix(written(name) or describe(name)) for name in content["layer_name"]]
     if len(set(names)) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
     for key in ("weight_bits", "act_bits"):

@@ -1,5 +1,6 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
+# make networks: what works, of torchvision's and timm's networks and odd ones, in hours; `FLAGS=--resume` goes on
 # make bench: times of training and of the search     make sync: copy what the stages share     make clean: remove all results
 # make experiments: does the method work, on Fashion-MNIST, in hours       make experiments-quick: a small version in minutes
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
@@ -13,7 +14,7 @@ STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
-.PHONY: demo demo-pruned experiments experiments-quick test soak lint bench sync clean environment
+.PHONY: demo demo-pruned experiments experiments-quick test soak networks lint bench sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -54,6 +55,11 @@ soak: $(READY)
 	for folder in $(STAGES); do \
 		echo "== 20,000 changed inputs: the share of $$folder"; \
 		(cd $$folder && LIMPQP_FUZZ=20000 $(RUN) -m pytest -q tests/test_fuzz.py); done
+
+# Without timm, the rest is tried.
+networks: $(READY)
+	-$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-networks.txt
+	$(RUN) tests/networks.py $(FLAGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

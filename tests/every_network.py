@@ -1,16 +1,22 @@
-"""One stage for every network, in one process: python every_network.py STAGE PLACE (see test_networks.py)."""
+"""Stages for every network, in one process: python every_network.py STAGE[,STAGE] PLACE (see test_networks.py, networks.py).
+
+PLACE holds images/ and networks.json, a list of [name, arch, input size] and, where it is not false, quan.act.all_positive.
+"""
 
 import json
+import os
 import sys
 from pathlib import Path
 
-SIGNED = """
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"pretraining": "indicators_pretraining", "search": "quantization_search", "training": "quantization_training"}
+SETTINGS = """
 output_dir: {place}/{stage}
 arch: {arch}
 target_bits: [4, 2]
 dataloader: {{dataset: folder, path: {place}/images, input_size: {size}, batch_size: 4, workers: 0}}
 wandb: {{mode: disabled}}
-quan: {{act: {{all_positive: false}}, excepts: auto}}
+quan: {{act: {{all_positive: {positive}}}, excepts: auto}}
 epochs: 1
 lr: 0.0001
 momentum: 0
@@ -21,9 +27,23 @@ init_from: {place}/pretraining/{name}/{name}_checkpoint.pth.tar
 """
 
 
-def configuration(place, stage, name, arch, size):
+def write_images(folder):
+    """Eight training and four test images of two classes, drawn at random."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 2)):
+        for kind in ("dark", "light"):
+            (folder / part / kind).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8) + 127 * (kind == "light")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / kind / f"{number}.png")
+
+
+def configuration(place, stage, name, arch, size, positive="false"):
     """The path of a configuration file; stage 1 knows fewer keys."""
-    lines = SIGNED.format(place=place, stage=stage, name=name, arch=arch, size=size).splitlines()
+    lines = SETTINGS.format(**locals()).splitlines()
     keys = ("calibration", "policy", "init_from") if stage == "pretraining" else ()
     path = place / f"{stage}_{name}.config"
     path.write_text("\n".join(line for line in [f"name: {name}", *lines] if not line.startswith(keys or "?")))
@@ -39,7 +59,7 @@ def pretraining(place, *network):
     importance_extractor.main([f"{place}/pretraining/{name}/{name}_checkpoint.pth.tar", "--output", f"{place}/{name}.pkl"])
 
 
-def search(place, name, arch, size):
+def search(place, name, arch, *_):
     import search
 
     search.main(["--model", arch, "--i", f"{place}/{name}.pkl", "--b", "4", "2", "--wb", "3", "--ab", "3", "--cr", "0",
@@ -53,9 +73,81 @@ def training(place, *network):
     main.main([configuration(place, "training", *network), "eval=true", "init_from="])
 
 
-if __name__ == "__main__":
+def packing(place, name, arch, size, *_):
+    """Writes packed models, compares them with the checkpoint, and leaves in NAME.json what is to be said of the network."""
+    import torch
+
+    import export
+    from packed_network import load_any, rebuild
+
+    own = arch if ".py:" in arch else None
+    files = {"checkpoint": f"{place}/training/{name}/{name}_checkpoint.pth.tar"}
+    for kind, options in (("packed", []), ("folded", ["--fold-bn"])):
+        files[kind] = f"{place}/{name}_{kind}.safetensors"
+        export.main([files["checkpoint"], "--output", files[kind], *options, *(["--arch", own] if own else [])])
+    images, networks = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1)), {}
+    for kind, path in files.items():
+        content = load_any(path)
+        networks[kind] = rebuild(content, path, own)
+    graph, folds = networks["checkpoint"].graph, content["packed"].header["folded"]
+    with torch.no_grad():
+        layers = change_by_folding(networks["checkpoint"].model, networks["folded"].model, folds, images)
+        right, packed, folded = (network.model(images) for network in networks.values())
+    counted, left = sum(call.params for call in graph.layers.values()), sum(graph.uncounted.values())
+    products, macs = (sum(graph.products.values()), sum(call.macs_exact for call in graph.layers.values()))
+    (place / f"{name}.json").write_text(json.dumps({
+        "is_equal": torch.equal(right, packed), "folded": len(folds), "layer_change": layers,
+        "logit_change": change(right, folded), "layers": len(graph.layers), "weights": counted + left,
+        "left_share": left / (counted + left), "left": list(graph.uncounted), "products_share": products / (products + macs)}))
+
+
+def change(before, after, scale=0.0):
+    """The largest difference, of the largest value or of `scale` where that is larger."""
+    return ((before - after).abs().max() / before.abs().max().clamp(min=max(scale, 1e-30))).item()
+
+
+def change_by_folding(model, folded, folds, images):
+    """The largest change of what a folded BatchNorm answers, each seen alone: its convolution gets the input that it has in
+    the network without folding, where no error of an earlier layer moves a value across the border of two integers. What a
+    BatchNorm takes away, its mean times its gain, may be far larger than what it answers; the error is one of that."""
+    inputs, changes = {}, [0.0]
+
+    def before(convolution):
+        return lambda module, values: inputs.update({convolution: values[0].clone()})
+
+    def after(convolution):
+        def hook(batchnorm, values, output):
+            gain = (batchnorm.running_var + batchnorm.eps).rsqrt() * (1 if batchnorm.weight is None else batchnorm.weight)
+            again = folded.get_submodule(convolution)(inputs[convolution])
+            changes.append(change(output, again, (batchnorm.running_mean * gain).abs().max().item()))
+        return hook
+
+    for batchnorm, convolution in folds.items():
+        model.get_submodule(convolution).register_forward_pre_hook(before(convolution))
+        model.get_submodule(batchnorm).register_forward_hook(after(convolution))
+    model(images)
+    return max(changes)
+
+
+def main(stages, place):
+    """Run stages, separated by commas, in the folder of the first of them."""
     sys.path.insert(0, str(Path.cwd()))
-    stage, place = sys.argv[1], Path(sys.argv[2])
+    from util.errors import user_errors_on_one_line
+
     for network in json.loads((place / "networks.json").read_text()):
         print(f"== {network[0]}", flush=True)
-        globals()[stage](place, *network)
+        with user_errors_on_one_line():
+            for stage in stages.split(","):
+                globals()[stage](place, *network)
+
+
+def child(stages, place):
+    """The same in a process that was forked for it: what it prints goes to PLACE/stdout and PLACE/stderr."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(ROOT / STAGES[stages.split(",")[0]])
+    main(stages, place)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

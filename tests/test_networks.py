@@ -10,15 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from every_network import STAGES, write_images
 
 pytestmark = pytest.mark.xdist_group("networks")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"pretraining": "indicators_pretraining", "search": "quantization_search", "training": "quantization_training"}
 # name: (input size, searched layers, what is excepted)
 NETWORKS = {"resnet18": (32, 19, ["conv1", "fc"]), "resnet20": (16, 18, ["conv1", "fc"]),
             "resnet50": (32, 52, ["conv1", "fc"]), "mobilenetv1": (32, 26, ["stem.0", "fc"]),
@@ -27,17 +25,6 @@ NETWORKS = {"resnet18": (32, 19, ["conv1", "fc"]), "resnet20": (16, 18, ["conv1"
             "convnext_tiny": (32, 57, ["features.0.0", "classifier.2"]),
             "vit_tiny_patch16_224": (32, 48, ["conv_proj", "heads.head"]),
             "vit_tiny_patch4_32": (8, 24, ["conv_proj", "heads.head"]), "swin_t": (32, 51, ["features.0.0", "head"])}
-
-
-def write_images(folder):
-    """Eight training and four test images of two classes, drawn at random."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 4), ("val", 2)):
-        for kind in ("dark", "light"):
-            (folder / part / kind).mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 128, (32, 32, 3), dtype=np.uint8) + 127 * (kind == "light")
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / kind / f"{number}.png")
 
 
 @pytest.fixture(scope="module")

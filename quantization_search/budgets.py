@@ -5,7 +5,7 @@ import fnmatch
 
 import ilp
 from options import exact
-from util.config import describe
+from util.config import decode_text, describe, read_bytes
 from util.errors import UserError, nearest
 
 LATENCY_COLUMNS = ["layer", "weight_bits", "act_bits", "ms"]
@@ -169,13 +169,13 @@ def find_times(path, network, pairs, allowed):
 
 def read_latency(path, network):
     """{(layer, weight bits, activation bits): ms as a Fraction} from a CSV file with a header."""
+    text = decode_text(read_bytes(path, LARGEST_TABLE, "the table"), path)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file.read(LARGEST_TABLE).splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot read the table ({getattr(error, 'strerror', None) or 'not text'})") from None
+        lines = list(csv.reader(text.splitlines()))
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot read the table ({error})") from None
     if not lines or [word.strip() for word in lines[0]] != LATENCY_COLUMNS:
-        raise UserError(f"{path}: line 1: expected the header {','.join(LATENCY_COLUMNS)}, found "
+        raise UserError(f"{path}: line 1: expected the header {','.join(LATENCY_COLUMNS)}, separated by commas, found "
                         f"{describe(','.join(lines[0]) if lines else '')}")
     table = {}
     for number, words in enumerate(lines[1:], 2):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schema import IndicatorsConfig
+from util.command import split_configuration
 from util.config import Origin, Scalar, bounded, build, decode_yaml, differing_keys, load_config, plain, to_plain, try_convert
 from util.errors import UserError
 
@@ -257,6 +258,19 @@ def test_a_wrong_override_is_named(tmp_path, override):
     with pytest.raises(UserError) as error:
         read(tmp_path, "epochs: 2", override)
     assert "\n" not in str(error.value)
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ["lr=0.1.yaml", "runs=all/lr=0.1/config.yaml", "runs=all/lr=0.1/plain"]
+    for file in files:
+        pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(file).write_text("epochs: 1")
+    keys = ["policy=../x.yaml", "name=lr=0.1.yaml", 'quan.excepts."a/b".weight.bit=4', "output_dir=out=put/x.yml",
+            "lr=0.2.yaml", "out/x=3"]
+    missing = ["runs/lr=0.1/nowhere.yaml", str(tmp_path / "a=b.yml")]
+    assert split_configuration([*files, *keys, *missing]) == ([*files, *missing], keys)
+    assert load_config(IndicatorsConfig, files[:1], ["lr=1"]).epochs == 1
 
 
 def test_a_missing_file_is_named():

@@ -99,6 +99,19 @@ def test_initial_weight_steps(channels):
         assert quantizer.init_state.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("init", ["lsq", "three_sigma"])
+@pytest.mark.parametrize("kept", [None, True])
+@pytest.mark.parametrize("shape", [(3, 1, 1, 1), (3, 1), (1, 1, 1, 1)])
+def test_one_weight_deviates_by_nothing(init, kept, shape):
+    weight = torch.tensor([-0.5, 0.25, 2.0])[:shape[0]].reshape(shape)
+    for channels in {None, shape[0]} if shape[0] == 1 else {shape[0]}:
+        quantizer = LsqQuan([4, 2], signed=True, channels=channels, init=init)
+        quantizer.init_from_weight(weight, kept and torch.ones(shape, dtype=torch.bool))
+        factors = {"lsq": (2 / math.sqrt(7), 2), "three_sigma": (1 / 8, 1 / 2)}[init]
+        wanted = torch.stack([weight.abs().flatten() * factor for factor in factors])
+        torch.testing.assert_close(quantizer.s.detach(), wanted[:, 0] if channels is None else wanted)
+
+
 def test_activation_step_starts_at_one_and_takes_its_value_from_the_first_training_batch_only():
     quantizer = LsqQuan([4, 2], signed=False)
     first, second = torch.rand(8, 3, generator=torch.Generator().manual_seed(0)), torch.full((8, 3), 9.0)

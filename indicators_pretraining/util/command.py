@@ -1,8 +1,13 @@
 """The command line that every main.py has: configuration files, then single keys."""
 
 import argparse
+import os
+import re
 
 from util.errors import UserError
+
+KEY = re.compile(r"""("[^"]*"|[^"=/\\])+=""")  # how `dotted.key=value` begins
+YAML_ENDINGS = (".yaml", ".yml")
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,11 +27,20 @@ def add_configuration(parser):
 
 
 def split_configuration(words):
-    """(paths of YAML files, "key=value" strings) of what add_configuration took."""
-    configs = [word for word in words if "=" not in word]
+    """(paths of YAML files, "key=value" strings) of what add_configuration took.
+
+    A path may hold "=": a word is one where there is such a file, or where it ends in .yaml and what stands before the "="
+    can be no key, as in runs/lr=0.1/config.yaml.
+    """
+    configs = [word for word in words if is_path(word)]
     if not configs:
         raise UserError("a configuration file is needed, such as config_resnet50.yaml (see --help)")
-    return configs, [word for word in words if "=" in word]
+    return configs, [word for word in words if not is_path(word)]
+
+
+def is_path(word):
+    """Whether a word of the command line is a file instead of a `dotted.key=value`."""
+    return "=" not in word or os.path.isfile(word) or (word.endswith(YAML_ENDINGS) and not KEY.match(word))
 
 
 def parse_training_arguments(description, arguments=None):

@@ -96,6 +96,18 @@ def test_latency(capsys, path, tmp_path):
     assert searched(out) == [[2] * 4, [2] * 4] and "2.800000 of 2.800000 ms" in out
 
 
+def test_a_latency_table_as_spreadsheets_write_it(capsys, path, tmp_path):
+    plain = pathlib.Path(table(tmp_path / "plain.csv"))
+    times = tmp_path / "times.csv"
+    times.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
+    assert found(capsys, "--i", path, "--latency", str(times), "--latency-budget", "3.6") \
+        == found(capsys, "--i", path, "--latency", str(plain), "--latency-budget", "3.6")
+    for data, expected in ((plain.read_text().encode("utf-16"), "UTF-16 text; save it as UTF-8"), (b"layer\xff", "line 1 is")):
+        times.write_bytes(data)
+        line = refused(capsys, search.main, ["--i", path, "--latency", str(times), "--latency-budget", "3"])
+        assert str(times) in line and expected in line
+
+
 def test_a_latency_table_needs_only_the_pairs_that_may_be_taken(capsys, path, tmp_path):
     unequal = {(name, w, a) for name in LAYERS for w in (4, 3, 2) for a in (4, 3, 2) if w != a}
     times = table(tmp_path / "times.csv", leave_out=unequal)
@@ -107,6 +119,7 @@ def test_a_latency_table_needs_only_the_pairs_that_may_be_taken(capsys, path, tm
 @pytest.mark.parametrize(("text", "expected"), [
     ("", "line 1: expected the header"),
     ("layer,w,a,ms\n", "line 1: expected the header"),
+    ("layer;weight_bits;act_bits;ms\n", "line 1: expected the header layer,weight_bits,act_bits,ms, separated by commas"),
     ("layer,weight_bits,act_bits,ms\nblock.conv1,4,4\n", "line 2: expected a layer"),
     ("layer,weight_bits,act_bits,ms\nblock.conv1,4,4,fast\n", "line 2: ms: found 'fast'"),
     ("layer,weight_bits,act_bits,ms\nblock.conv1,4,4,nan\n", "line 2: ms: found nan"),

@@ -106,7 +106,8 @@ def at_place(tensor, place):
 def _statistics(values, kept):
     """Mean, mean of the absolute values, and unbiased standard deviation of each row; `kept` says which values count."""
     if kept is None:
-        return values.mean(1), values.abs().mean(1), values.std(1)
+        # One value deviates by nothing, of which the unbiased estimate knows nothing.
+        return values.mean(1), values.abs().mean(1), values.std(1) if values.shape[1] > 1 else torch.zeros_like(values[:, 0])
     count = kept.sum(1)
     mean = (values * kept).sum(1) / count.clamp(min=1)
     deviation = ((values - mean[:, None]).square() * kept).sum(1) / (count - 1).clamp(min=1)

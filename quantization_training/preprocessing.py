@@ -8,8 +8,7 @@ import torchvision
 from torchvision import transforms
 
 from util.data_loader import RESIZE_RATIO, normalise
-from util.datasets import FACTS, FASHION_PADDING, grey_mean_and_std, read_digits
-from util.errors import UserError, reason
+from util.datasets import FACTS, FASHION_PADDING, grey_mean_and_std, read_digits, read_rgb
 
 GREY = ("digits", "fashion_mnist")
 CLASS_NAMES = {
@@ -50,12 +49,9 @@ def read_image(path, preprocessing, size):
     An image that has the size already, with or without its padding, is not resized.
 
     Raises:
-        UserError: naming a file that cannot be read.
+        UserError: naming a file that cannot be read, as util.datasets.read_rgb does.
     """
-    try:
-        image = torchvision.datasets.folder.default_loader(path)
-    except Exception as error:  # Pillow raises many types on damaged files
-        raise UserError(f"{path}: cannot read the image ({reason(error)})") from None
+    image = read_rgb(path)
     if preprocessing["grey"]:
         image = image.convert("L")
     padding = preprocessing["padding"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import struct
 import subprocess
 import time
+import zlib
 from dataclasses import replace
 from fractions import Fraction
 
@@ -493,6 +495,127 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path, workers):
     with pytest.raises(UserError) as error:
         read(data.train)
     assert str(tmp_path / "train" / "bee" / "good.png") in str(error.value) and "\n" not in str(error.value)
+
+
+def stored(tmp_path, name, image, **options):
+    """The pixels [height, width, 3] of an image that was saved and read."""
+    image.save(tmp_path / name, **options)
+    read = datasets.read_rgb(tmp_path / name)
+    assert read.mode == "RGB"
+    return np.asarray(read)
+
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+COLOURS = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+def test_grey_values_of_16_bits_are_scaled_to_8(tmp_path, name):
+    for values, wanted in ((GREY.astype(np.uint16) * 257, GREY),
+                           (np.array([[0, 128, 129, 65407, 65406, 32896]], np.uint16), [[0, 0, 1, 255, 254, 128]])):
+        assert (stored(tmp_path, name, Image.fromarray(values)) == np.asarray(wanted)[..., None]).all()
+
+
+def test_other_depths_have_their_own_largest_value(tmp_path):
+    (tmp_path / "12.pgm").write_bytes(b"P5 2 1 4095\n" + struct.pack(">2H", 4095, 2048))
+    assert np.asarray(datasets.read_rgb(tmp_path / "12.pgm"))[..., 0].tolist() == [[255, 128]]
+    for bits, photometric, data, wanted in ((12, 1, b"\xff\xf8\x00", [255, 128]), (16, 1, b"\xff\xff\x00\x80", [255, 128]),
+                                            (16, 0, b"\xff\xff\x00\x80", [0, 127])):
+        entries = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1),
+                   (279, len(data))]
+        tags = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+        start = 8 + len(data) + len(data) % 2
+        (tmp_path / "x.tif").write_bytes(b"II*\0" + struct.pack("<I", start) + data.ljust(start - 8, b"\0")
+                                         + struct.pack("<H", len(entries)) + tags + bytes(4))
+        assert np.asarray(datasets.read_rgb(tmp_path / "x.tif"))[0, :, 0].tolist() == wanted
+
+
+def test_colours_of_16_bits_are_those_of_8(tmp_path):
+    height, width = COLOURS.shape[:2]
+    rows = b"".join(b"\0" + (row.astype(">u2") * 257).astype(">u2").tobytes() for row in COLOURS)
+    chunks = [(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks))
+    assert (np.asarray(datasets.read_rgb(tmp_path / "x.png")) == COLOURS).all()
+
+
+def test_ordinary_images_are_what_torchvision_reads(tmp_path):
+    image = Image.fromarray(COLOURS)
+    for name, kind in (("x.jpg", image), ("x.png", image), ("x.webp", image), ("x.bmp", image), ("x.ppm", image),
+                       ("l.jpg", image.convert("L")), ("1.png", image.convert("1")), ("p.png", image.quantize(16)),
+                       ("c.jpg", image.convert("CMYK"))):
+        pixels = stored(tmp_path, name, kind)
+        assert (pixels == np.asarray(torchvision.datasets.folder.default_loader(tmp_path / name))).all(), name
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.webp", "x.jpg"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_an_image_stands_upright_as_its_exif_says(tmp_path, name, orientation):
+    blocks = COLOURS[:3, :4].repeat(16, 0).repeat(16, 1)
+    # What has to be done to an upright image so that a viewer that follows the tag shows it upright.
+    turned = {2: blocks[:, ::-1], 3: blocks[::-1, ::-1], 4: blocks[::-1], 5: blocks.swapaxes(0, 1), 6: np.rot90(blocks),
+              7: np.rot90(blocks.swapaxes(0, 1), 2), 8: np.rot90(blocks, -1)}.get(orientation, blocks)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {"lossless": True} if name == "x.webp" else {"quality": 100, "subsampling": 0} if name == "x.jpg" else {}
+    pixels = stored(tmp_path, name, Image.fromarray(np.ascontiguousarray(turned)), exif=exif, **lossless)
+    assert pixels.shape == blocks.shape and np.abs(pixels.astype(int) - blocks).max() <= (4 if name == "x.jpg" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_are_passed_over(tmp_path):
+    pixels = stored(tmp_path, "x.jpg", Image.fromarray(COLOURS), exif=b"Exif\0\0II*\0\xff\xff\xff\0nonsense")
+    assert pixels.shape == COLOURS.shape
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    alpha = np.linspace(0, 255, COLOURS[..., 0].size).astype(np.uint8).reshape(COLOURS.shape[:2])
+    over = COLOURS * (alpha / 255)[..., None] + 255 * (1 - alpha / 255)[..., None]
+    rgba = Image.fromarray(np.dstack([COLOURS, alpha]))
+    assert np.abs(stored(tmp_path, "x.png", rgba) - over).max() <= 1
+    grey = Image.fromarray(np.dstack([COLOURS[..., 0], alpha]))
+    assert np.abs(stored(tmp_path, "la.png", grey) - over[..., :1]).max() <= 1
+    one = Image.fromarray(np.array([[[10, 20, 30], [40, 50, 60]]], np.uint8))
+    for name, image, transparent, wanted in (
+            ("rgb.png", one, (10, 20, 30), [[255, 255, 255], [40, 50, 60]]),
+            ("l.png", Image.fromarray(np.array([[10, 40]], np.uint8)), 40, [[10] * 3, [255] * 3]),
+            ("deep.png", Image.fromarray(np.array([[257, 514]], np.uint16)), 514, [[1] * 3, [255] * 3]),
+            ("p.png", one.quantize(2), 0, None), ("p.gif", one.quantize(2), 0, None)):
+        pixels = stored(tmp_path, name, image, transparency=transparent)
+        white = (pixels == 255).all(2).tolist()
+        assert (pixels == [wanted]).all() if wanted else white in ([[True, False]], [[False, True]]), name
+
+
+def test_other_colour_spaces_and_the_first_of_several_frames(tmp_path):
+    red = Image.new("RGB", (8, 8), (200, 30, 40))
+    lab = Image.new("LAB", (8, 8), (round(43.3 * 2.55), 128 + 63, 128 + 41))
+    assert np.abs(stored(tmp_path, "lab.tif", lab).astype(int) - [200, 30, 40]).max() <= 6
+    assert np.abs(stored(tmp_path, "ycc.tif", red.convert("YCbCr")).astype(int) - [200, 30, 40]).max() <= 3
+    blue = Image.new("RGB", (8, 8), (0, 0, 255))
+    for name in ("x.tif", "x.gif", "x.png", "x.webp"):
+        pixels = stored(tmp_path, name, red, save_all=True, append_images=[blue], lossless=True)
+        assert np.abs(pixels.astype(int) - [200, 30, 40]).max() <= 1, name
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("x.tif", np.array([[0, 2**31 - 1]], np.int32)), ("x.tif", np.array([[0.0, 0.5]], np.float32)),
+    ("x.pfm", np.array([[0.0, 0.5]], np.float32))])
+def test_pixels_without_a_defined_range_are_refused_by_name(tmp_path, name, values):
+    Image.fromarray(values).save(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: its pixels are .*, which have no defined range"):
+        datasets.read_rgb(tmp_path / name)
+
+
+def test_deep_images_give_the_batches_of_their_8_bit_versions(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, label, number in itertools.product(("train", "val"), range(2), range(4)):
+        pixels = rng.integers(0, 128, (30, 34), dtype=np.uint8) + np.uint8(128 * label)
+        for depth, values in ((8, pixels), (16, pixels.astype(np.uint16) * 257)):
+            path = tmp_path / str(depth) / part / str(label)
+            path.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(path / f"{number}.png")
+    plain, deep = (loaders(folder_config(tmp_path / depth)) for depth in ("8", "16"))
+    assert same(read(deep.train, 1), read(plain.train, 1)) and same(read(deep.test), read(plain.test))
 
 
 class Ahead:

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision import transforms
-from torchvision.datasets.folder import default_loader
 
-from util.datasets import FACTS, describe_data, read_dataset
-from util.errors import UserError, reason
+from util.datasets import FACTS, describe_data, read_dataset, read_rgb
+from util.errors import UserError
 from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, generator, stratified_split
 
 CROP_PADDING = 8  # an eighth of the image on each side: 4 pixels at 32 x 32
@@ -317,11 +316,7 @@ class FileBatches(torch.utils.data.Dataset):
         return torch.stack(images), torch.from_numpy(self.labels[indices])
 
     def read(self, epoch, index):
-        file = os.fsdecode(self.files[index])
-        try:
-            image = default_loader(file)
-        except Exception as error:  # Pillow raises many types on damaged files
-            raise UserError(f"{file}: cannot read the image ({reason(error)}); replace or remove the file") from None
+        image = read_rgb(os.fsdecode(self.files[index]))
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would reseed the accelerators too, which fork_rng does not put back here.
             torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 
 from util.errors import UserError, reason
 from util.sampling import Stream, stratified_split
@@ -29,6 +30,13 @@ FASHION_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
 FASHION_PADDING = 2  # 28 x 28 to 32 x 32
 IDX_UNSIGNED_BYTES = 8
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+BACKGROUND = "white"  # what shows through where an image is transparent
+ORIENTATION = 0x0112  # tag in EXIF
+TRANSPOSED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+              8: Image.Transpose.ROTATE_90}
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_MIN_IS_WHITE = 258, 262, 0
+DEEP_FORMATS = ("PNG", "PPM")  # whose deep grey pixels Pillow may give as whole numbers of 32 bits, from 0 to 65535
 
 
 @dataclass(frozen=True)
@@ -202,6 +210,71 @@ def find_classes(folder, part, dataset="folder"):
         raise UserError(f"dataloader.path: {folder} holds no class folders; {wanted}") from None
     except OSError as error:
         raise UserError(f"dataloader.path: cannot list {folder} ({reason(error)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image files.
+
+
+def read_rgb(path):
+    """An image file as an RGB image of Pillow with 8 bits per channel; of several frames, the first.
+
+    It stands upright as its EXIF says. Grey values of 16 bits are scaled to 8; what is transparent is laid over white.
+
+    Raises:
+        UserError: naming a file that cannot be read, or whose pixels have no defined range (32-bit whole numbers, floats).
+    """
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+            return _upright(_as_rgb(image), image)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # Pillow raises many types on damaged files
+        raise UserError(f"{path}: cannot read the image ({reason(error)}); replace or remove the file") from None
+
+
+def _as_rgb(image):
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in DEEP_FORMATS):
+        image = _in_8_bits(image)
+    if image.mode in ("I", "F"):
+        kind = {"I": "whole numbers of 32 bits", "F": "floats"}[image.mode]
+        raise UserError(f"its pixels are {kind}, which have no defined range; save the image with 8 or 16 bits per channel")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
+    if image.mode == "LAB":
+        from PIL import ImageCms  # not in every build of Pillow
+
+        lab, rgb = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
+        return ImageCms.profileToProfile(image, lab, rgb, outputMode="RGB")
+    return image.convert("RGB")
+
+
+def _in_8_bits(image):
+    """A grey image of up to 16 bits scaled to 8, rounded to the nearest."""
+    values = np.asarray(image).astype(np.uint32)
+    tags = getattr(image, "tag_v2", {})
+    largest = 2 ** int(tags.get(TIFF_BITS, (16,))[0]) - 1
+    grey = np.minimum((values * 255 + largest // 2) // largest, 255).astype(np.uint8)
+    if tags.get(TIFF_PHOTOMETRIC) == TIFF_MIN_IS_WHITE:
+        grey = 255 - grey
+    if "transparency" not in image.info:
+        return Image.fromarray(grey)
+    opaque = (values != image.info["transparency"]).astype(np.uint8) * 255
+    return Image.fromarray(np.stack([grey, opaque], 2))
+
+
+def _upright(rgb, image):
+    """An image turned as the EXIF data of its file say, where they can be read."""
+    try:
+        method = TRANSPOSED.get(image.getexif().get(ORIENTATION))
+    except Exception:  # of damaged EXIF data, which are no reason to do without the image
+        method = None
+    return rgb if method is None else rgb.transpose(method)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

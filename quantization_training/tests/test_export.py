@@ -22,9 +22,10 @@ from fuzzing import PLAIN_JUNK, changed_bytes, changed_value, inputs, outcome
 from network import build_network
 from packed_file import KEY, NO_CHECKSUM, PackedLayer, read_packed, serialize
 from packed_network import as_checkpoint, load_any, rebuild
+from preprocessing import describe_preprocessing, read_image
 from schema import FinetuneConfig
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ActQuantizerConfig, QuanConfig, QuantizerConfig, to_plain
+from util.config import ActQuantizerConfig, DataConfig, QuanConfig, QuantizerConfig, to_plain
 from util.datasets import read_digits
 from util.errors import UserError, user_errors_on_one_line
 
@@ -174,6 +175,25 @@ def check_inspection():
         "layer3.2.conv2", "conv", "64x64x3x3", "3", "s", "4", "u",
         f"{100 * read_packed(PACKED).layers['layer3.2.conv2'].zeros / 36864:.2f}", "13,824"]
     assert f"in all {os.path.getsize(PACKED):,}" in done.stdout
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("digits", 8), ("fashion_mnist", 32), ("folder", 16)])
+def test_an_image_is_predicted_from_the_same_pixels_whatever_its_depth(tmp_path, monkeypatch, dataset, size):
+    monkeypatch.chdir(tmp_path)
+    preprocessing = describe_preprocessing(DataConfig(dataset=dataset), size)
+    grey = np.random.default_rng(0).integers(0, 256, (size, size + 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(grey).save("8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save("16.png")
+    Image.fromarray(np.ascontiguousarray(grey[::-1, ::-1])).save("turned.png", exif=exif)
+    Image.fromarray(np.dstack([grey, np.full_like(grey, 255)])).save("alpha.png")
+    wanted = read_image("8.png", preprocessing, size)
+    assert wanted.shape == (3, size, size)
+    assert all(torch.equal(read_image(name, preprocessing, size), wanted) for name in ("16.png", "turned.png", "alpha.png"))
+    Image.fromarray(grey.astype(np.float32)).save("float.tif")
+    with pytest.raises(UserError, match="float.tif: its pixels are floats"):
+        read_image("float.tif", preprocessing, size)
 
 
 def check_predictions(path, capsys):

@@ -329,7 +329,7 @@ def with_header(data, change):
     (lambda data: save({"weight": np.zeros(3, np.float32)}), "not a packed model of this project"),
     (lambda data: with_header(data, lambda header: {**header, "version": 2}), "a newer version of this project (format 2)"),
     (lambda data: with_header(data, lambda header: {**header, "arch": 3}), "arch: found 3"),
-    (lambda data: with_header(data, lambda header: {**header, "num_classes": 9}), "no layer has as many outputs"),
+    (lambda data: with_header(data, lambda header: {**header, "num_classes": 2**62}), "the file holds"),
     (lambda data: with_header(data, change_layer("0", bits=2)), "header and tensors disagree (0: [4, 3, 1, 1] at 2 bits"),
     (lambda data: with_header(data, change_layer("1", kept=9)), "header and tensors disagree (1:"),
     (lambda data: with_header(data, change_layer("0", kept=9)), "header and tensors disagree (0: the packed weight or"),
@@ -341,6 +341,27 @@ def test_a_file_that_is_damaged_foreign_or_newer_is_refused_in_one_line(spoil, m
                                 (main.main, "config.yaml", "eval=true", f"resume.path={PACKED}")):
         said = complaint(capsys, command, *arguments)
         assert message in said and PACKED in said
+
+
+def test_a_network_whose_answer_no_packed_layer_gives_is_packed():
+    """Logits of two heads, side by side, one of which is a matrix and no layer."""
+    pathlib.Path("net.py").write_text("""
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head, self.prototypes = nn.Linear(4, 3), nn.Parameter(torch.randn(num_classes - 3, 4))
+
+    def forward(self, x):
+        x = self.body(x)
+        return torch.cat([self.head(x), -torch.cdist(x, self.prototypes)], 1)
+""")
+    network = write_checkpoint("net.py:Net", 16)
+    model = rebuild(as_checkpoint(exported("--arch", "net.py:Net")), PACKED, "net.py:Net").model
+    assert torch.equal(logits(model, 16), logits(network.model, 16))
 
 
 def change_layer(name, **changes):
@@ -357,6 +378,7 @@ def test_a_header_that_fits_the_tensors_but_not_the_network_is_refused(capsys):
     for change, message in ((lambda header: {**header, "arch": "resnet18"}, f"{PACKED}: quan.excepts"),
                             (change_layer("fc", act_bits=7), "header and network disagree on shape, bits or signs of fc"),
                             (change_layer("conv1", zeros=0), "header and tensors disagree (conv1: 0 zeros"),
+                            (lambda header: {**header, "num_classes": 9}, "shape, bits or signs of fc"),
                             (lambda header: {**header, "folded": {"bn1": "fc"}}, "folded: the network has no BatchNorm"),
                             (lambda header: {**header, "config": {"quan": 3}}, "quan"),
                             (lambda header: {**header, "shared": {"a": "b"}}, "shared: there is no tensor b")):

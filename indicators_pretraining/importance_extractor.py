@@ -3,19 +3,19 @@
 python importance_extractor.py CHECKPOINT [CHECKPOINT ...] --output FILE.pkl
 """
 
-import math
 import os
 
 from model.masks import is_mask
-from util.checkpoint import load_checkpoint, signs_of
+from util.checkpoint import is_foreign, load_checkpoint, signs_of
 from util.command import Parser
 from util.config import check_bits, describe, differing_keys, flatten
 from util.errors import UserError, user_errors_on_one_line
-from util.exchange import same_arch, strip_prefix, write_indicators
+from util.exchange import own_name, same_arch, write_indicators
 
 CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed", "products")
 TRAINED = ("dataloader.dataset", "dataloader.data_fraction", "dataloader.val_split", "dataloader.batch_size", "epochs", "opt",
            "lr", "weight_decay", "precision", "seed")  # what a file says of how it was made
+MOBILENETS, QUANTIZERS = ("mobilenetv1", "mobilenetv1_limpq"), ("quan_w_fn", "quan_a_fn")
 OF_THE_NETWORK = ("arch", "layer_name", "input_size", "num_classes", "layers", "fixed", "products", "signed")
 
 
@@ -33,7 +33,7 @@ def extract(checkpoint, source, bits=None):
         something remains.
 
     Raises:
-        UserError: naming the layer whose step size is missing, not finite or not positive, or whose mask is none.
+        UserError: naming the layer whose step size is missing or not finite, or whose mask is none.
     """
     if bits and checkpoint.get("bits") and list(bits) != checkpoint["bits"]:
         raise UserError(f"--b: found {list(bits)}, but {source} was trained at {checkpoint['bits']}")
@@ -47,14 +47,29 @@ def extract(checkpoint, source, bits=None):
     if not names:
         raise UserError(f"{source}: holds no step sizes; is it a checkpoint of indicators_pretraining?")
     masks = checkpoint.get("masks", {})
-    content = {"weight": {name: _indicators(steps, f"{name}.quan_w_fn", bits, source, masks.get(f"{name}.weight"))
+    is_published = is_foreign(checkpoint) and checkpoint.get("arch") in MOBILENETS
+    own = {name: own_name(name) if is_published else name for name in names}
+    content = {"weight": {own[name]: _indicators(steps, f"{name}.quan_w_fn", bits, source, masks.get(f"{name}.weight"))
                           for name in names},
-               "act": {name: _indicators(steps, f"{name}.quan_a_fn", bits, source) for name in names}}
-    content["layer_name"] = [strip_prefix(name) for name in names]
+               "act": {own[name]: _indicators(steps, f"{name}.quan_a_fn", bits, source) for name in names}}
+    content["layer_name"] = list(own.values())
+    _warn_of_steps(checkpoint, names, source)
     content.update({key: checkpoint[key] for key in CARRIED if key in checkpoint})
     if checkpoint.get("config"):
         content["trained"] = trained(checkpoint["config"])
     return content
+
+
+def _warn_of_steps(checkpoint, names, source):
+    """Name the step sizes that no quantizer computes with as they are; as LIMPQ does, their values go into the file all the
+    same. Its forward pass clamps them to [1e-5, 1]; here steps above 1 are usual."""
+    steps = {f"{name}.{kind}": checkpoint["state_dict"][f"{name}.{kind}.s"] for name in names for kind in QUANTIZERS}
+    not_positive = [name for name, tensor in steps.items() if (tensor <= 0).any()]
+    if not_positive:
+        print(f"warning: {source}: step sizes that are not positive: {', '.join(not_positive)}")
+    above = [name for name, tensor in steps.items() if is_foreign(checkpoint) and (tensor > 1).any()]
+    if above:
+        print(f"warning: {source}: step sizes above 1, where LIMPQ clamps them: {', '.join(above)}")
 
 
 def trained(config):
@@ -76,8 +91,8 @@ def _indicators(steps, quantizer, bits, source, mask=None):
     row = {}
     for index, bit in enumerate(bits):
         value = tensor[index][kept].float().mean().item()
-        if not math.isfinite(value) or tensor[index].min() <= 0:
-            raise UserError(f"{source}: {quantizer}: the step size at {bit} bits is {value:g}, expected a positive number")
+        if not tensor[index].isfinite().all():
+            raise UserError(f"{source}: {quantizer}: the step size at {bit} bits is {value:g}, expected a finite number")
         if ready is not None and not ready[index]:
             raise UserError(f"{source}: {quantizer}: the step size at {bit} bits was never trained")
         row[bit] = value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from util.config import describe
 from util.errors import UserError, nearest
-from util.exchange import same_arch, split_arch
+from util.exchange import fit_names, same_arch, split_arch
 
 DEFAULT_ARCH = "resnet50"
 INPUT_SIZE, CLASSES = 224, 1000  # of ImageNet
@@ -88,6 +88,7 @@ def find_network(path, indicators, model=None):
         fixed = _checked_rows(path, "fixed", indicators.get("fixed", {}))
     else:
         rows, fixed = _rows_of_model(path, indicators, arch, model), {}
+    _rename(indicators, rows)
     names = indicators["layer_name"]
     for name in names:
         if not name.isprintable() or not name:
@@ -101,6 +102,14 @@ def find_network(path, indicators, model=None):
         raise UserError(f"{path}: layers: {next(iter(others))} has no indicators{nearest(next(iter(others)), names)}")
     _check_ends(path, rows, others)
     return Network(arch, {name: rows[name] for name in names}, fixed | others, _checked_products(path, indicators))
+
+
+def _rename(indicators, rows):
+    """Give the layers of an indicators file that was written elsewhere the names they have in the network, in place."""
+    names = fit_names(rows, indicators["layer_name"])
+    indicators["layer_name"] = list(names.values())
+    for kind in ("weight", "act"):
+        indicators[kind] = {names[name]: row for name, row in indicators[kind].items()}
 
 
 def check_arch(path, indicators, model):

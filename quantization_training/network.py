@@ -8,11 +8,11 @@ from model import create_model, load_weights
 from model.layer_table import Graph, trace
 from model.masks import PrunedParameters, weights_left
 from model.names import is_below, second_names
-from model.weights import load_state
+from model.weights import fit, is_step, load_state
 from policy import resolve_policy
 from quan.cost import full_precision_cost, policy_cost
 from quan.func import QuanLinear, scale_adjustment
-from quan.transfer import choose_candidates
+from quan.transfer import choose_candidates, clamp_as_limpq, names_in_joint_training
 from quan.utils import (
     bits_in_use,
     freeze_weights,
@@ -23,10 +23,11 @@ from quan.utils import (
     searchable_layers,
     set_batch_parts,
     signs_in_use,
+    step_quantizers,
 )
 from schema import FinetuneConfig
 from util import distributed
-from util.checkpoint import check_arch, load_checkpoint, masks_of, signs_of
+from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, may_lack, signs_of
 from util.errors import UserError
 from util.exchange import read_policy
 from util.passes import Passes, to_device
@@ -84,7 +85,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     elif joint is not None:
         masks = masks_of(joint, model, config.init_from)
     graph = trace(model, input_size, num_classes)
-    description, exceptions = {"num_classes": num_classes, "input_size": input_size}, ""
+    description, exceptions, clamped = {"num_classes": num_classes, "input_size": input_size}, "", ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
         policy = quantize(model, graph, config, policy_file, checkpoint or joint)
@@ -92,7 +93,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         if masks:
             init_weight_steps(model, masks)
         if joint is not None:
-            start_from_joint_training(model, policy, joint, masks, config)
+            clamped = start_from_joint_training(model, graph, policy, joint, masks, config)
     if checkpoint is not None:
         check_same_bits(checkpoint, description)
     if config.freeze_weights:
@@ -101,7 +102,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    remark = "\n".join(filter(None, [exceptions, graph.describe(), describe_sat(model) if fresh else ""]))
+    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), describe_sat(model) if fresh else ""]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 
@@ -133,18 +134,46 @@ def quantize(model, graph, config, policy_file, checkpoint):
     return policy
 
 
-def start_from_joint_training(model, policy, checkpoint, masks, config):
+def start_from_joint_training(model, graph, policy, checkpoint, masks, config):
     """Load the weights, and the step sizes and BatchNorms of the chosen bits, from a stage-1 checkpoint.
 
     Quantizers that stage 1 does not have, those of the excepted layers, start from the weights that were loaded and are
     not pruned.
+
+    Returns:
+        a line about step sizes that were taken otherwise than they stand in the checkpoint, or ''.
     """
-    source = config.init_from
+    source, remark = config.init_from, ""
     check_arch(checkpoint, config.arch, source)
+    if is_foreign(checkpoint):
+        checkpoint, remark = joint_from_elsewhere(checkpoint, graph, config)
+    known = names_in_joint_training(model.state_dict(), graph.batchnorms, checkpoint.get("bits") or ())
+    checkpoint = {**checkpoint, "state_dict": fit(known, checkpoint["state_dict"])}
     second = second_names(model)
     state = choose_candidates(checkpoint, policy.weight_bits, policy.act_bits, source, second)
-    load_state(model, state, source, may_lack=lambda name: ".quan_" in name or is_below(name, second))
+    quantizers = step_quantizers(model)
+    load_state(model, state, source,
+               lambda name: name.rpartition(".")[0] in quantizers or is_below(name, second) or may_lack(checkpoint, name))
     init_weight_steps(model, masks, untrained=lambda name: f"{name}.s" not in state)
+    return remark
+
+
+def joint_from_elsewhere(checkpoint, graph, config):
+    """A stage-1 checkpoint of LIMPQ's with what it does not say: its candidates are target_bits, and which BatchNorm follows
+    which layer is found in the graph. The line of clamp_as_limpq comes with it."""
+    state = checkpoint["state_dict"]
+    counts = {len(tensor) if tensor.dim() else 0 for name, tensor in state.items() if is_step(name)}
+    bits = checkpoint.get("bits") or config.target_bits
+    if not counts:
+        raise UserError(f"init_from: {config.init_from} holds no step sizes; pre_trained takes weights in full precision")
+    if 1 in counts and len(bits) > 1:
+        raise UserError(f"init_from: {config.init_from} was fine-tuned at one bit-width per layer; resume.path takes it, with "
+                        "resume.lean: true for its weights only")
+    if max(counts) != len(bits):
+        raise UserError(f"target_bits: found {bits}, but {config.init_from} was trained at {max(counts)} bit-widths; give "
+                        "these, in the order of training")
+    state, remark = clamp_as_limpq(state)
+    return {**checkpoint, "bits": bits, "batchnorms": dict(graph.batchnorms), "state_dict": state}, remark
 
 
 def describe_sat(model):

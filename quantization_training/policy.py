@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from util.errors import UserError, nearest
-from util.exchange import same_arch
+from util.exchange import fit_names, same_arch
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def _from_file(config, names, content):
     path = config.policy
     if not same_arch(content.get("arch", config.arch), config.arch):
         raise UserError(f"{path}: the policy is for {content['arch']}, but arch is {config.arch}")
-    layers = content["layer_name"]
+    fitted = fit_names(names, content["layer_name"])
+    layers = [fitted[name] for name in content["layer_name"]]
     for name in layers:
         if name not in names:
             raise UserError(f"{path}: {name} is no searchable layer of {config.arch}{nearest(name, names)}")

@@ -10,13 +10,14 @@ from util.exchange import split_arch
 
 from .attention import take_apart
 from .elsewhere import TIMM, create_from_file, create_from_timm
-from .mobilenetv1 import mobilenetv1
+from .mobilenetv1 import mobilenetv1, mobilenetv1_limpq
+from .names import unwrap
 from .resnet_cifar import resnet20
 from .vit import vit_tiny_patch4_32, vit_tiny_patch16_224
 from .weights import classifier_name, load_weights
 
-OWN_MODELS = {"mobilenetv1": mobilenetv1, "resnet20": resnet20, "vit_tiny_patch4_32": vit_tiny_patch4_32,
-              "vit_tiny_patch16_224": vit_tiny_patch16_224}
+OWN_MODELS = {"mobilenetv1": mobilenetv1, "mobilenetv1_limpq": mobilenetv1_limpq, "resnet20": resnet20,
+              "vit_tiny_patch4_32": vit_tiny_patch4_32, "vit_tiny_patch16_224": vit_tiny_patch16_224}
 SIZED_MODELS = ("vit_tiny_patch4_32", "vit_tiny_patch16_224")  # those of OWN_MODELS that are built for one input size
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # norm.1 in the published files is norm1 today
@@ -49,7 +50,7 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     if pre_trained and not (is_torchvision or arch.startswith(TIMM)):
         raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
     if split_arch(arch):
-        return take_apart(create_from_file(arch, num_classes))
+        return take_apart(unwrap(create_from_file(arch, num_classes)))
     if arch.startswith(TIMM):
         return take_apart(create_from_timm(arch, num_classes, pre_trained, input_size))
     _check_name(arch)

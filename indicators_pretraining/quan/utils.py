@@ -10,6 +10,7 @@ from model.layer_table import QUANTIZABLE
 from model.names import put_modules
 from util.config import AUTO, ExceptionConfig
 from util.errors import UserError, nearest
+from util.exchange import fit_names
 
 from .cost import FIXED_BIT
 from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, QuantizedLayer, SwitchableBatchNorm
@@ -29,8 +30,10 @@ def name_exceptions(config, graph):
         UserError: where no layer is left to be searched.
     """
     if config.quan.excepts != AUTO:
-        _check_rest(graph, config.quan.excepts)
-        return config, ""
+        names = fit_names([*graph.layers, *graph.batchnorms], config.quan.excepts)
+        excepts = {names[name]: entry for name, entry in config.quan.excepts.items()}
+        _check_rest(graph, excepts)
+        return replace(config, quan=replace(config.quan, excepts=excepts)), ""
     batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
     roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
              **dict.fromkeys(graph.classifiers, "classifier")}

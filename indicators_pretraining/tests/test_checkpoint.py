@@ -110,13 +110,13 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="no state_dict"):
         load_checkpoint(str(path))
     for entry in ({"version": "1.0"}, {"epoch": None}, {"config": "x"}, {"bits": 4}, {"layers": []}):
-        torch.save({"state_dict": {}, **entry}, path)
+        save_checkpoint(str(path), {"state_dict": {}, **entry})
         with pytest.raises(UserError, match=f"c.pth.tar: {next(iter(entry))}: found"):
             load_checkpoint(str(path))
-    torch.save({"state_dict": {"a": 3}}, path)
+    save_checkpoint(str(path), {"state_dict": {"a": 3}})
     with pytest.raises(UserError, match="names and tensors only"):
         load_checkpoint(str(path))
-    torch.save({"state_dict": {}, "version": 99}, path)
+    save_checkpoint(str(path), {"state_dict": {}, "version": 99})
     with pytest.raises(UserError, match="newer version"):
         load_checkpoint(str(path))
     with pytest.raises(UserError, match="No such file"):
@@ -155,7 +155,7 @@ def test_checkpoints_without_a_checksum_are_read_as_before_and_newer_ones_not(tm
         for is_zip in (True, False):
             torch.save(content, path, _use_new_zipfile_serialization=is_zip)
             assert torch.equal(load_checkpoint(path)["state_dict"]["a"], torch.ones(3))
-    torch.save({"version": 2, "state_dict": {}}, path)
+    torch.save({"version": 2, "state_dict": {}, "arch": "resnet20", "config": {}, "random_states": []}, path)
     with pytest.raises(UserError, match="its checksum is missing"):
         load_checkpoint(path)
 
@@ -198,7 +198,7 @@ def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path):
     ("input_size", 0), ("arch", "a\nb")])
 def test_an_entry_of_another_type_is_named(tmp_path, key, value):
     path = str(tmp_path / "c")
-    torch.save({"state_dict": {"a": torch.ones(3)}, "config": {}, "act_bits": {}, "weight_bits": {}, key: value}, path)
+    save_checkpoint(path, {"state_dict": {"a": torch.ones(3)}, "config": {}, "act_bits": {}, "weight_bits": {}, key: value})
     with pytest.raises(UserError, match=f"c: {key}: "):
         load_checkpoint(path)
 
@@ -208,7 +208,7 @@ def test_generators_take_only_states_of_their_own_size(tmp_path):
     for kind, index, value in (("numpy", 2, 10**6), ("numpy", 1, [0] * 3), ("numpy", 3, 2**40), ("python", 1, [-1] * 625),
                                ("python", 0, torch.ones(2))):
         changed = {**states[0], kind: [*states[0][kind][:index], value, *states[0][kind][index + 1:]]}
-        torch.save({"state_dict": {}, "config": {}, "random_states": [changed]}, path)
+        save_checkpoint(path, {"state_dict": {}, "config": {}, "random_states": [changed]})
         with pytest.raises(UserError, match="c: random_states: found"):
             load_checkpoint(path)
 

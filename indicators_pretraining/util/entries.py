@@ -4,10 +4,17 @@ import torch
 
 from util.config import describe, is_text
 from util.errors import UserError
+from util.exchange import without_wrappers
 
 PLAIN = (str, int, float, bool, type(None))
 NUMBERS_OF_OPTIMIZERS = ("lr", "momentum", "dampening", "weight_decay", "eps")
 UNSIGNED = range(2**32)
+# Under which names programs keep weights in a checkpoint; what comes first is taken.
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "state_dict_ema",
+              "model_ema", "ema_state_dict", "ema", "params_ema")
+NO_WEIGHTS = ("optim", "sched", "scaler", "amp", "loss", "criterion", "args", "config", "hyper", "rng", "random")
+LEVELS = 3  # of containers around weights
+OURS = frozenset({"version", "arch", "state_dict", "config", "random_states"})  # in every checkpoint that this project wrote
 NUMPY_STATE, PYTHON_STATE = 624, 625  # words of a Mersenne twister, and those with its position
 
 
@@ -31,6 +38,54 @@ def check_entries(content, path):
         raise UserError(f"{path}: optimizer: holds a state of another shape than the weights")
     if ("weight_bits" in content) != ("act_bits" in content):
         raise UserError(f"{path}: weight_bits, act_bits: found one without the other")
+
+
+def is_ours(content):
+    """Whether a checkpoint, though it carries no checksum, was written by this project, by the entries it has."""
+    return isinstance(content, dict) and content.keys() >= OURS and type(content["version"]) is int
+
+
+def from_elsewhere(content, path):
+    """A checkpoint of another program as one of ours: its weights, and of its other entries those that are what ours are.
+
+    Raises:
+        UserError: naming the file, where it holds no weights, or several sets of them and none under a usual name.
+    """
+    weights = _find_weights(content, path)
+    kept = {key: content[key] for key, fits in ENTRIES.items()
+            if key in content and key not in ("version", "config") and fits(content[key])}
+    if not kept.keys() >= {"weight_bits", "act_bits"}:
+        kept = {key: value for key, value in kept.items() if key not in ("weight_bits", "act_bits")}
+    if not all(name in weights for name in kept.get("masks", {})):
+        del kept["masks"]
+    return {**kept, "state_dict": dict(zip(without_wrappers(weights), weights.values(), strict=True))}
+
+
+def _find_weights(content, path):
+    """{name: tensor} inside what a file holds."""
+    for _ in range(LEVELS):
+        if not isinstance(content, dict):
+            break
+        tensors = {name: value for name, value in content.items() if torch.is_tensor(value)}
+        inner = {name: value for name, value in content.items() if isinstance(value, dict)
+                 and not str(name).lower().startswith(NO_WEIGHTS) and _count_tensors(value) >= max(len(tensors), 1)}
+        usual = [name for name in CONTAINERS if name in inner]
+        if not inner and tensors:
+            return {str(name): tensor for name, tensor in tensors.items()}
+        if not usual and len(inner) > 1:
+            raise UserError(f"{path}: holds several sets of weights ({', '.join(map(str, list(inner)[:5]))}); save one alone: "
+                            f"torch.save(checkpoint[{next(iter(inner))!r}], 'weights.pth')")
+        if not inner:
+            break
+        content = inner[usual[0] if usual else next(iter(inner))]
+    held = f"; it holds {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) and content else ""
+    raise UserError(f"{path}: not a checkpoint (it has no state_dict with tensors{held})")
+
+
+def _count_tensors(value, levels=LEVELS):
+    """The number of tensors in nested dicts."""
+    return sum(_count_tensors(element, levels - 1) if isinstance(element, dict) and levels > 1 else torch.is_tensor(element)
+               for element in value.values())
 
 
 def _is_count(value):

@@ -1,15 +1,37 @@
 """Tensors that are loaded into a network by name."""
 
+import torch
 from torch import nn
 
 from util.errors import UserError, nearest
+from util.exchange import fit_names
 
 from .attention import rename_projections
+
+QUANTIZED_REMEDY = ("joint training goes on from its checkpoints by resume.path, and fine-tuning starts from them by "
+                    "init_from and goes on from its own by resume.path")
+STEPS = (".quan_w_fn.s", ".quan_a_fn.s")
+
+
+def is_step(name):
+    """Whether a tensor of a state_dict holds the step sizes of a quantizer, by its name."""
+    return name.endswith(STEPS)
 
 
 def classifier_name(model):
     """The name of the last convolution or linear layer, which gives the outputs."""
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
+
+
+def fit(own, state_dict):
+    """The tensors of a state_dict under the network's own names; see fit_names. torch's names of attention's projections
+    are known too.
+
+    Args:
+        own: names of the network's tensors.
+    """
+    fitted = fit_names(own, state_dict)
+    return rename_projections(own, {fitted[name]: tensor for name, tensor in state_dict.items()})
 
 
 def set_tensors(model, tensors):
@@ -29,20 +51,29 @@ def load_state(model, state_dict, source, may_lack=lambda name: False):
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
     """
     own = model.state_dict()
-    state_dict = rename_projections(own, state_dict)
+    state_dict = fit(own, state_dict)
     for name in own:
         if name not in state_dict and not may_lack(name):
             raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
     for name, tensor in state_dict.items():
         _check_tensor(own, name, tensor, source)
     set_tensors(model, state_dict)
+    _mark_steps(model, state_dict)
+
+
+def _mark_steps(model, state_dict):
+    """Mark the step sizes that came from a state_dict without marks as initialised."""
+    for name in state_dict:
+        mark = f"{name.removesuffix('.s')}.init_state"
+        if is_step(name) and mark not in state_dict:
+            set_tensors(model, {mark: torch.ones_like(model.state_dict()[mark])})
 
 
 def load_weights(model, state_dict, source):
     """Load full-precision weights into a full-precision model, by name; torch's names of attention's projections are known.
 
     The classifier may have another number of outputs; it then keeps its fresh parameters. Auxiliary classifiers in
-    the file are passed over. Everything else has to fit.
+    the file, `aux...`, are passed over where the network has none of that name. Everything else has to fit.
 
     Returns:
         whether the classifier was taken too.
@@ -52,12 +83,14 @@ def load_weights(model, state_dict, source):
     """
     own = model.state_dict()
     head = [f"{classifier_name(model)}.{entry}" for entry in ("weight", "bias")]
-    taken = {}
-    for name, tensor in rename_projections(own, state_dict).items():
-        if name.split(".")[0].lower().startswith("aux"):
+    taken, parts = {}, {name.split(".")[0] for name in own}
+    for name, tensor in fit(own, state_dict).items():
+        part = name.split(".")[0]
+        if part.lower().startswith("aux") and part not in parts:
             continue
-        if "quan_w_fn" in name and name not in own:
-            raise UserError(f"{source}: it is a quantized checkpoint ({name}), which init_from takes")
+        if is_step(name) and name not in own:
+            raise UserError(f"{source}: it is a quantized checkpoint ({name}), but weights in full precision are needed here; "
+                            f"{QUANTIZED_REMEDY}")
         if name not in head or name not in own or own[name].shape == tensor.shape:
             _check_tensor(own, name, tensor, source)
             taken[name] = tensor

@@ -1,7 +1,10 @@
 """From a jointly trained network to one at a policy's bits: which tensors of its checkpoint stay."""
 
 from model.names import is_below
+from model.weights import is_step
 from util.errors import UserError
+
+from .quantizer.lsq import SMALLEST_STEP
 
 
 def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=frozenset()):
@@ -30,25 +33,48 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
         if is_below(name, second_names):
             continue
         module, _, entry = name.rpartition(".")
-        if module.endswith((".quan_w_fn", ".quan_a_fn")):
-            layer, _, kind = module.rpartition(".")
-            wanted = (weight_bits if kind == "quan_w_fn" else act_bits).get(layer)
-            if wanted is None:  # an excepted layer at bits of its own
-                chosen[name] = tensor
-            else:
-                index = _index(bits, wanted, layer, source)
-                if tensor.dim() == 0 or len(tensor) != len(bits):
-                    raise UserError(f"{source}: {name}: found {tensor.numel()} values, expected one per candidate "
-                                    f"{list(bits)}")
-                chosen[name] = tensor[index:index + 1].clone()
-        elif ".bns." in name:
-            batchnorm, _, copy = module.rpartition(".bns.")
-            wanted = weight_bits.get(before.get(batchnorm), max(bits))
+        layer, _, kind = module.rpartition(".")
+        batchnorm, _, copy = module.rpartition(".bns.")
+        if kind in ("quan_w_fn", "quan_a_fn") and entry in ("s", "init_state") and layer in weight_bits:
+            wanted = (weight_bits if kind == "quan_w_fn" else act_bits)[layer]
+            index = _index(bits, wanted, layer, source)
+            if tensor.dim() == 0 or len(tensor) != len(bits):
+                raise UserError(f"{source}: {name}: found {tensor.numel()} values, expected one per candidate {list(bits)}")
+            chosen[name] = tensor[index:index + 1].clone()
+        elif batchnorm in before and copy.isdecimal():
+            wanted = weight_bits.get(before[batchnorm], max(bits))
             if copy == str(_index(bits, wanted, batchnorm, source)):
                 chosen[f"{batchnorm}.{entry}"] = tensor
-        else:
-            chosen[f"{module.removesuffix('.bn')}.{entry}" if module.removesuffix(".bn") in before else name] = tensor
+        else:  # of an excepted layer or BatchNorm, or of what has no bits
+            chosen[f"{layer}.{entry}" if kind == "bn" and layer in before else name] = tensor
     return chosen
+
+
+def names_in_joint_training(own, batchnorms, bits):
+    """The names that the tensors of a network have while it is trained jointly.
+
+    Args:
+        own: its names in full precision or at a policy's bits.
+        batchnorms: its BatchNorms.
+        bits: candidate bit-widths.
+    """
+    copies = ["bn", *(f"bns.{index}" for index in range(len(bits)))]
+    return [new for name in own for module, _, entry in [name.rpartition(".")]
+            for new in ([f"{module}.{copy}.{entry}" for copy in copies] if module in batchnorms else [name])]
+
+
+def clamp_as_limpq(state_dict):
+    """A state_dict of LIMPQ's joint training with its step sizes as that uses them, and a line about those outside, or ''.
+
+    Its forward pass clamps them to [1e-5, 1]; the parameters themselves leave that range, and stay where they get no gradient.
+    """
+    clamped = {name: tensor.clamp(SMALLEST_STEP, 1.0) if is_step(name) else tensor for name, tensor in state_dict.items()}
+    outside = {name: int((tensor != clamped[name]).sum()) for name, tensor in state_dict.items() if is_step(name)}
+    names = [name for name, count in outside.items() if count]
+    if not names:
+        return state_dict, ""
+    return clamped, (f"{sum(outside.values())} step sizes are taken at the nearer end of [1e-5, 1], as LIMPQ does: those of "
+                     f"{', '.join(names)}")
 
 
 def _index(bits, wanted, name, source):

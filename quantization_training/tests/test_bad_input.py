@@ -97,7 +97,7 @@ def test_checkpoints_of_other_runs(folder, capsys):
     save_checkpoint("stage1", {"state_dict": {}, "arch": "resnet20", "bits": [4, 2]})
     assert "it is a checkpoint of indicators_pretraining" in complaint(
         capsys, "resume.path=stage1", "weight_bits=3", "act_bits=3", "name=other")
-    assert "which init_from takes" in complaint(capsys, "pre_trained=joint", "fp_model=true", "name=other")
+    assert "joint: it is a quantized checkpoint" in complaint(capsys, "pre_trained=joint", "fp_model=true", "name=other")
     with open(dense, "rb") as file:
         whole = file.read()
     with open(dense, "wb") as file:

@@ -5,6 +5,7 @@ The checksum stands in the comment that ends a zip archive, so that whatever rea
 
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -16,6 +17,7 @@ import zipfile
 import torch
 
 from util.config import MAX_NUMBER_BITS
+from util.entries import CONTAINERS
 from util.errors import UserError, reason
 from util.exchange import CHECKSUM, CHECKSUM_LENGTH, checksum
 
@@ -24,8 +26,12 @@ ENDING_LENGTH = 22  # of a zip archive without a comment; the last two bytes giv
 NO_COMMENT, OUR_COMMENT = (0).to_bytes(2, "little"), CHECKSUM_LENGTH.to_bytes(2, "little")
 MOST_VALUES, MOST_LEVELS = 3_000_000, 50
 LEGACY_PICKLES = 5  # that a file from before torch 1.6 begins with
+LENGTH_BYTES = 8  # a safetensors file begins with the length of its header, which is JSON
+PACKED = "limpqp"  # the entry of that header which marks a packed model
+SHOWN = 3
 PLAIN_GLOBALS = re.compile(r"collections (OrderedDict|Counter)|(__builtin__|builtins) set|_codecs encode|torch (Size|device)|"
                            r"torch \w+Storage|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2|"
+                           r"torch (float|bfloat|int|uint)\d+|torch bool|"
                            r"torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)")
 
 
@@ -42,22 +48,39 @@ def pack(content):
 def unpack(data, path):
     """What the bytes of a checkpoint hold, on the CPU, and whether they carry a checksum. No code in them is run.
 
+    Safetensors are read as well, as a dict of tensors.
+
     Raises:
         UserError: naming the file, on damage and on what is more than tensors and plain containers.
     """
     has_checksum = check_ending(data, path)
     try:
-        for stream in pickles(data):
-            check_globals(stream)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content = _safetensors(data, path) if data[LENGTH_BYTES:LENGTH_BYTES + 1] == b"{" else _torch_archive(data, path)
         check_values(content, len(data))
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a checkpoint, or one that holds more than tensors and plain containers") from None
     except Exception as error:  # a damaged archive meets the reader with exceptions of many types
         raise UserError(f"{path}: damaged or not a checkpoint ({reason(error)[:100]})") from None
     return content, has_checksum
+
+
+def _torch_archive(data, path):
+    for stream in pickles(data):
+        check_globals(stream, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _safetensors(data, path):
+    from safetensors.torch import load
+
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if PACKED in (json.loads(data[LENGTH_BYTES:LENGTH_BYTES + length]).get("__metadata__") or {}):
+        raise UserError(f"{path}: is a packed model, whose weights are integers; name the checkpoint that it was packed from")
+    return load(bytes(data))
 
 
 def check_ending(data, path):
@@ -92,14 +115,24 @@ def pickles(data):
                 yield io.BytesIO(archive.read(entry))
 
 
-def check_globals(stream):
+def check_globals(stream, path):
     """Refuse a pickle that names more than is needed for tensors and plain containers.
 
     torch runs no code from a file, but would let one take any amount of memory, as by bytearray(10**12).
     """
+    found, container = {}, None
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "GLOBAL" and not PLAIN_GLOBALS.fullmatch(argument):
-            raise pickle.UnpicklingError(argument)
+            found[argument.replace(" ", ".")] = None
+        elif container is None and argument in CONTAINERS:
+            container = argument
+    if found:
+        names = list(found)
+        weights = f"checkpoint[{container!r}]" if container else "checkpoint.state_dict()"
+        raise UserError(f"{path}: not a checkpoint of tensors and plain values alone; it holds {', '.join(names[:SHOWN])}"
+                        f"{', ...' if len(names) > SHOWN else ''}. Reading that could run code; where you trust the file, "
+                        f"save its weights alone: checkpoint = torch.load({os.path.basename(path)!r}, weights_only=False); "
+                        f"torch.save({weights}, 'weights.pth')")
 
 
 def check_values(content, size):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import yaml
@@ -15,9 +16,9 @@ from quan.quantizer import kernel
 from util import distributed
 from util.archive import pack, unpack
 from util.config import AUTO, differing_keys, flatten, read_yaml, to_plain
-from util.entries import check_entries
+from util.entries import check_entries, from_elsewhere, is_ours
 from util.errors import UserError, reason
-from util.exchange import same_arch, strip_prefix, write_atomically
+from util.exchange import fit_names, same_arch, write_atomically
 
 FORMAT_VERSION = 2
 FIRST_WITH_CHECKSUM = 2
@@ -38,10 +39,11 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU; names in its state_dict lose a `module.` prefix. No code in the file is run.
+    """Read a checkpoint onto the CPU. No code in the file is run.
 
     Returns:
-        the dict in the file; a bare state_dict is returned as {'state_dict': ...}.
+        the dict in the file, where this project wrote it. Of any other file that holds weights, {'state_dict': ...} and those
+        entries that are what ours are, without 'version'; its names lose the wrappers that all of them have.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -54,15 +56,24 @@ def load_checkpoint(path):
     except OSError as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error.strerror})") from None
     content, has_checksum = unpack(data, path)
-    if isinstance(content, dict) and content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        content = {"state_dict": content}
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+    if not has_checksum and not is_ours(content):
+        content = from_elsewhere(content, path)
+    elif not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{path}: not a checkpoint (it has no state_dict)")
     check_plain(content, path)
     if content.get("version", 0) >= FIRST_WITH_CHECKSUM and not has_checksum:
         raise UserError(f"{path}: damaged (its checksum is missing); use an earlier checkpoint")
-    content["state_dict"] = {strip_prefix(name): tensor for name, tensor in content["state_dict"].items()}
     return content
+
+
+def is_foreign(content):
+    """Whether a checkpoint, as load_checkpoint gives it, was written by another program, such as LIMPQ."""
+    return "version" not in content and "packed" not in content
+
+
+def may_lack(content, name):
+    """Whether the checkpoint of another program may lack the tensor of a name: what counts or marks, but computes nothing."""
+    return is_foreign(content) and name.endswith((".num_batches_tracked", ".init_state"))
 
 
 def check_plain(content, path):
@@ -219,8 +230,9 @@ def find_run(config, folder, read=load_checkpoint):
 
 
 def check_arch(checkpoint, arch, path):
-    """Refuse a checkpoint that says it is one of another network."""
-    if not same_arch(checkpoint.get("arch", arch), arch):
+    """Refuse a checkpoint that says it is one of another network. Other programs call networks otherwise; of theirs, names
+    and shapes of tensors decide."""
+    if not is_foreign(checkpoint) and not same_arch(checkpoint.get("arch", arch), arch):
         raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {arch}")
 
 
@@ -291,7 +303,11 @@ class Start:
 
 def masks_of(content, model, path):
     """The pruning masks that a checkpoint carries, {} where it has none; `model` is its full-precision network."""
-    return checked_masks(model, content.get("masks", {}), path)
+    masks = content.get("masks", {})
+    if is_foreign(content):
+        names = fit_names(dict(model.named_parameters()), masks)
+        masks = {names[name]: mask for name, mask in masks.items()}
+    return checked_masks(model, masks, path)
 
 
 def signs_of(content):
@@ -321,7 +337,7 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
     if found.lean:
         if config.eval:
             check_same_quantizers(found.content, config, found.path)
-        load_state(model, found.content["state_dict"], found.path)
+        load_state(model, found.content["state_dict"], found.path, partial(may_lack, found.content))
         return Start()
     start = load_training_state(found.content, model, optimizer, found.path)
     # The options of the optimizer come from the checkpoint, so that the run goes on as it began.
@@ -331,7 +347,7 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
 
 def load_training_state(content, model, optimizer, path):
     """Put model, optimizer and random generators into the state that a checkpoint holds; return the Start it says."""
-    load_state(model, content["state_dict"], path)
+    load_state(model, content["state_dict"], path, partial(may_lack, content))
     try:
         optimizer.load_state_dict(content["optimizer"])
         _check_optimizer(optimizer)

@@ -17,6 +17,11 @@ from util.errors import UserError, reason
 
 MAX_INDICATOR_FILE = 64 * 2**20
 FORMAT = 2  # from here on a file ends in its checksum, so that damage is told from what never fitted
+WRAPPERS = ("module", "_orig_mod")
+# LIMPQ's names of MobileNetV1, and where our network has them: the unit that begins each stage, the place in a unit.
+MOBILENET_STAGES = (0, 1, 3, 5, 11)  # the unit that begins each
+MOBILENET_PLACES = {"dw_conv.conv": 0, "dw_conv.bn": 1, "pw_conv.conv": 3, "pw_conv.bn": 4}
+MOBILENET_NAME = re.compile(r"features\.stage([1-5])\.unit([1-6])\.([dp]w_conv\.(?:conv|bn))(?=\.|$)")
 CHECKSUM = b"sha256:"
 CHECKSUM_LENGTH = len(CHECKSUM) + 64
 
@@ -30,7 +35,7 @@ def checksum(*pieces):
 
 
 def needs_checksum(path, content):
-    """Whether a file says that it ends in its checksum; one that is newer than this project is refused."""
+    """Whether an indicators file says that it ends in its checksum; one that is newer than this project is refused."""
     version = content.get("format", 1)
     if type(version) is not int or version < 1:
         raise UserError(f"{path}: format: found {describe(version)}, expected a whole number")
@@ -54,7 +59,7 @@ def read_indicators(path):
 
     Returns:
         {'weight': {layer: {bit: float}}, 'act': {layer: {bit: float}}, 'layer_name': [layer, ...]} with int bits and
-        names without `module.`, plus, where the file carries them, 'arch', 'input_size', 'bits', 'layers' and 'fixed'.
+        names without wrappers, plus, where the file carries them, 'arch', 'input_size', 'bits', 'layers' and 'fixed'.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -96,19 +101,23 @@ def _checked_indicators(path, content, has_checksum):
     names = content["layer_name"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: layer_name: expected a list of layer names, found {describe(names)}")
-    result = {key: value for key, value in content.items() if key not in ("format", "weight", "act")}
-    result["layer_name"] = [strip_prefix(name) for name in names]
-    if len(set(result["layer_name"])) != len(names):
+    if len(set(names)) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
+    # What our own extractor wrote has the network's names as they are; one may begin with a wrapper's.
+    plain = dict(zip(names, names if "format" in content else without_wrappers(names), strict=True))
+    result = {key: value for key, value in content.items() if key not in ("format", "weight", "act")}
+    result["layer_name"] = list(plain.values())
     for kind in ("weight", "act"):
-        result[kind] = _checked_table(path, kind, content[kind], result["layer_name"])
+        result[kind] = _checked_table(path, kind, content[kind], plain)
     return result
 
 
-def _checked_table(path, kind, table, names):
+def _checked_table(path, kind, table, plain):
+    """One table of an indicators file; plain: {layer, as the file has it: its name without wrappers}."""
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         raise UserError(f"{path}: {kind}: expected {{layer: {{bit: indicator}}}}")
-    rows = {strip_prefix(str(name)): row for name, row in table.items()}
+    rows = {plain.get(str(name), str(name)): row for name, row in table.items()}
+    names = list(plain.values())
     for name in names:
         if name not in rows:
             raise UserError(f"{path}: {kind}: no indicators for the layer {name}")
@@ -125,9 +134,71 @@ def _checked_table(path, kind, table, names):
     return checked
 
 
-def strip_prefix(name):
-    """Drop the `module.` that a data-parallel wrapper puts before names; other names stay as they are."""
-    return name.removeprefix("module.")
+def without_wrappers(names):
+    """Names without the `module.` of a data-parallel wrapper and the `_orig_mod.` of a compiled network before them.
+
+    A beginning goes only where every name has it, however often and in whatever order: what some names lack is no wrapper's.
+    """
+    names = list(names)
+    while names:
+        wrapper = next((wrapper for wrapper in WRAPPERS if all(name.startswith(f"{wrapper}.") for name in names)), None)
+        if wrapper is None:
+            break
+        names = [name[len(wrapper) + 1:] for name in names]
+    return names
+
+
+def fit_names(own, names):
+    """{name in a file: name in the network} of layers or tensors that come from elsewhere.
+
+    Wrappers (`module.`, `_orig_mod.`) that stand before every name, or inside a name, are dropped or added as the network's
+    own names ask for, and LIMPQ's names of MobileNetV1 change to ours. A name that fits nothing only gets the wrappers that
+    all of the network's names have.
+
+    Args:
+        own: names of the network.
+        names: names in the file.
+    """
+    names, own = list(names), dict.fromkeys(own)
+    if all(name in own for name in names):
+        return dict(zip(names, names, strict=True))
+    prefix = _common_wrappers(own)
+    plain = without_wrappers(names)
+    if sum(name in own for name in names) > sum(prefix + name in own for name in plain):
+        plain, prefix = names, ""
+    bare = {_bare(name): name for name in own}
+    taken = {prefix + name for name in plain} & own.keys()
+    fitted = {}
+    for name, short in zip(names, plain, strict=True):
+        choices = (prefix + short, prefix + own_name(short), bare.get(_bare(short)))
+        found = choices[0] if choices[0] in own else next(
+            (choice for choice in choices[1:] if choice in own and choice not in taken), choices[0])
+        taken.add(found)
+        fitted[name] = found
+    return fitted
+
+
+def _common_wrappers(names):
+    """What without_wrappers takes from each of these names."""
+    first = next(iter(names), "")
+    return first[:len(first) - len(next(iter(without_wrappers(names)), ""))]
+
+
+def _bare(name):
+    """A name without wrappers after its beginning."""
+    first, *others = name.split(".")
+    return ".".join([first, *(part for part in others if part not in WRAPPERS)])
+
+
+def own_name(name):
+    """The name of a layer or tensor here for its name in LIMPQ's MobileNetV1; any other name as it is."""
+    if name.startswith("first_conv."):
+        return f"stem.{name.removeprefix('first_conv.')}"
+    match = MOBILENET_NAME.match(name)
+    if match is None:
+        return name
+    unit = MOBILENET_STAGES[int(match[1]) - 1] + int(match[2]) - 1
+    return f"features.{unit}.{MOBILENET_PLACES[match[3]]}{name[match.end():]}"
 
 
 def split_arch(arch):
@@ -167,20 +238,13 @@ def read_policy(path):
     Returns:
         the mapping in the file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked.
     """
-    data = read_bytes(path)
-    start = data.rfind(b"# " + CHECKSUM)
-    has_checksum = start >= 0
-    as_it_is = "to take it as it is, remove its last line and the entry format"
-    if has_checksum and data[start:] != b"# " + checksum(data[:start]) + b"\n":
-        raise UserError(f"{path}: edited by hand, or damaged (its checksum does not fit); {as_it_is}")
-    content = decode_yaml(data, path)
+    content = decode_yaml(read_bytes(path), path)
     policy = plain(content)
-    if needs_checksum(path, policy) and not has_checksum:
-        raise UserError(f"{path}: edited by hand, or damaged (its checksum is missing); {as_it_is}")
+    policy.pop("format", None)  # of files that ended in a checksum once; a policy is there to be edited
     for key in ("layer_name", "weight_bits", "act_bits"):
         if not isinstance(policy.get(key), list) or not policy[key]:
             raise UserError(f"{path}: {key}: not a policy file (expected a list under this key)")
-    names = policy["layer_name"] = [strip_prefix(written(name) or describe(name)) for name in content["layer_name"]]
+    names = policy["layer_name"] = [written(name) or describe(name) for name in content["layer_name"]]
     if len(set(names)) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
     for key in ("weight_bits", "act_bits"):
@@ -197,9 +261,8 @@ def read_policy(path):
 
 
 def write_policy(path, policy):
-    """Write a policy file; lists stand on one line each, fit for pasting into a fine-tuning YAML. It ends in its checksum."""
-    text = yaml.safe_dump({"format": FORMAT, **policy}, sort_keys=False, default_flow_style=None, width=10**6).encode()
-    write_atomically(path, text + b"# " + checksum(text) + b"\n")
+    """Write a policy file; lists stand on one line each, fit for editing and for pasting into a fine-tuning YAML."""
+    write_atomically(path, yaml.safe_dump(policy, sort_keys=False, default_flow_style=None, width=10**6).encode())
 
 
 def write_atomically(path, data):

@@ -14,7 +14,7 @@ from torch import nn
 from model.names import put_modules
 from packed_network import integer_weights
 from packing import pack
-from quan.func import QuanConv2d, scale_adjustment
+from quan.func import QuanConv2d, scale_adjustment, stand_in
 from quan.quantizer import LsqQuan
 from util.errors import UserError, reason
 
@@ -79,6 +79,8 @@ class OnnxLayer(nn.Module):
 
     def __init__(self, layer, name):
         super().__init__()
+        stand_in(self, layer)
+        del self.weight, self.bias, self.quan_w_fn
         self.operate = layer._conv_forward if isinstance(layer, QuanConv2d) else nn.functional.linear
         self.quan_a_fn = OnnxQuantizer(layer.quan_a_fn) if isinstance(layer.quan_a_fn, LsqQuan) else nn.Identity()
         step = layer.quan_w_fn.step.detach()

@@ -57,6 +57,8 @@ class Graph:
     MACs. products: {module: MACs} of matrix products outside of the layers, such as the two of attention, Q K^T and the
     one with V; they are not quantized, and count in no BitOPs. output_shape: of what the network answers for one image.
     first: the convolutions that see the image, one in most networks. classifiers: the layers that give the answer, one too.
+    left: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized. heads:
+    what gives the answer, quantizable or not: names of modules, and of parameters that belong to the network itself.
     """
 
     layers: dict
@@ -66,15 +68,22 @@ class Graph:
     output_shape: tuple
     first: tuple
     classifiers: tuple
+    left: dict
+    heads: tuple
+
+    def describe_left(self, separator="\n"):
+        """A line for each reason why layers cannot be quantized, or ''."""
+        layers = {}
+        for name, why in self.left.items():
+            layers.setdefault(why, []).append(name)
+        return separator.join(f"{shortened(names)}: {why}, so it stays in full precision" for why, names in layers.items())
 
     def describe_uncounted(self):
         """A line about what is left alone, or '' where there is nothing."""
         if not self.uncounted:
             return ""
-        names = list(self.uncounted)
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return (f"left in full precision, counted neither in size nor in BitOPs: {sum(self.uncounted.values()):,} weights "
-                f"({shown})")
+                f"({shortened(list(self.uncounted))})")
 
     def describe_products(self):
         """A line about matrix products outside of the layers, or '' where there are none."""
@@ -86,30 +95,68 @@ class Graph:
 
     def describe(self):
         """These lines, those that there are."""
-        return "\n".join(filter(None, [self.describe_uncounted(), self.describe_products()]))
+        return "\n".join(filter(None, [self.describe_left(), self.describe_uncounted(), self.describe_products()]))
+
+
+def shortened(names, most=3):
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# Functions that multiply matrices, by name: with a parameter in one of their places they are a layer, whoever calls them.
+PRODUCTS = {"linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+            "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "einsum", "tensordot",
+            "inner", "cdist", "cosine_similarity"}
 
 
 class _Lineage(TorchFunctionMode):
-    """Follows, through any function, from which layers' outputs a tensor was computed."""
+    """Follows, through any function, from which layers' outputs a tensor was computed.
 
-    def __init__(self):
+    Args:
+        matrices: {name: parameter} of the network's matrices.
+
+    Attributes:
+        sources: {id of a tensor: the layers}.
+        makers: the same, but a product with one of the network's matrices outside of layers stands for a layer, too, under
+            the name of the matrix.
+        feeding: makers whose output another one gets.
+    """
+
+    def __init__(self, matrices):
         super().__init__()
-        self.sources = {}
+        self.sources, self.makers, self.feeding = {}, {}, frozenset()
+        self.matrices = {id(parameter): frozenset([name]) for name, parameter in matrices.items()}
         self.alive = []  # a tensor that is freed could give its id to another one
 
-    def of(self, values):
-        return frozenset().union(*(self.sources.get(id(tensor), frozenset()) for tensor in tensors_in(values)))
+    def of(self, values, kind="sources"):
+        """The names under which tensors stand in one of the dicts."""
+        known = getattr(self, kind)
+        return frozenset().union(*(known.get(id(tensor), frozenset()) for tensor in tensors_in(values)))
 
-    def mark(self, values, sources):
+    def mark(self, values, sources, makers=None):
         for tensor in tensors_in(values):
             self.sources[id(tensor)] = sources
+            self.makers[id(tensor)] = sources if makers is None else makers
             self.alive.append(tensor)
 
+    def enter(self, inputs):
+        """Note that a layer gets these; return from which layers they come."""
+        self.feeding |= self.of(inputs, "makers")
+        return self.of(inputs)
+
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
-        sources = self.of((args, kwargs or {}))
+        everything = (args, kwargs or {})
+        sources, makers, matrices = (self.of(everything, kind) for kind in ("sources", "makers", "matrices"))
         result = function(*args, **(kwargs or {}))
+        if sources and matrices and getattr(function, "__name__", "") in PRODUCTS:
+            self.feeding |= makers - matrices
+            makers = matrices
         if sources:
-            self.mark(result, sources)
+            self.mark(result, sources, makers)
+        elif matrices:
+            for tensor in tensors_in(result):
+                self.matrices[id(tensor)] = matrices
+                self.alive.append(tensor)
         return result
 
 
@@ -191,6 +238,10 @@ def trace(model, input_size, num_classes=None):
     Raises:
         UserError: when the network cannot take such an image, gives no logits, or has layers that cannot be told apart.
     """
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise UserError(f"arch: the shape of {name} is open until the network is called; call it once in the function "
+                            "that builds it")
     try:
         graph = _dry_pass(model, input_size, "meta")
     except UserError:
@@ -209,26 +260,45 @@ def trace(model, input_size, num_classes=None):
 
 def _dry_pass(model, input_size, device):
     twin = copy.deepcopy(model).to(device, torch.float32).eval()
-    notes, products = _Notes(), _Products()
+    matrices = {name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2}
+    notes, products = _Notes(matrices), _Products()
     for name, module in twin.named_modules():
         products.watch(name, module, is_quantizable(module))
         notes.watch(name, module)
     with torch.no_grad(), notes.lineage, products:
         answer = twin(torch.zeros(1, 3, input_size, input_size, device=device))
-    uncounted = {name: parameter.numel() for name, parameter in twin.named_parameters()
-                 if parameter.dim() >= 2 and name.rpartition(".")[0] not in notes.calls}
+    uncounted = {name: parameter.numel() for name, parameter in matrices.items()
+                 if name.rpartition(".")[0] not in notes.calls}
     shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
-    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), notes.classifiers(answer))
+    classifiers, heads = notes.ends(answer)
+    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers, notes.left, heads)
 
 
 def is_quantizable(module):
-    """Whether a module is a convolution or a linear layer as torch has it, with a weight of its own."""
-    return type(module) in QUANTIZABLE and isinstance(module._parameters.get("weight"), nn.Parameter)
+    """Whether a module is a convolution or a linear layer that computes as torch's does, with a weight of its own."""
+    return isinstance(module, QUANTIZABLE) and not why_left(module)
+
+
+def why_left(module):
+    """Why a layer cannot be quantized, or ''. A subclass that leaves the computation alone is the layer that it comes from."""
+    kind, name = next((kind for kind in QUANTIZABLE if isinstance(module, kind)), None), type(module).__name__
+    if kind is None:
+        return f"its class {name} is neither a Conv2d nor a Linear"
+    if hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other tensors"
+    for method in ("forward", "_conv_forward", "__call__"):
+        if method in vars(module):
+            return f"it was given a {method} of its own"
+        if getattr(type(module), method, None) is not getattr(kind, method, None):
+            return f"its class {name} has a {method} of its own"
+    return ""
 
 
 def _check_answer(graph, num_classes):
     if not graph.layers:
-        raise UserError("arch: the network has no convolution and no linear layer that a forward pass reaches")
+        if not graph.left:
+            raise UserError("arch: the network has no convolution and no linear layer that a forward pass reaches")
+        raise UserError(f"arch: no layer can be quantized; {graph.describe_left('; ')}")
     shape = graph.output_shape
     if isinstance(shape, str) or len(shape) != 2 or shape[0] != 1:
         found = f"a {shape}" if isinstance(shape, str) else f"a tensor of shape {list(shape)}"
@@ -250,17 +320,17 @@ def _check_tied(model, graph):
 class _Notes:
     """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what."""
 
-    def __init__(self):
-        self.lineage = _Lineage()
+    def __init__(self, matrices):
+        self.lineage = _Lineage(matrices)
         self.calls, self.batchnorms, self.kinds_of_attention = {}, {}, {}
+        self.left = {}  # layers that cannot be quantized, and why
         self.sources = {}  # of the input of each layer, when it is called first
-        self.feeding = set()  # layers whose output another one gets
 
     def watch(self, name, module):
         if is_quantizable(module):
             module.register_forward_hook(self._layer(name))
-        elif isinstance(module, OTHER_LAYERS):  # subclasses of layers too, whose forward pass may be another
-            module.register_forward_hook(lambda module, inputs, output: self.lineage.mark(output, frozenset([name])))
+        elif isinstance(module, OTHER_LAYERS):
+            module.register_forward_hook(self._other_layer(name, why_left(module)))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_pre_hook(self._batchnorm(name))
         elif isinstance(module, SelfAttention):
@@ -271,20 +341,27 @@ class _Notes:
         found = [name for name in self.calls if not self.sources[name]]
         return tuple(name for name in found if self.calls[name].kind == "conv") or tuple(found)
 
-    def classifiers(self, answer):
-        """Names of the layers that the answer was computed from and that feed no other; else the one called last."""
-        sources = self.lineage.of(answer) - self.feeding
-        return tuple(name for name in self.calls if name in sources) or tuple(self.calls)[-1:]
+    def ends(self, answer):
+        """(classifiers, heads) of a Graph: what the answer was computed from and what feeds no layer; else the layer that is
+        called last."""
+        makers = self.lineage.of(answer, "makers") - self.lineage.feeding or set(list(self.calls)[-1:])
+        heads = [name if name in self.calls or name in self.left else name.rpartition(".")[0] or name for name in makers]
+        return tuple(name for name in self.calls if name in makers), tuple(sorted(set(heads)))
 
     def _layer(self, name):
         def hook(module, inputs, output):
             if not inputs:
                 raise UserError(f"arch: the layer {name} gets its input by keyword; call it with the input alone")
             call = _layer_call(name, module, inputs[0], output)
-            sources = self.lineage.of(inputs)
-            self.sources.setdefault(name, sources)
-            self.feeding |= sources
+            self.sources.setdefault(name, self.lineage.enter(inputs))
             self.calls[name] = call.after(self.calls[name]) if name in self.calls else call
+            self.lineage.mark(output, frozenset([name]))
+        return hook
+
+    def _other_layer(self, name, why):
+        def hook(module, inputs, output):
+            self.lineage.enter(inputs)
+            self.left[name] = why
             self.lineage.mark(output, frozenset([name]))
         return hook
 

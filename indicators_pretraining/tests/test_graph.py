@@ -1,5 +1,6 @@
 """What the dry pass finds: MACs and elements against independent counts, shared and tied modules, the ends of the network."""
 
+import copy
 import math
 
 import pytest
@@ -14,9 +15,9 @@ from model import create_model
 from model.layer_table import trace
 from model.names import second_names
 from quan.func import QuanConv2d, QuanLinear
-from quan.utils import joint_modules, name_exceptions, replace_module_by_names
+from quan.utils import joint_modules, name_exceptions, policy_modules, replace_module_by_names
 from schema import IndicatorsConfig
-from util.config import ActQuantizerConfig, ExceptionConfig, QuanConfig
+from util.config import ActQuantizerConfig, ExceptedQuantizerConfig, ExceptionConfig, QuanConfig
 from util.errors import UserError
 
 SIZES = {"resnet18": 64, "resnet20": 32, "resnet50": 64, "mobilenetv1": 64, "mobilenet_v2": 64, "efficientnet_b0": 64,
@@ -305,11 +306,140 @@ def test_exceptions_that_are_named_stay_and_auto_is_what_is_not_written():
     assert IndicatorsConfig().quan.excepts == "auto" and QuanConfig(excepts="none").excepts == {}
 
 
-@pytest.mark.parametrize("excepts", ["auto", {"1": ExceptionConfig(), "2": ExceptionConfig()}])
-def test_exceptions_that_leave_nothing_to_search_are_refused(excepts):
+@pytest.mark.parametrize(("excepts", "message"), [
+    ("auto", r"arch: no layer is left to be searched: 1 \(first layer\), 2 \(classifier\) have fixed bits"),
+    ({"1": ExceptionConfig(), "2": ExceptionConfig()}, "quan.excepts: 1, 2 leave no layer to be searched")])
+def test_exceptions_that_leave_nothing_to_search_are_refused(excepts, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 2))
-    with pytest.raises(UserError, match="quan.excepts: 1, 2 leave no layer to be searched"):
+    with pytest.raises(UserError, match=message):
         name_exceptions(IndicatorsConfig(quan=QuanConfig(excepts=excepts)), trace(model, 4))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Subclasses of layers.
+
+
+class Same(nn.Conv2d):
+    """The layer that it comes from, with more to be asked for."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain, self.scale = 3.0, nn.Parameter(torch.full((1,), 2.0))
+
+    @property
+    def area(self):
+        return self.kernel_size[0] * self.kernel_size[1]
+
+
+class StillSame(Same):
+    pass
+
+
+class SameLinear(nn.Linear):
+    def widths(self):
+        return self.in_features, self.out_features
+
+
+class ChangedInside(Same):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class Head(nn.Module):
+    """A classifier that is no layer of torch's: a product with a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x):
+        return x @ F.normalize(self.centres).T
+
+
+class Asking(nn.Module):
+    """A network that uses what its own layers know."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.fc = Same(3, 4, 3), StillSame(4, 4, 1, bias=False), SameLinear(4, 5)
+        self.body.register_forward_hook(lambda module, inputs, output: output * module.gain)
+
+    def forward(self, x):
+        assert isinstance(self.body, StillSame) and self.fc.widths() == (4, 5)
+        return self.fc((self.body(self.stem(x)) * self.body.scale + self.body.area).mean((2, 3)))
+
+
+def test_a_subclass_that_computes_as_its_layer_is_that_layer_with_all_that_it_knows():
+    torch.manual_seed(0)
+    model, images = Asking(), torch.randn(2, 3, 8, 8)
+    graph, expected = trace(model, 8, 5), model(images)
+    assert list(graph.layers) == ["stem", "body", "fc"] and not graph.left and graph.classifiers == graph.heads == ("fc",)
+    excepts = name_exceptions(IndicatorsConfig(), graph)[0].quan.excepts
+    signed = QuanConfig(act=ActQuantizerConfig(all_positive=False), excepts=excepts)
+    names = set(model.state_dict())
+    modules = policy_modules(model, graph, signed, {"body": 8}, {"body": 8}, {}, sat=False)
+    tuned = replace_module_by_names(model, modules).train()
+    assert isinstance(tuned.body, QuanConv2d) and isinstance(tuned.fc, QuanLinear)
+    tuned(images)
+    torch.testing.assert_close(tuned.eval()(images), expected, atol=0.3, rtol=0.05)
+    assert {name for name in tuned.state_dict() if ".quan_" not in name} == names
+    assert torch.equal(copy.deepcopy(tuned)(images), tuned(images))
+
+
+@pytest.mark.parametrize(("layer", "why"), [
+    (Padded(4, 4, 2), "its class Padded has a forward of its own"),
+    (ChangedInside(4, 4, 1), "its class ChangedInside has a _conv_forward of its own"),
+    (nn.ConvTranspose2d(4, 4, 1), "its class ConvTranspose2d is neither a Conv2d nor a Linear"),
+    (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "its weight is computed from other tensors")])
+def test_a_layer_that_computes_otherwise_is_named_with_why(layer, why):
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), 8)
+    assert list(graph.layers) == ["0", "4"] and graph.left == {"1": why}
+    assert f"1: {why}, so it stays in full precision" in graph.describe().splitlines()
+
+
+def test_a_layer_whose_forward_was_replaced_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    model[1].forward = lambda x: x.relu()
+    assert trace(model, 8).left == {"1": "it was given a forward of its own"}
+
+
+@pytest.mark.parametrize("head", [Cosine(4, 5), Head(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))])
+def test_a_classifier_that_cannot_be_quantized_makes_no_other_layer_the_classifier(head):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          head)
+    graph = trace(model, 8, 5)
+    assert graph.classifiers == () and graph.heads == ("5",) and graph.batchnorms == {"2": "1"}
+    assert found(model, 8)[0] == ["0"]
+
+
+def test_a_layer_that_feeds_itself_is_still_the_classifier():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = nn.Linear(48, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(self.fc(self.stem(x.flatten(1))))
+
+    assert trace(Again(), 4).classifiers == ("fc",)
+
+
+def test_a_network_without_any_layer_that_can_be_quantized_is_told_why():
+    with pytest.raises(UserError, match="^arch: no layer can be quantized; 0: its class Padded has a forward of its own"):
+        trace(nn.Sequential(Padded(3, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Cosine(4, 2)), 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Padded(4, 4, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(UserError, match="arch: no layer is left to be searched: .*; 1: its class Padded has a forward"):
+        name_exceptions(IndicatorsConfig(), trace(model, 8))
+    with pytest.raises(UserError, match="quan.excepts.1: asks for bits, but its class Padded"):
+        entry = ExceptionConfig(weight=ExceptedQuantizerConfig(bit=4))
+        name_exceptions(IndicatorsConfig(quan=QuanConfig(excepts={"1": entry})), trace(model, 8))
+    with pytest.raises(UserError, match="arch: the shape of 1.weight is open until the network is called"):
+        trace(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), 8)
 
 
 def test_linear_layers_over_tokens_are_quantized():

@@ -1,6 +1,7 @@
 """Quantized layers: quantize the weight, quantize the input, operate."""
 
 import copy
+import functools
 import math
 
 import torch
@@ -12,12 +13,26 @@ from .quantizer.lsq import at_place
 
 
 def _take_over(layer, original, quan_w_fn, quan_a_fn):
-    """Give a quantized layer the parameters of the original one, and its quantizers."""
-    layer.weight, layer.bias = original.weight, original.bias
+    """Give a quantized layer all that the original one has, and its quantizers."""
+    stand_in(layer, original)
     layer.quan_w_fn, layer.quan_a_fn = quan_w_fn, quan_a_fn
     if isinstance(quan_w_fn, LsqQuan):
         quan_w_fn.init_from_weight(layer.weight)
-    layer.train(original.training)
+
+
+def stand_in(layer, original):
+    """Give a new module the parameters, options and hooks of the one in whose place it comes, and the methods and the type
+    that the network may know that one by, where its own class lacks them."""
+    for name, value in vars(original).items():
+        vars(layer)[name] = copy.copy(value) if isinstance(value, dict) else value
+    if not isinstance(layer, type(original)):
+        layer.__class__ = _mixed(type(layer), type(original))
+
+
+@functools.cache
+def _mixed(one, other):
+    """A subclass of two classes of modules, whose methods are those of the first where both have them."""
+    return type(f"{one.__name__}_{other.__name__}", (one, other), {})
 
 
 class QuantizedLayer:
@@ -54,7 +69,7 @@ class QuantizedLayer:
 
 
 class QuanConv2d(QuantizedLayer, nn.Conv2d):
-    """A convolution with quantized weight and input. Takes over stride, padding, padding_mode, dilation, groups, bias.
+    """A convolution with quantized weight and input; all else is that of the convolution that it replaces.
 
     Args:
         conv: the nn.Conv2d to replace.
@@ -62,8 +77,7 @@ class QuanConv2d(QuantizedLayer, nn.Conv2d):
     """
 
     def __init__(self, conv, quan_w_fn, quan_a_fn):
-        super().__init__(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                         conv.groups, conv.bias is not None, conv.padding_mode, device="meta")
+        nn.Module.__init__(self)
         _take_over(self, conv, quan_w_fn, quan_a_fn)
 
     def forward(self, x):
@@ -85,9 +99,9 @@ class QuanLinear(QuantizedLayer, nn.Linear):
     """
 
     def __init__(self, linear, quan_w_fn, quan_a_fn, sat=False):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.sat = sat
+        nn.Module.__init__(self)
         _take_over(self, linear, quan_w_fn, quan_a_fn)
+        self.sat = sat
 
     def forward(self, x):
         if self.learns_both and not self.sat:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from model.layer_table import tensors_in
+from model.layer_table import is_quantizable, tensors_in
 from util.passes import autocast
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
@@ -102,7 +102,9 @@ def _is_shareable(module):
         return False  # it computes something else than its type says
     if isinstance(module, ExceptedBatchNorm):
         return module.bn.momentum is not None
-    return type(module) in SHAREABLE or (isinstance(module, BATCHNORM) and module.momentum is not None)
+    if isinstance(module, BATCHNORM):
+        return module.momentum is not None and all(type(part) in SHAREABLE for part in module.children())
+    return type(module) in SHAREABLE or is_quantizable(module)
 
 
 class SharedStem:

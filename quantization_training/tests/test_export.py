@@ -114,6 +114,59 @@ def test_a_packed_model_answers_as_its_checkpoint_bit_for_bit_at_the_size_that_w
         assert packed.layers[name].bits == bit and packed.layers[name].signed
 
 
+SUBCLASSES = """
+import torch.nn.functional as F
+from torch import nn
+
+class Own(nn.Conv2d):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = 2.0
+
+class Deeper(Own):
+    pass
+
+class OwnLinear(nn.Linear):
+    pass
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight)) * 9
+
+class Net(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.stem, self.norm = Own(3, 4, 3), nn.BatchNorm2d(4)
+        self.body, self.norm2 = Deeper(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.hidden, self.head = OwnLinear(6, 8), head
+
+    def forward(self, x):
+        x = self.norm2(self.body(self.norm(self.stem(x)).relu() * self.body.gain)).relu()
+        return self.head(self.hidden(x.mean((2, 3))).relu())
+
+def net(num_classes):
+    return Net(OwnLinear(8, num_classes))
+
+def cosine(num_classes):
+    return Net(Cosine(8, num_classes))
+"""
+
+
+@pytest.mark.parametrize("factory", ["net", "cosine"])
+def test_subclasses_of_layers_are_packed_and_a_classifier_of_an_own_kind_stays_as_it_is(factory, capsys):
+    pathlib.Path("net.py").write_text(SUBCLASSES)
+    network = write_checkpoint(f"net.py:{factory}", 12)
+    assert list(network.facts["weight_bits"]) == ["body", "hidden"]
+    assert list(network.config.quan.excepts) == ["stem", "norm", *(["head"] if factory == "net" else [])]
+    assert ("head: its class Cosine has a forward of its own" in network.remark) == (factory == "cosine")
+    for folding in ((), ("--fold-bn",)):
+        packed = exported("--arch", f"net.py:{factory}", *folding)
+        assert list(packed.layers) == ["stem", "body", "hidden", *(["head"] if factory == "net" else [])]
+        found = logits(rebuild(as_checkpoint(packed), PACKED, f"net.py:{factory}").model, 12)
+        torch.testing.assert_close(found, logits(network.model, 12), rtol=0, atol=1e-4 if folding else 0)
+    assert "2 BatchNorms folded" in capsys.readouterr().out
+
+
 def test_what_a_mask_removed_is_removed_in_the_packed_model_too():
     network = write_checkpoint("resnet20", 16, 0.8)
     exported()

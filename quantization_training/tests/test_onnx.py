@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 import torch
-from test_export import CONFIG, complaint, write_checkpoint
+from test_export import CONFIG, SUBCLASSES, complaint, write_checkpoint
 
 import export
 import main
@@ -36,6 +36,20 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     said = complaint(capsys, export.main, "run.pth.tar", "--onnx", "model.onnx")
     assert "--onnx needs onnxscript: pip install -r requirements-export.txt" in said
+
+
+@needs_onnxruntime
+@pytest.mark.parametrize("factory", ["net", "cosine"])
+def test_subclasses_of_layers_are_written_with_their_integers(factory):
+    pathlib.Path("net.py").write_text(SUBCLASSES)
+    network = write_checkpoint(f"net.py:{factory}", 12)
+    images = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = onnx_export.to_onnx(network.model.eval(), 12)
+    assert sum(tensor.data_type == 3 for tensor in model.graph.initializer if tensor.dims) == (4 if factory == "net" else 3)
+    with torch.no_grad():
+        expected = network.model(images)
+    torch.testing.assert_close(onnx_export.answers_of_onnxruntime(model.SerializeToString(), images), expected,
+                               rtol=0, atol=1e-4)
 
 
 @needs_onnxruntime

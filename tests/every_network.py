@@ -92,7 +92,7 @@ def packing(place, name, arch, size, *_):
     graph, folds = networks["checkpoint"].graph, content["packed"].header["folded"]
     with torch.no_grad():
         layers = change_by_folding(networks["checkpoint"].model, networks["folded"].model, folds, images)
-        right, packed, folded = (network.model(images) for network in networks.values())
+        right, packed, folded = (network.model(images.clone()) for network in networks.values())
     counted, left = sum(call.params for call in graph.layers.values()), sum(graph.uncounted.values())
     products, macs = (sum(graph.products.values()), sum(call.macs_exact for call in graph.layers.values()))
     (place / f"{name}.json").write_text(json.dumps({
@@ -125,7 +125,7 @@ def change_by_folding(model, folded, folds, images):
     for batchnorm, convolution in folds.items():
         model.get_submodule(convolution).register_forward_pre_hook(before(convolution))
         model.get_submodule(batchnorm).register_forward_hook(after(convolution))
-    model(images)
+    model(images.clone())
     return max(changes)
 
 

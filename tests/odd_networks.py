@@ -271,6 +271,11 @@ def spectral_norm(num_classes):
 
 
 @odd
+def old_spectral_norm(num_classes):
+    return Net(num_classes, nn.Sequential(torch.nn.utils.spectral_norm(nn.Conv2d(8, 8, 3)), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+
+
+@odd
 def orthogonal(num_classes):
     return Net(num_classes, nn.Sequential(nn.Conv2d(8, 8, 1), Through(
         lambda m, x: m.turn(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:]),
@@ -312,7 +317,7 @@ def scaled_linear(num_classes):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    return Net(num_classes, head=Scaled(8, num_classes))
+    return Net(num_classes, nn.Sequential(block(8, 8), block(8, 8)), head=Scaled(8, num_classes))
 
 
 @odd
@@ -321,7 +326,7 @@ def cosine_classifier(num_classes):
         def forward(self, x):
             return 8 * F.linear(F.normalize(x), F.normalize(self.weight))
 
-    return Net(num_classes, head=Cosine(8, num_classes, bias=False))
+    return Net(num_classes, nn.Sequential(block(8, 8), block(8, 8)), head=Cosine(8, num_classes, bias=False))
 
 
 @odd
@@ -386,19 +391,20 @@ def lazy(num_classes):
 
 @odd
 def rows_through_lstm(num_classes):
-    return Through(lambda m, x: m.head(m.lstm(m.stem(x).mean(2).transpose(1, 2))[0][:, -1]),
-                   stem=block(3, 8, stride=2), lstm=nn.LSTM(8, 12, batch_first=True, bidirectional=True),
-                   head=nn.Linear(24, num_classes))
+    return Through(lambda m, x: m.head(m.lstm(m.body(x).mean(2).transpose(1, 2))[0][:, -1]),
+                   body=nn.Sequential(block(3, 8, stride=2), block(8, 8)),
+                   lstm=nn.LSTM(8, 12, batch_first=True, bidirectional=True), head=nn.Linear(24, num_classes))
 
 
 @odd
 def rows_through_gru(num_classes):
     def forward(m, x):
         state = x.new_zeros(len(x), 8)
-        for row in m.stem(x).mean(3).unbind(2):
+        for row in m.body(x).mean(3).unbind(2):
             state = m.cell(row, state)
         return m.head(state)
-    return Through(forward, stem=block(3, 8, stride=4), cell=nn.GRUCell(8, 8), head=nn.Linear(8, num_classes))
+    return Through(forward, body=nn.Sequential(block(3, 8, stride=4), block(8, 8)), cell=nn.GRUCell(8, 8),
+                   head=nn.Linear(8, num_classes))
 
 
 @odd
@@ -623,10 +629,14 @@ def hooks(num_classes):
 
 
 @odd
-def own_call(num_classes):
-    """Layers that are called by forward() and by keyword."""
-    return Net(num_classes, Through(lambda m, x: m.two(input=m.one.forward(x)),
-                                    one=nn.Conv2d(8, 8, 3), two=nn.Conv2d(8, 8, 1)))
+def input_by_keyword(num_classes):
+    return Net(num_classes, Through(lambda m, x: m.two(input=m.one(x)), one=nn.Conv2d(8, 8, 3), two=nn.Conv2d(8, 8, 1)))
+
+
+@odd
+def forward_without_hooks(num_classes):
+    """A layer that is called by its forward()."""
+    return Net(num_classes, Through(lambda m, x: m.two(m.one.forward(x)), one=nn.Conv2d(8, 8, 3), two=nn.Conv2d(8, 8, 1)))
 
 
 @odd

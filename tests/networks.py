@@ -29,7 +29,7 @@ ROOT = TESTS.parent
 PROCESSES = multiprocessing.get_context("forkserver")  # which has torch imported already
 TABLE, PAGE = ROOT / "measurements" / "networks.csv", ROOT / "docs" / "networks.md"
 ODD = "odd_networks.py"
-FOLDING_MAY_CHANGE = 0.01  # of what a layer answers, in bfloat16 too; logits may change more: errors move values to other integers
+FOLDING_MAY_CHANGE = 0.01  # of what a layer answers, in bfloat16 too; errors add up in logits
 COLUMNS = ("network", "size", "result", "line", "layers", "weights", "left_share", "left", "products_share", "folded",
            "layer_change", "logit_change",
            "seconds")

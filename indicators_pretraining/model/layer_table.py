@@ -236,7 +236,8 @@ def trace(model, input_size, num_classes=None):
         a Graph. A BatchNorm is paired with a layer when its input was computed from the output of that layer alone.
 
     Raises:
-        UserError: when the network cannot take such an image, gives no logits, or has layers that cannot be told apart.
+        UserError: when the network cannot be copied, cannot take such an image, gives no logits, or has layers that cannot be
+            told apart or that only some images reach.
     """
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -249,6 +250,7 @@ def trace(model, input_size, num_classes=None):
     except Exception:  # a network of the user's own may look at values, which are not there
         try:
             graph = _dry_pass(model, input_size, "cpu")
+            _check_reached(model, graph, input_size)
         except Exception as error:
             raise error if isinstance(error, UserError) else UserError(
                 f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
@@ -258,8 +260,39 @@ def trace(model, input_size, num_classes=None):
     return graph
 
 
+def _twin(model, device):
+    """A copy in evaluation mode; a network that cannot be copied, or whose modules take no hooks, is refused."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"arch: {name or 'the network'} is compiled by torch.jit, which hides its layers; do without")
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:  # of the network's own attributes, which may be anything
+        raise UserError(f"arch: the network cannot be copied, which this project has to do ({reason(error)})") from None
+    return twin.to(device, torch.float32).eval()
+
+
+@torch.no_grad()
+def _check_reached(model, graph, input_size):
+    """Refuse layers that some images reach and others do not, as far as a few images of many kinds show.
+
+    Their bits would be searched or not as it happens, and a step size that no image reaches has no value.
+    """
+    twin, reached = _twin(model, "cpu"), set()
+    for name, module in twin.named_modules():
+        if is_quantizable(module):
+            module.register_forward_hook(lambda *_, name=name: reached.add(name))
+    draws = torch.Generator().manual_seed(0)
+    light, contrast = (torch.randn(8, 3, 1, 1, generator=draws) for _ in range(2))
+    twin(torch.randn(8, 3, input_size, input_size, generator=draws) * contrast.exp() + light)
+    some = sorted(reached ^ graph.layers.keys())
+    if some:
+        raise UserError(f"arch: only some images reach the layers {shortened(some)}, so no bits can be searched for them; "
+                        "let each image reach every layer")
+
+
 def _dry_pass(model, input_size, device):
-    twin = copy.deepcopy(model).to(device, torch.float32).eval()
+    twin = _twin(model, device)
     matrices = {name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2}
     notes, products = _Notes(matrices), _Products()
     for name, module in twin.named_modules():

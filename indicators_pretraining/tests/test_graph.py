@@ -203,6 +203,36 @@ def test_a_network_that_looks_at_values_is_traced_on_the_cpu():
     assert trace(model, 2).layers["fc"].macs_exact == 24
 
 
+class Experts(nn.Module):
+    """Two layers, of which each image reaches the one that its brightness names."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 10)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        chosen, x = (x.mean((1, 2, 3)) > 0.1).long(), self.stem(x).mean((2, 3))
+        y = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            y[chosen == index] = self.experts[index](x[chosen == index])
+        return self.head(x + y)
+
+
+def test_layers_that_only_some_images_reach_are_refused():
+    with pytest.raises(UserError, match="^arch: only some images reach the layers experts.1, so no bits"):
+        trace(Experts(), 8, 10)
+
+
+def test_a_network_that_cannot_be_copied_or_hooked_is_refused_by_that_reason():
+    for model, message in (
+            (nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.LazyLinear(10)), "is open until"),
+            (nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten()), "cannot be copied.*weight_norm"),
+            (nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.ReLU())), "^arch: 1 is compiled by torch.jit")):
+        with pytest.raises(UserError, match=message):
+            trace(model, 8, 10)
+
+
 def test_layers_whose_weight_is_computed_are_left_and_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                           nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))

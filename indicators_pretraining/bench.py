@@ -240,7 +240,8 @@ class Workload:
         model, excepts = self.model(), excepts_of(self.arch)
         graph = trace(model, self.size, CLASSES)
         bits = dict.fromkeys(searchable_layers(graph, excepts), 4)
-        return replace_module_by_names(model, policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {}, True))
+        return replace_module_by_names(model, policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {},
+                                                              graph.classifiers))
 
     @functools.cached_property
     def kept(self):

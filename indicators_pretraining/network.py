@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from model import create_model, load_weights
-from model.layer_table import Graph, trace
+from model import load_weights
+from model.layer_table import Graph
 from model.masks import PrunedParameters, weights_left
+from model.model import create_traced
 from quan.stem import SharedStem, find_stem
 from quan.utils import (
     BitSwitch,
@@ -59,8 +60,7 @@ class JointNetwork:
 
 def build_dense(config, num_classes, input_size, found, device):
     """Build the full-precision network of a configuration; the arguments are those of build_network."""
-    model, masks = create_initial(config, num_classes, input_size, found)
-    graph = trace(model, input_size, num_classes)
+    model, graph, masks = create_initial(config, num_classes, input_size, found)
     to_device(model, device)
     distributed.broadcast_model(model)
     return DenseNetwork(model, graph, Passes(model, config.precision, config.compile), PrunedParameters(model, masks))
@@ -80,8 +80,7 @@ def build_network(config, num_classes, input_size, found, device):
     """
     if config.eval and found.content.get("bits", config.target_bits) != config.target_bits:
         raise UserError(f"target_bits: found {config.target_bits}, but {found.path} was trained at {found.content['bits']}")
-    model, masks = create_initial(config, num_classes, input_size, found)
-    graph = trace(model, input_size, num_classes)
+    model, graph, masks = create_initial(config, num_classes, input_size, found)
     config, exceptions = name_exceptions(config, graph)
     signed = signs_of(found.content) if found else {}
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits, signed))
@@ -103,20 +102,21 @@ def build_network(config, num_classes, input_size, found, device):
 
 
 def create_initial(config, num_classes, input_size, found):
-    """The full-precision network that a run starts from, and its pruning masks; both are those of `found`, if given."""
+    """The full-precision network that a run starts from, its Graph, and its pruning masks; these are those of `found`, if
+    given."""
     if found is not None:
-        model = create_model(config.arch, num_classes, input_size=input_size)
-        return model, masks_of(found.content, model, found.path)
+        model, graph = create_traced(config.arch, num_classes, False, input_size)
+        return model, graph, masks_of(found.content, model, found.path)
     source = config.init_from or config.pre_trained
     if not isinstance(source, str):
-        return create_model(config.arch, num_classes, source, input_size), {}
-    content, model = load_checkpoint(source), create_model(config.arch, num_classes, input_size=input_size)
+        return *create_traced(config.arch, num_classes, source, input_size), {}
+    content, (model, graph) = load_checkpoint(source), create_traced(config.arch, num_classes, False, input_size)
     if config.init_from:
         check_arch(content, config.arch, source)
-    has_head = load_weights(model, content["state_dict"], source)
+    has_head = load_weights(model, content["state_dict"], source, graph.heads)
     if config.init_from and not has_head:
         raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
-    return model, masks_of(content, model, source)
+    return model, graph, masks_of(content, model, source)
 
 
 def with_signs(layers, signed):

@@ -54,7 +54,7 @@ def run(config, device, is_dry_run):
         completed = rewinding.epochs_before(rewinding.level_of(found), config) + start.epoch
         numbered = replace(start, epoch=completed)
         with signals_noted(), open_monitor(folder, config, numbered, device) as monitor:
-            log_start(monitor, numbered, "")
+            log_start(monitor, numbered, plan.remark)
             Pruning(network, plan, loaders, optimizer, config, monitor, folder).run(found, start)
 
 

@@ -328,6 +328,7 @@ def dry_run(network, plan, loaders, optimizer, config, level):
               "after rewinding",
               *(f"level {number}: {removed:,} removed ({100 * removed / total:.2f} %)" for number, removed in ahead),
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
-              f"{loaders.val.images} validation images", f"loss of the first step: {loss:.4f}"]
+              f"{loaders.val.images} validation images", f"loss of the first step: {loss:.4f}",
+              *filter(None, [plan.remark])]
     if distributed.is_main():
         print("\n".join([*report, "dry run: nothing was written"]))

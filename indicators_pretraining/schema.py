@@ -14,7 +14,7 @@ RANDOM = "random"  # stands for a bit-width drawn for each layer
 @dataclass(frozen=True)
 class PruneConfig:
     """Pruning level by level. amount: the share of what is left that each level removes, or a list with one per level.
-    epochs_per_level: by default `epochs`. excepts: by default the first convolution and the last linear layer."""
+    epochs_per_level: by default `epochs`. excepts: by default the first convolution and the classifier."""
 
     method: Literal["rewinding", "iterative", "one_shot"] = "rewinding"
     type: Literal["unstructured", "structured"] = "unstructured"

@@ -4,6 +4,8 @@ python main.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]
 python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 """
 
+from dataclasses import replace
+
 import process
 from gradual import create_pruning
 from network import build_network, create_teacher
@@ -44,6 +46,8 @@ def run(config, device, is_dry_run):
     start = restore(found, network.model, optimizer, config)
     network.pruned.hold(optimizer)
     pruning = create_pruning(network, config, found)
+    if pruning is not None:
+        network = replace(network, remark="\n".join(filter(None, [network.remark, pruning.remark])))
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
                              distributed.barrier, distributed.is_local_main(), evaluation_only=config.eval)
     process.check_accumulation(loaders, config)

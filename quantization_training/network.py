@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from model import create_model, load_weights
-from model.layer_table import Graph, trace
+from model.layer_table import Graph
 from model.masks import PrunedParameters, weights_left
+from model.model import create_traced
 from model.names import is_below, second_names
 from model.weights import fit, is_step, load_state
 from policy import resolve_policy
@@ -28,11 +30,13 @@ from quan.utils import (
 from schema import FinetuneConfig
 from util import distributed
 from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, may_lack, signs_of
-from util.errors import UserError
+from util.errors import UserError, nearest
 from util.exchange import read_policy
 from util.passes import Passes, to_device
 
 IMAGENET_CLASSES = 1000
+LEAST_VARIATION = 0.1  # standard deviation of a weight in units of its mean magnitude, which is 1.25 for normal ones
+LARGEST_FACTOR = 100  # by which scale-adjusted training may multiply outputs; 4 for torch's initial weights at 10 classes
 
 
 @dataclass(frozen=True)
@@ -79,21 +83,22 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     # Small files that may be wrong come before anything is downloaded.
     policy_file = read_policy(config.policy) if config.policy else None
     joint = load_checkpoint(config.init_from) if fresh and config.init_from else None
-    model, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained if fresh else False)
+    model, graph, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained if fresh else False)
     if checkpoint is not None:
         masks = masks_of(checkpoint, model, "resume.path")
     elif joint is not None:
         masks = masks_of(joint, model, config.init_from)
-    graph = trace(model, input_size, num_classes)
-    description, exceptions, clamped = {"num_classes": num_classes, "input_size": input_size}, "", ""
+    description, exceptions, clamped, scaling = {"num_classes": num_classes, "input_size": input_size}, "", "", ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
-        policy = quantize(model, graph, config, policy_file, checkpoint or joint)
+        policy = quantize(model, graph, config, policy_file, checkpoint or joint, scaled_layers(graph, config, checkpoint))
         description.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits)
         if masks:
             init_weight_steps(model, masks)
         if joint is not None:
             clamped = start_from_joint_training(model, graph, policy, joint, masks, config)
+        scaling = check_scaling(model) if fresh else ""
+        description["scaled"] = [name for name, module in model.named_modules() if is_scaled(module)]
     if checkpoint is not None:
         check_same_bits(checkpoint, description)
     if config.freeze_weights:
@@ -102,34 +107,35 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), describe_sat(model) if fresh else ""]))
+    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), scaling]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 
 def create_dense(arch, num_classes, input_size, pre_trained):
-    """A full-precision network and its pruning masks.
+    """A full-precision network, its Graph and its pruning masks.
 
     Args:
         pre_trained: False, True (torchvision's weights) or the path of a checkpoint.
     """
     if not isinstance(pre_trained, str):
-        return create_model(arch, num_classes, pre_trained, input_size), {}
-    content, model = load_checkpoint(pre_trained), create_model(arch, num_classes, input_size=input_size)
-    load_weights(model, content["state_dict"], pre_trained)
-    return model, masks_of(content, model, pre_trained)
+        return *create_traced(arch, num_classes, pre_trained, input_size), {}
+    content, (model, graph) = load_checkpoint(pre_trained), create_traced(arch, num_classes, False, input_size)
+    load_weights(model, content["state_dict"], pre_trained, graph.heads)
+    return model, graph, masks_of(content, model, pre_trained)
 
 
-def quantize(model, graph, config, policy_file, checkpoint):
+def quantize(model, graph, config, policy_file, checkpoint, scaled):
     """Put quantized layers at the policy's bits into the network; return the policy.
 
     Args:
         policy_file: the content of config.policy, or None.
         checkpoint: the one that is loaded into the network, of this stage or of stage 1, or None.
+        scaled: names of the linear layers with scale-adjusted training.
     """
     names = searchable_layers(graph, config.quan.excepts)
     policy = resolve_policy(config, names, policy_file, checkpoint)
     signed = signs_of(checkpoint or {}) or policy.signed
-    modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, config.sat)
+    modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, scaled)
     replace_module_by_names(model, modules)
     return policy
 
@@ -176,12 +182,48 @@ def joint_from_elsewhere(checkpoint, graph, config):
     return {**checkpoint, "bits": bits, "batchnorms": dict(graph.batchnorms), "state_dict": state}, remark
 
 
-def describe_sat(model):
-    """A line about scale-adjusted training where it makes the outputs of a classifier more than twice as large or small."""
-    factors = {name: float(scale_adjustment(module.weight)) for name, module in model.named_modules()
-               if isinstance(module, QuanLinear) and module.sat}
-    return "\n".join(f"scale-adjusted training multiplies the outputs of {name} by {factor:.3g}; sat: false leaves them alone"
-                     for name, factor in factors.items() if not 1 / 2 <= factor <= 2)
+def scaled_layers(graph, config, checkpoint):
+    """Names of the linear layers that are to have scale-adjusted training: the classifiers, or what a checkpoint of this
+    stage says. Those that do not say it were trained with it on the linear layer that is called last."""
+    linear = [name for name, call in graph.layers.items() if call.kind == "linear"]
+    if not config.sat:
+        return []
+    if checkpoint is None:
+        return [name for name in linear if name in graph.classifiers]
+    scaled = checkpoint.get("scaled", linear[-1:])
+    for name in scaled:
+        if name not in linear:
+            raise UserError(f"resume.path: scaled: {name} is no linear layer of this network{nearest(name, linear)}")
+    return scaled
+
+
+def is_scaled(module):
+    return isinstance(module, QuanLinear) and module.sat
+
+
+@torch.no_grad()
+def check_scaling(model):
+    """Leave scale-adjusted training out where it would multiply by what the weight does not stand; return lines about that,
+    and about classifiers whose outputs it makes more than twice as large or small.
+
+    It is decided when a run begins and stands in its checkpoints. Dividing by a standard deviation makes sense of a weight
+    that varies; of one that is (nearly) constant it enlarges the rounding, and a weight much smaller than what the first
+    steps change it by is clipped at once.
+    """
+    lines = []
+    for name, module in model.named_modules():
+        if not is_scaled(module):
+            continue
+        weight = module.quantized_weight()
+        factor, largest = float(scale_adjustment(module.weight)), float(scale_adjustment(weight))
+        if not (weight.std() > LEAST_VARIATION * weight.abs().mean() and largest < LARGEST_FACTOR):
+            module.sat = False
+            lines.append(f"warning: no scale-adjusted training of {name}: its weight is nearly constant, or so small that its "
+                         f"outputs would be multiplied by {largest:.3g}")
+        elif not 1 / 2 <= factor <= 2:
+            lines.append(f"scale-adjusted training multiplies the outputs of {name} by {factor:.3g}; sat: false leaves them "
+                         "alone")
+    return "\n".join(lines)
 
 
 def check_same_bits(checkpoint, description):

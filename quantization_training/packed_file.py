@@ -214,6 +214,8 @@ def _check_tensors(layers, tensors, path):
 
 def _check_header(header, path):
     for key, fits in HEADER.items():
+        if key == "scaled" and key not in header:  # files of before do not say it
+            continue
         if key not in header:
             raise UserError(f"{path}: its header lacks {key}")
         if not fits(header[key]):
@@ -283,4 +285,5 @@ HEADER = {
     "preprocessing": _is_preprocessing, "config": lambda value: isinstance(value, dict),
     "cost": lambda value: _is_table(value, _is_number),
     "folded": lambda value: _is_table(value, _is_name), "shared": lambda value: _is_table(value, _is_name),
+    "scaled": lambda value: isinstance(value, list) and all(map(_is_name, value)),
     "layers": lambda value: bool(value) and _is_table(value, _is_row)}

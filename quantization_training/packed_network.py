@@ -132,6 +132,8 @@ def as_checkpoint(packed):
                "weight_bits": {name: layer.bits for name, layer in packed.layers.items() if layer.searched},
                "act_bits": {name: layer.act_bits for name, layer in packed.layers.items() if layer.searched},
                "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
+    if "scaled" in packed.header:
+        content["scaled"] = packed.header["scaled"]
     check_plain(content, packed.path)
     return {**content, "packed": packed}
 
@@ -247,4 +249,5 @@ def header_of(network, content, preprocessing, class_names, folds, shared):
     plain = to_plain(network.config)
     return {"arch": content["arch"], "num_classes": content["num_classes"], "input_size": content["input_size"],
             "class_names": class_names, "preprocessing": preprocessing,
-            "config": {"sat": plain["sat"], "quan": plain["quan"]}, "cost": network.cost, "folded": folds, "shared": shared}
+            "config": {"sat": plain["sat"], "quan": plain["quan"]}, "cost": network.cost, "folded": folds, "shared": shared,
+            "scaled": network.facts["scaled"]}

@@ -20,7 +20,7 @@ class DistillationConfig:
 @dataclass(frozen=True)
 class GradualPruneConfig:
     """Pruning while training goes on, from start_epoch to end_epoch (by default three quarters of `epochs`), every
-    `frequency` steps; off without target_sparsity. excepts: by default the first convolution and the last linear layer."""
+    `frequency` steps; off without target_sparsity. excepts: by default the first convolution and the classifier."""
 
     target_sparsity: float | None = bounded(None, above=0, below=1)
     type: Literal["unstructured", "structured"] = "unstructured"

@@ -59,6 +59,7 @@ class Graph:
     first: the convolutions that see the image, one in most networks. classifiers: the layers that give the answer, one too.
     left: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized. heads:
     what gives the answer, quantizable or not: names of modules, and of parameters that belong to the network itself.
+    indirect: BatchNorms between which and the layer before them something happens. input_size: of the image.
     """
 
     layers: dict
@@ -70,6 +71,8 @@ class Graph:
     classifiers: tuple
     left: dict
     heads: tuple
+    indirect: tuple
+    input_size: int
 
     def describe_left(self, separator="\n"):
         """A line for each reason why layers cannot be quantized, or ''."""
@@ -304,7 +307,8 @@ def _dry_pass(model, input_size, device):
                  if name.rpartition(".")[0] not in notes.calls}
     shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
     classifiers, heads = notes.ends(answer)
-    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers, notes.left, heads)
+    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers, notes.left, heads,
+                 tuple(notes.indirect), input_size)
 
 
 def is_quantizable(module):
@@ -357,6 +361,8 @@ class _Notes:
         self.lineage = _Lineage(matrices)
         self.calls, self.batchnorms, self.kinds_of_attention = {}, {}, {}
         self.left = {}  # layers that cannot be quantized, and why
+        self.outputs = {}  # of each layer, when it was called last, and its version
+        self.indirect = {}  # BatchNorms that get something else than such an output, in order
         self.sources = {}  # of the input of each layer, when it is called first
 
     def watch(self, name, module):
@@ -389,6 +395,7 @@ class _Notes:
             self.sources.setdefault(name, self.lineage.enter(inputs))
             self.calls[name] = call.after(self.calls[name]) if name in self.calls else call
             self.lineage.mark(output, frozenset([name]))
+            self.outputs[name] = (output, output._version)
         return hook
 
     def _other_layer(self, name, why):
@@ -402,6 +409,9 @@ class _Notes:
         def hook(module, inputs):
             sources = self.lineage.of(inputs)
             before = next(iter(sources)) if len(sources) == 1 and sources <= self.calls.keys() else None
+            output, version = self.outputs.get(before, (None, None))
+            if output is not inputs[0] or output._version != version:
+                self.indirect[name] = True
             self.batchnorms[name] = before if self.batchnorms.setdefault(name, before) == before else None
         return hook
 

@@ -3,18 +3,17 @@
 import re
 import warnings
 
-from torch import nn
-
 from util.errors import UserError, nearest, reason
 from util.exchange import split_arch
 
 from .attention import take_apart
 from .elsewhere import TIMM, create_from_file, create_from_timm
+from .layer_table import trace
 from .mobilenetv1 import mobilenetv1, mobilenetv1_limpq
 from .names import unwrap
 from .resnet_cifar import resnet20
 from .vit import vit_tiny_patch4_32, vit_tiny_patch16_224
-from .weights import classifier_name, load_weights
+from .weights import load_weights, redraw_zero_classifiers
 
 OWN_MODELS = {"mobilenetv1": mobilenetv1, "mobilenetv1_limpq": mobilenetv1_limpq, "resnet20": resnet20,
               "vit_tiny_patch4_32": vit_tiny_patch4_32, "vit_tiny_patch16_224": vit_tiny_patch16_224}
@@ -65,6 +64,14 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     return model
 
 
+def create_traced(arch, num_classes, pre_trained, input_size):
+    """The network that create_model builds, with weights in classifiers that would begin at zero, and its Graph."""
+    model = create_model(arch, num_classes, pre_trained, input_size)
+    graph = trace(model, input_size, num_classes)
+    redraw_zero_classifiers(model, graph)
+    return model, graph
+
+
 def _check_name(arch):
     if arch in list_architectures():
         return
@@ -77,7 +84,7 @@ def _check_name(arch):
 
 def _own_model(arch, num_classes, input_size):
     options = {"input_size": input_size} if input_size and arch in SIZED_MODELS else {}
-    return _with_fresh_classifier(OWN_MODELS[arch](num_classes, **options))
+    return OWN_MODELS[arch](num_classes, **options)
 
 
 def _torchvision_model(arch, num_classes, input_size):
@@ -93,15 +100,7 @@ def _torchvision_model(arch, num_classes, input_size):
         options.update(input_size=(input_size, input_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _with_fresh_classifier(models.get_model(arch, weights=None, **options))
-
-
-def _with_fresh_classifier(model):
-    """Draw the weights of a classifier that begins at zero: zeros have no step size, and no deviation to be scaled by."""
-    head = model.get_submodule(classifier_name(model))
-    if not head.weight.any():
-        nn.init.trunc_normal_(head.weight, std=0.02)
-    return model
+        return models.get_model(arch, weights=None, **options)
 
 
 def _torchvision_weights(arch):

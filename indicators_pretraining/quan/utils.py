@@ -144,21 +144,20 @@ def joint_modules(model, graph, config, bits, signed=None):
     return replacements
 
 
-def policy_modules(model, graph, config, weight_bits, act_bits, signed, sat):
+def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=()):
     """The modules that quantize a network at a policy's bits (stage 3).
 
     Args:
         model, graph, config: as for joint_modules.
         weight_bits, act_bits: {layer: bit} for every searchable layer.
         signed: {layer: whether its activations are signed}, as decided before; others follow `config`.
-        sat: scale-adjusted training on the last linear layer.
+        scaled: names of the linear layers with scale-adjusted training.
 
     Returns:
         {name: module to put there}. Blank exceptions get 8 bits: convolutions in their weights, linear layers in both.
     """
     check_exceptions(model, config.excepts)
     modules = dict(model.named_modules())
-    linear = [name for name in graph.layers if isinstance(modules[name], nn.Linear)]
     replacements = {}
     for name in graph.layers:
         module = modules[name]
@@ -168,7 +167,7 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, sat):
         else:
             quantizers = (weight_quantizer(config.weight, [weight_bits[name]], module),
                           act_quantizer(config.act, [act_bits[name]], signed.get(name)))
-        replacements[name] = quantized_layer(module, *quantizers, sat=sat and linear[-1:] == [name])
+        replacements[name] = quantized_layer(module, *quantizers, sat=name in scaled)
     return replacements
 
 

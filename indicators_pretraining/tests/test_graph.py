@@ -412,7 +412,7 @@ def test_a_subclass_that_computes_as_its_layer_is_that_layer_with_all_that_it_kn
     excepts = name_exceptions(IndicatorsConfig(), graph)[0].quan.excepts
     signed = QuanConfig(act=ActQuantizerConfig(all_positive=False), excepts=excepts)
     names = set(model.state_dict())
-    modules = policy_modules(model, graph, signed, {"body": 8}, {"body": 8}, {}, sat=False)
+    modules = policy_modules(model, graph, signed, {"body": 8}, {"body": 8}, {})
     tuned = replace_module_by_names(model, modules).train()
     assert isinstance(tuned.body, QuanConv2d) and isinstance(tuned.fc, QuanLinear)
     tuned(images)

@@ -114,7 +114,7 @@ def test_exceptions_are_left_alone_in_joint_training_and_get_fixed_bits_in_fine_
     assert "conv1" not in joint and "fc" not in joint and type(joint["bn1"]).__name__ == "ExceptedBatchNorm"
     names = [name for name in graph.layers if name not in excepts]
     bits = dict.fromkeys(names, 3)
-    tuned = policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {names[0]: True}, sat=True)
+    tuned = policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {names[0]: True}, scaled=["fc"])
     assert tuned["conv1"].quan_w_fn.bits == (8,) and not list(tuned["conv1"].quan_a_fn.parameters())
     assert tuned["fc"].quan_w_fn.bits == (8,) and tuned["fc"].quan_a_fn.bits == (8,) and tuned["fc"].sat
     assert tuned[names[0]].quan_a_fn.signed and not tuned[names[1]].quan_a_fn.signed

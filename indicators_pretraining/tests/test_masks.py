@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
@@ -14,6 +15,7 @@ import importance_extractor
 from model import create_model
 from model.layer_table import trace
 from model.masks import (
+    Prunable,
     PrunedParameters,
     checked_masks,
     companions,
@@ -177,10 +179,69 @@ def test_the_first_convolution_and_the_last_linear_layer_stay_dense_unless_asked
         prunable_layers(graph, names)
 
 
+def test_classifiers_stay_dense_whatever_they_are():
+    graph = trace(create_model("squeezenet1_0", 10), 64)
+    assert set(graph.layers) - set(prunable_layers(graph)) == {"features.0", "classifier.1"}
+
+
 def test_with_a_channel_go_its_bias_and_its_batchnorm():
     model, graph = resnet20()
     assert companions(model, graph, "layer1.0.conv1") == ["layer1.0.bn1.weight", "layer1.0.bn1.bias"]
     assert companions(model, graph, "fc") == ["fc.bias"]
+
+
+class Between(nn.Module):
+    """A function between a layer and its BatchNorm; another pair that nothing stands between."""
+
+    def __init__(self, layer, function, batchnorm):
+        super().__init__()
+        self.stem, self.plain, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.layer, self.function, self.after = layer, function, batchnorm
+        self.fc = nn.LazyLinear(2)
+        self(torch.zeros(2, 3, 4, 4))
+
+    def forward(self, x):
+        x = self.norm(self.plain(self.stem(x)))
+        x = x if isinstance(self.layer, nn.Conv2d) else x.mean((2, 3))
+        x = self.after(self.function(self.layer(x)))
+        return self.fc(x.flatten(1) if x.dim() < 4 else x.mean((2, 3)))
+
+
+def swap(x):
+    x[:, [0, 5]] = x[:, [5, 0]]
+    return x
+
+
+@pytest.mark.parametrize(("layer", "function", "batchnorm", "is_mixed"), [
+    (nn.Conv2d(4, 6, 1), nn.Identity(), nn.BatchNorm2d(6), False),
+    (nn.Conv2d(4, 6, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(6), False),
+    (nn.Conv2d(4, 6, 1), lambda x: nn.functional.pad(nn.functional.silu(x), (1, 1, 1, 1)), nn.BatchNorm2d(6), False),
+    (nn.Conv2d(4, 6, 1), nn.MaxPool2d(2), nn.BatchNorm2d(6), False),
+    (nn.Conv2d(4, 6, 1), nn.GLU(1), nn.BatchNorm2d(3), True),
+    (nn.Conv2d(4, 8, 1), nn.PixelShuffle(2), nn.BatchNorm2d(2), True),
+    (nn.Conv2d(4, 6, 1), nn.ChannelShuffle(2), nn.BatchNorm2d(6), True),
+    (nn.Conv2d(4, 6, 1), swap, nn.BatchNorm2d(6), True),
+    (nn.Conv2d(4, 6, 1), lambda x: torch.cat([x, x], 1), nn.BatchNorm2d(12), True),
+    (nn.Conv2d(4, 6, 1), lambda x: x.chunk(2, 1)[1], nn.BatchNorm2d(3), True),
+    (nn.Conv2d(4, 6, 1), lambda x: x + x.mean(1, keepdim=True), nn.BatchNorm2d(6), True),
+    (nn.Conv2d(4, 2, 1), lambda x: x.flip(1), nn.BatchNorm2d(2), True),
+    (nn.Conv2d(4, 6, 1), nn.Flatten(), nn.BatchNorm1d(96), True),
+    (nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), False),
+    (nn.Linear(4, 6), lambda x: x.roll(1, 1), nn.BatchNorm1d(6), True)])
+def test_channels_are_pruned_only_where_they_are_those_of_the_batchnorm(layer, function, batchnorm, is_mixed):
+    torch.manual_seed(0)
+    model = Between(layer, function, batchnorm).eval()
+    graph, before = trace(model, 4), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert graph.batchnorms == {"norm": "plain", "after": "layer"}
+    prune = types.SimpleNamespace(type="structured", scope="layer", excepts=None)
+    prunable = Prunable(types.SimpleNamespace(model=model, graph=graph), prune)
+    assert prunable.layers == (["plain"] if is_mixed else ["plain", "layer"])
+    assert ("layer (before after)" in prunable.remark) == is_mixed
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    PrunedParameters(model, prunable.more_masks({}, 0.5, None)).apply()
+    assert model(torch.randn(2, 3, 4, 4)).isfinite().all()
+    prune.type = "unstructured"
+    assert Prunable(types.SimpleNamespace(model=model, graph=graph), prune).layers == ["plain", "layer"]
 
 
 @pytest.mark.parametrize("mode", [True, False])

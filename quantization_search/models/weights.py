@@ -7,6 +7,7 @@ from util.errors import UserError, nearest
 from util.exchange import fit_names
 
 from .attention import rename_projections
+from .names import is_below
 
 QUANTIZED_REMEDY = ("joint training goes on from its checkpoints by resume.path, and fine-tuning starts from them by "
                     "init_from and goes on from its own by resume.path")
@@ -18,8 +19,16 @@ def is_step(name):
     return name.endswith(STEPS)
 
 
+def redraw_zero_classifiers(model, graph):
+    """Draw the weights of classifiers that begin at zero: zeros have no step size, and no deviation to be scaled by."""
+    for name in graph.classifiers:
+        weight = model.get_submodule(name).weight
+        if not weight.any():
+            nn.init.trunc_normal_(weight, std=0.02)
+
+
 def classifier_name(model):
-    """The name of the last convolution or linear layer, which gives the outputs."""
+    """The name of the last convolution or linear layer, which gives the outputs of torchvision's networks."""
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
 
 
@@ -69,22 +78,27 @@ def _mark_steps(model, state_dict):
             set_tensors(model, {mark: torch.ones_like(model.state_dict()[mark])})
 
 
-def load_weights(model, state_dict, source):
+def load_weights(model, state_dict, source, heads=None):
     """Load full-precision weights into a full-precision model, by name; torch's names of attention's projections are known.
 
-    The classifier may have another number of outputs; it then keeps its fresh parameters. Auxiliary classifiers in
+    A classifier may have another number of outputs; it then keeps its fresh parameters. Auxiliary classifiers in
     the file, `aux...`, are passed over where the network has none of that name. Everything else has to fit.
 
+    Args:
+        heads: names of the classifiers, as a Graph has them; None stands for the last layer.
+
     Returns:
-        whether the classifier was taken too.
+        whether the classifiers were taken too.
 
     Raises:
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
     """
     own = model.state_dict()
-    head = [f"{classifier_name(model)}.{entry}" for entry in ("weight", "bias")]
+    heads = set(heads or [classifier_name(model)])
+    fitted = fit(own, state_dict)
+    head = {name for name in (*own, *fitted) if is_below(name, heads)}
     taken, parts = {}, {name.split(".")[0] for name in own}
-    for name, tensor in fit(own, state_dict).items():
+    for name, tensor in fitted.items():
         part = name.split(".")[0]
         if part.lower().startswith("aux") and part not in parts:
             continue

@@ -4,6 +4,8 @@ Masks are {parameter name: bool tensor of its shape, True where it stays}. The n
 network in every stage. A parameter without a mask is whole.
 """
 
+import copy
+import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -94,15 +96,14 @@ def prunable_layers(graph, excepts=None):
 
     Args:
         graph: the Graph of the network.
-        excepts: layers to leave dense; None stands for the first convolution and the last linear layer.
+        excepts: layers to leave dense; None stands for the convolutions that see the image and the classifiers.
 
     Raises:
         UserError: on an exception that is not a layer, or where nothing is left to prune.
     """
     names = list(graph.layers)
     if excepts is None:
-        convolutions = [name for name in names if graph.layers[name].kind == "conv"]
-        excepts = convolutions[:1] + [name for name in names if name not in convolutions][-1:]
+        excepts = [*(name for name in graph.first if graph.layers[name].kind == "conv"), *graph.classifiers]
     for name in excepts:
         if name not in names:
             raise UserError(f"prune.excepts: {name} is not a layer of this network{nearest(name, names)}")
@@ -118,6 +119,52 @@ def companions(model, graph, layer):
                                 if before == layer for entry in ("weight", "bias"))]
     parameters = dict(model.named_parameters())
     return [name for name in names if name in parameters]
+
+
+@torch.no_grad()
+def mixed_channels(model, graph, layers):
+    """{layer: the BatchNorm after it} of those layers whose channels do not reach that BatchNorm one by one and in order.
+
+    Channels of a layer that some function splits, joins, shuffles or mixes before the BatchNorm (GLU, pixel shuffle, ...)
+    are not channels of the BatchNorm. It is tried on a copy of the network: values that are no numbers take the place of
+    some channels, and have to come out at just these. Every two channels differ in one of the choices, in both directions.
+
+    Args:
+        model: the network, full-precision or at a policy's bits; it is left as it is.
+        graph: its Graph.
+        layers: names of layers.
+    """
+    pairs = {name: graph.batchnorms[name] for name in graph.indirect if graph.batchnorms[name] in layers}
+    if not pairs:
+        return {}
+    twin, mixed = copy.deepcopy(model).cpu().float().eval(), {}
+    spoiled = dict.fromkeys(pairs.values())  # which channels are no numbers
+
+    def replace_output(layer):
+        def hook(module, inputs, output):
+            axis = 1 if graph.layers[layer].kind == "conv" else -1
+            values = torch.ones_like(output).movedim(axis, 0)
+            values[spoiled[layer]] = math.nan
+            return values.movedim(0, axis)
+        return hook
+
+    def compare(batchnorm, layer):
+        def hook(module, inputs):
+            found = inputs[0].isnan().transpose(0, 1).flatten(1).any(1)
+            if not torch.equal(found, spoiled[layer]):
+                mixed[layer] = batchnorm
+        return hook
+
+    for layer in spoiled:
+        twin.get_submodule(layer).register_forward_hook(replace_output(layer))
+    for batchnorm, layer in pairs.items():
+        twin.get_submodule(batchnorm).register_forward_pre_hook(compare(batchnorm, layer))
+    most = max(graph.layers[layer].shape[0] for layer in spoiled)
+    for bit, wanted in itertools.product(range(max(most - 1, 1).bit_length()), (0, 1)):
+        for layer in spoiled:
+            spoiled[layer] = (torch.arange(graph.layers[layer].shape[0]) >> bit) % 2 == wanted
+        twin(torch.zeros(1, 3, graph.input_size, graph.input_size))
+    return mixed
 
 
 @dataclass(frozen=True)
@@ -159,11 +206,21 @@ class Prunable:
     Args:
         network: what has a model and its graph; weights are taken as they are when they are asked for.
         prune: a configuration with type, scope and excepts.
+
+    Attributes:
+        layers: names of the layers that are pruned.
+        remark: a line about layers that cannot be pruned by channel, or ''.
     """
 
     def __init__(self, network, prune):
         self.model, self.prune = network.model, prune
         self.layers = prunable_layers(network.graph, prune.excepts)
+        mixed = mixed_channels(network.model, network.graph, self.layers) if prune.type == "structured" else {}
+        self.layers = [name for name in self.layers if name not in mixed]
+        self.remark = f"not pruned: {', '.join(f'{name} (before {batchnorm})' for name, batchnorm in mixed.items())}, whose " \
+                      "channels are not those of the BatchNorm after it" if mixed else ""
+        if not self.layers:
+            raise UserError(f"prune.type: structured leaves no layer to prune; {self.remark}")
         self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
 
     @property

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from safetensors import deserialize
 from safetensors.numpy import save
+from test_finetuning import HEADS
 
 import export
 import main
@@ -165,6 +166,15 @@ def test_subclasses_of_layers_are_packed_and_a_classifier_of_an_own_kind_stays_a
         found = logits(rebuild(as_checkpoint(packed), PACKED, f"net.py:{factory}").model, 12)
         torch.testing.assert_close(found, logits(network.model, 12), rtol=0, atol=1e-4 if folding else 0)
     assert "2 BatchNorms folded" in capsys.readouterr().out
+
+
+def test_a_packed_model_scales_the_classifiers_that_were_scaled_in_training():
+    pathlib.Path("net.py").write_text(HEADS)
+    network = write_checkpoint("net.py:constant", 8)
+    header = exported("--arch", "net.py:constant").header
+    assert network.config.sat and network.facts["scaled"] == header["scaled"] == ["heads.1"]
+    model = rebuild(load_any(PACKED), PACKED, "net.py:constant").model
+    assert not model.heads[0].sat and torch.equal(logits(model, 8), logits(network.model, 8))
 
 
 def test_what_a_mask_removed_is_removed_in_the_packed_model_too():

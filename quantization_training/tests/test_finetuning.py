@@ -1,6 +1,8 @@
 """Fine-tuning: policies by name and by order, the start from stage 1, calibration, accumulation, and what is reported."""
 
 import copy
+import dataclasses
+import pathlib
 import types
 
 import pytest
@@ -441,3 +443,88 @@ def test_the_log_says_by_how_much_scale_adjusted_training_changes_the_outputs(tm
     assert ratio == pytest.approx(15.8, rel=0.03)
     assert not any(remarks.values())  # where it changes little, or is off
     assert "scale-adjusted" not in network(built.facts | {"state_dict": {}}).remark  # too late to choose
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scale-adjusted training: which layers, and when not.
+
+HEADS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, heads, squeeze=False):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+        self.heads, self.gate = nn.ModuleList(heads), nn.Linear(6, 6) if squeeze else None
+
+    def forward(self, x):
+        x = self.body(self.stem(x).relu())
+        if self.gate is not None:
+            x = x * self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        answers = [head(x) if isinstance(head, nn.Conv2d) else head(x.mean((2, 3))) for head in self.heads]
+        return sum(answer.mean((2, 3)) if answer.dim() == 4 else answer for answer in answers)
+
+def two(num_classes):
+    return Net([nn.Linear(6, num_classes), nn.Linear(6, num_classes)])
+
+def convolution(num_classes):
+    return Net([nn.Conv2d(6, num_classes, 1)], squeeze=True)
+
+def zero(num_classes):
+    net = two(num_classes)
+    for head in net.heads:
+        nn.init.zeros_(head.weight)
+    return net
+
+def constant(num_classes):
+    net = two(num_classes)
+    nn.init.constant_(net.heads[0].weight, 0.1)
+    net.heads[0].weight.data += 1e-4 * torch.randn(num_classes, 6)
+    return net
+
+def small(num_classes):
+    net = two(num_classes)
+    net.heads[0].weight.data *= 1e-4
+    return net
+"""
+
+
+@pytest.mark.parametrize(("factory", "scaled", "warned"), [
+    ("two", ["heads.0", "heads.1"], ""), ("convolution", [], ""), ("zero", ["heads.0", "heads.1"], ""),
+    ("constant", ["heads.1"], "heads.0"), ("small", ["heads.1"], "heads.0")])
+def test_classifiers_are_scale_adjusted_where_that_makes_sense_decided_once(factory, scaled, warned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("net.py").write_text(HEADS)
+    torch.manual_seed(0)
+    asked = FinetuneConfig(arch=f"net.py:{factory}", weight_bits=4, act_bits=4)
+    network = build_network(asked, 10, 8, None, CPU)
+    assert network.facts["scaled"] == scaled
+    assert f"warning: no scale-adjusted training of {warned}:" in network.remark if warned else "warning" not in network.remark
+    for name in network.graph.classifiers:
+        assert network.model.get_submodule(name).weight.any()
+    again = build_network(dataclasses.replace(asked, eval=True), 10, 8, {**network.facts, "arch": asked.arch}, CPU)
+    assert again.facts["scaled"] == scaled
+    assert not build_network(dataclasses.replace(asked, sat=False), 10, 8, None, CPU).facts["scaled"]
+
+
+def test_a_checkpoint_of_before_is_scaled_on_the_linear_layer_that_is_called_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("net.py").write_text(HEADS)
+    asked = FinetuneConfig(arch="net.py:convolution", weight_bits=4, act_bits=4)
+    old = {key: value for key, value in build_network(asked, 10, 8, None, CPU).facts.items() if key != "scaled"}
+    assert build_network(asked, 10, 8, old, CPU).facts["scaled"] == ["gate"]
+    with pytest.raises(UserError, match="resume.path: scaled: body is no linear layer of this network"):
+        build_network(asked, 10, 8, {**old, "scaled": ["body"]}, CPU)
+
+
+def test_weights_for_another_number_of_classes_leave_all_classifiers_fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("net.py").write_text(HEADS)
+    for factory, heads in (("two", ["heads.0", "heads.1"]), ("convolution", ["heads.0"])):
+        dense = create_model(f"net.py:{factory}", 7)
+        save_checkpoint("dense", {"state_dict": dense.state_dict()})
+        asked = FinetuneConfig(arch=f"net.py:{factory}", weight_bits=4, act_bits=4, pre_trained="dense")
+        model = build_network(asked, 10, 8, None, CPU).model
+        assert torch.equal(model.body.weight, dense.body.weight)
+        assert all(len(model.get_submodule(name).weight) == 10 for name in heads)

@@ -206,6 +206,7 @@ ENTRIES = {
     "weight_bits": lambda value: _is_table(value, _is_bit), "act_bits": lambda value: _is_table(value, _is_bit),
     "signed": lambda value: _is_table(value, _is_bool), "layers": lambda value: _is_table(value, _is_row),
     "fixed": lambda value: _is_table(value, _is_row), "products": lambda value: _is_table(value, _is_count),
+    "scaled": lambda value: isinstance(value, list) and all(map(_is_name, value)),
     "batchnorms": lambda value: _is_table(value, lambda name: name is None or _is_name(name)),
     "masks": lambda value: isinstance(value, dict), "initial_sparsity": lambda value: _is_number(value, 0, 1),
     "num_classes": lambda value: _is_count(value) and value > 0, "input_size": lambda value: _is_count(value) and value > 0}

@@ -50,17 +50,15 @@ NETWORKS = {
         timm:fbnetc_100 timm:hardcorenas_a timm:rexnet_100 timm:repghostnet_050 timm:starnet_s050 timm:inception_next_atto
         timm:davit_tiny timm:focalnet_tiny_srf timm:hiera_tiny_224 timm:efficientvit_b0 timm:efficientvit_m0 timm:repvit_m0_9
         timm:tiny_vit_5m_224 timm:mambaout_femto timm:legacy_xception timm:legacy_seresnet18 timm:convit_tiny
-        timm:eva02_tiny_patch14_224 timm:fasternet_t0 timm:gcvit_xxtiny timm:hgnetv2_b0 timm:lowformer_b0 timm:mvitv2_tiny
-        timm:pit_ti_224 timm:rdnet_tiny timm:shvit_s1 timm:swiftformer_xs timm:mobilenetv4_conv_small_035 timm:resnetv2_50d_gn
-        timm:resnetv2_50x1_bit timm:regnetz_005 timm:test_byobnet timm:test_efficientnet timm:test_vit
-        timm:vit_tiny_r_s16_p8_224 timm:swin_tiny_patch4_window7_224 timm:swinv2_tiny_window8_256 timm:convnextv2_atto
-        timm:efficientnet_cc_b0_4e timm:mixnet_s timm:iformer_t timm:efficientvim_m1 timm:seresnext26ts
-        timm:vit_wee_patch16_reg1_gap_256""",
-    64: """alexnet timm:ghostnetv2_100 timm:csatv2""",
-    96: """inception_v3 timm:inception_v4""",
-    224: """maxvit_t timm:efficientformer_l1""",
+        timm:eva02_tiny_patch14_224 timm:fasternet_t0 timm:pit_ti_224 timm:shvit_s1 timm:swiftformer_xs
+        timm:mobilenetv4_conv_small_035 timm:resnetv2_50x1_bit timm:test_byobnet timm:test_efficientnet timm:test_vit
+        timm:vit_tiny_r_s16_p8_224 timm:swinv2_tiny_window8_256 timm:convnextv2_atto timm:efficientnet_cc_b0_4e
+        timm:mixnet_s""",
+    64: """alexnet""",
+    96: """inception_v3""",
+    224: """maxvit_t""",
     240: """timm:crossvit_9_240""",
-    256: """timm:halonet26t timm:bat_resnext26ts""",
+    256: """timm:halonet26t""",
 }
 
 

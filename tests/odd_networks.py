@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -385,6 +386,30 @@ def lazy(num_classes):
                head=nn.LazyLinear(num_classes))
 
 
+@odd
+def pruned_by_torch(num_classes):
+    net = Net(num_classes)
+    nn.utils.prune.l1_unstructured(net.middle[0], "weight", 0.5)
+    return net
+
+
+@odd
+def frozen_stem(num_classes):
+    net = Net(num_classes, nn.Sequential(block(8, 8), block(8, 8)))
+    net.stem.requires_grad_(False)
+    net.middle[0].requires_grad_(False)
+    return net
+
+
+@odd
+def blurred(num_classes):
+    """A fixed filter, as for pooling without aliasing."""
+    net = Net(num_classes, Through(lambda m, x: m.part(F.conv2d(x, m.filter, stride=2, groups=8)), part=block(8, 8)))
+    net.middle.register_buffer("filter", (torch.tensor([1.0, 2, 1])[:, None] * torch.tensor([1.0, 2, 1]) / 16)
+                               .expand(8, 1, 3, 3).contiguous())
+    return net
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of layers.
 
@@ -646,6 +671,79 @@ def never_reached(num_classes):
     return net
 
 
+@odd
+def counts_its_calls(num_classes):
+    """A buffer that each forward pass changes."""
+    def forward(m, x):
+        m.calls += 1
+        m.mean.lerp_(x.detach().mean(), 0.1)
+        return m.net(x)
+    net = Through(forward, net=Net(num_classes))
+    net.register_buffer("calls", torch.tensor(0))
+    net.register_buffer("mean", torch.tensor(0.0))
+    return net
+
+
+@odd
+def begins_with_its_first_batch(num_classes):
+    """A scale that takes its value from the first batch in training."""
+    def forward(m, x):
+        x = m.conv(x)
+        if m.training and not m.is_ready:
+            m.scale.data.copy_(1 / (x.detach().std((0, 2, 3), keepdim=True) + 1e-3))
+            m.is_ready.fill_(True)
+        return F.relu(x * m.scale)
+    part = Through(forward, conv=nn.Conv2d(8, 8, 3))
+    part.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+    part.register_buffer("is_ready", torch.tensor(False))
+    return Net(num_classes, part)
+
+
+@odd
+def divides_by_its_deviation(num_classes):
+    """An image of zeros gives no numbers."""
+    return Through(lambda m, x: m.net((x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)),
+                   net=Net(num_classes))
+
+
+@odd
+def features_without_gradient(num_classes):
+    def forward(m, x):
+        with torch.no_grad():
+            x = m.features(x)
+        return m.head(F.relu(m.fc(x.mean((2, 3)))))
+    return Through(forward, features=nn.Sequential(block(3, 8, stride=2), block(8, 8)), fc=nn.Linear(8, 8),
+                   head=nn.Linear(8, num_classes))
+
+
+@odd
+def teacher_inside(num_classes):
+    """A slow copy of the encoder, which follows it in training and is part of the answer."""
+    def forward(m, x):
+        if m.training:
+            with torch.no_grad():
+                for slow, fast in zip(m.slow.parameters(), m.fast.parameters(), strict=False):
+                    slow.lerp_(fast.detach().reshape(-1)[:slow.numel()].view_as(slow), 0.01)
+        return m.head((m.fast(x) + m.slow(x)).mean((2, 3)))
+    net = Through(forward, fast=nn.Sequential(block(3, 8, stride=2), block(8, 8)),
+                  slow=nn.Sequential(block(3, 8, stride=2), block(8, 8)), head=nn.Linear(8, num_classes))
+    net.slow.requires_grad_(False)
+    return net
+
+
+@odd
+def delegates_attributes(num_classes):
+    """A wrapper that hands what it does not know to what it wraps."""
+    class Wrapper(Through):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("net"), name)
+
+    return Wrapper(lambda m, x: m.head(m.middle(m.stem(x)).mean((2, 3))), net=Net(num_classes))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers.
 
@@ -695,6 +793,15 @@ def odd_names(num_classes):
     return Through(lambda m, x: m.head(m.aux_stem(m.bns[1](m.bns[0](m.module(x)))).mean((2, 3))),
                    module=block(3, 8, stride=2), bns=nn.ModuleList([nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)]),
                    aux_stem=block(8, 8), head=nn.Linear(8, num_classes))
+
+
+@odd
+def names_for_yaml(num_classes):
+    """Names that a file of settings could take for something else."""
+    names = ("1e3", "true", "a: b #c", "größe", "null", "- x", "010")
+    return nn.Sequential(block(3, 8, stride=2), nn.Sequential(*(block(8, 8) for _ in "ab")), Through(
+        lambda m, x: nn.Sequential(*m.layers.values())(x), layers=nn.ModuleDict({name: nn.Conv2d(8, 8, 1) for name in names})),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 
 @odd

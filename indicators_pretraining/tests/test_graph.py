@@ -224,10 +224,18 @@ def test_layers_that_only_some_images_reach_are_refused():
         trace(Experts(), 8, 10)
 
 
+class Uncopied(nn.Flatten):
+    def __init__(self):
+        super().__init__()
+        self.numbers = (number for number in range(3))
+
+
 def test_a_network_that_cannot_be_copied_or_hooked_is_refused_by_that_reason():
     for model, message in (
             (nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten(), nn.LazyLinear(10)), "is open until"),
-            (nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten()), "cannot be copied.*weight_norm"),
+            (nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten()),
+             "^arch: 0.weight: computed from other tensors and kept, as by torch.nn.utils.weight_norm and prune; take"),
+            (nn.Sequential(nn.Conv2d(3, 4, 3), Uncopied()), r"^arch: the network cannot be copied.*\(cannot pickle"),
             (nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.ReLU())), "^arch: 1 is compiled by torch.jit")):
         with pytest.raises(UserError, match=message):
             trace(model, 8, 10)

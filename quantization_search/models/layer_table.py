@@ -271,6 +271,11 @@ def _twin(model, device):
     try:
         twin = copy.deepcopy(model)
     except Exception as error:  # of the network's own attributes, which may be anything
+        computed = [f"{name}.{key}" for name, module in model.named_modules() for key, value in vars(module).items()
+                    if isinstance(value, torch.Tensor) and not value.is_leaf]
+        if computed:
+            raise UserError(f"arch: {shortened(computed)}: computed from other tensors and kept, as by torch.nn.utils."
+                            "weight_norm and prune; take parametrizations.weight_norm, or prune.remove") from None
         raise UserError(f"arch: the network cannot be copied, which this project has to do ({reason(error)})") from None
     return twin.to(device, torch.float32).eval()
 

@@ -4,25 +4,33 @@ A BatchNorm computes y * g + (beta - mean * g) with g = gamma / sqrt(var + eps) 
 size of each output channel is multiplied by g, whose sign it takes, and the rest becomes the bias.
 """
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from model.layer_table import tensors_in
 from model.names import put_modules
 from quan.func import QuanConv2d
 from quan.quantizer import LsqQuan
+from util.errors import UserError
+
+ROUNDING = 1e-5  # of what the terms of a channel may add up to
 
 
-def find_folds(model, input_size):
+def find_folds(model, images):
     """{BatchNorm: the convolution before it} of those that may be folded.
 
-    These see the output of one quantized convolution, which is called once and whose output nothing else uses.
+    These are BatchNorms as torch has them, with statistics, which see, unchanged, the output of one quantized convolution
+    that is called once, has its weight for itself, and whose output nothing else uses.
 
     Args:
         model: a network at a policy's bits, on the CPU.
-        input_size: height and width of its images.
+        images: [batch, 3, height, width] that it is run on.
     """
-    uses, calls, pairs = _Uses(), {}, {}
+    uses, calls, pairs, handles = _Uses(), {}, {}, []
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
 
     def after_convolution(name):
         def hook(module, inputs, output):
@@ -32,21 +40,43 @@ def find_folds(model, input_size):
 
     def before_batchnorm(name):
         def hook(module, inputs):
-            pairs.setdefault(name, []).append(uses.name_of(inputs[0]))
+            before = uses.name_of(inputs[0])
+            is_changed = before is not None and inputs[0]._version != uses.versions[before]
+            pairs.setdefault(name, []).append(None if module.training or is_changed else before)
         return hook
 
-    handles = []
     for name, module in model.named_modules():
-        if isinstance(module, QuanConv2d):
+        if isinstance(module, QuanConv2d) and _is_plain(module) and owners[id(module.weight)] == 1 \
+                and (module.bias is None or owners[id(module.bias)] == 1):
             handles.append(module.register_forward_hook(after_convolution(name)))
-        elif isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
+        elif _can_vanish(module):
             handles.append(module.register_forward_pre_hook(before_batchnorm(name)))
+            for entry, tensor in module.state_dict(keep_vars=True).items():
+                uses.watch(f"{name}.{entry}", tensor)
     with torch.no_grad(), uses:
-        model.eval()(torch.zeros(1, 3, input_size, input_size))
+        model.eval()(images.clone())
     for handle in handles:
         handle.remove()
     return {name: before[0] for name, before in pairs.items()
-            if len(before) == 1 and calls.get(before[0]) == 1 and uses.count[before[0]] == 1}
+            if len(before) == 1 and calls.get(before[0]) == 1 and uses.count[before[0]] == 1
+            and all(uses.count[tensor] <= 1 for tensor in uses.count if tensor.rpartition(".")[0] == name)}
+
+
+def _is_plain(module):
+    """Whether a module does what its class does, no more."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+
+
+def _can_vanish(module):
+    """Whether a module is a BatchNorm that multiplies and adds constants: one of a derived class may do more."""
+    return (type(module) is nn.BatchNorm2d and _is_plain(module) and module.running_mean is not None
+            and module.running_var is not None and bool(_gain(module).isfinite().all()))
+
+
+def _gain(batchnorm):
+    """What a BatchNorm multiplies each channel by, [channels]."""
+    gain = (batchnorm.running_var + batchnorm.eps).rsqrt()
+    return gain if batchnorm.weight is None else gain * batchnorm.weight
 
 
 class _Uses(TorchFunctionMode):
@@ -54,31 +84,23 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.watched, self.count = {}, {}
+        self.watched, self.count, self.versions = {}, {}, {}
 
     def watch(self, name, tensor):
         self.watched[id(tensor)] = (name, tensor)  # a tensor that is freed could give its id to another one
-        self.count[name] = 0
+        self.count[name], self.versions[name] = 0, tensor._version
 
     def name_of(self, value):
         return self.watched.get(id(value), (None, None))[0]
 
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if any(True for _ in _tensors(result)):  # asking for a shape uses nothing
-            for tensor in _tensors((args, kwargs or {})):
+        if any(True for _ in tensors_in(result)):  # asking for a shape uses nothing
+            for tensor in tensors_in((args, kwargs or {})):
                 name = self.name_of(tensor)
                 if name is not None:
                     self.count[name] += 1
         return result
-
-
-def _tensors(values):
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, (dict, list, tuple)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
 
 
 @torch.no_grad()
@@ -94,7 +116,7 @@ def fold_batchnorms(model, folds):
     make_room(model, folds)
     for name, convolution in folds.items():
         batchnorm, layer = statistics[name], model.get_submodule(convolution)
-        gain = (batchnorm.running_var + batchnorm.eps).rsqrt() * (1 if batchnorm.weight is None else batchnorm.weight)
+        gain = _gain(batchnorm)
         shift = (0 if batchnorm.bias is None else batchnorm.bias) - batchnorm.running_mean * gain
         layer.bias.copy_(layer.bias * gain + shift)
         old, column = layer.quan_w_fn.step.clone(), (-1, *[1] * (layer.weight.dim() - 1))
@@ -103,6 +125,46 @@ def fold_batchnorms(model, folds):
         integers = (layer.quan_w_fn.quantize(layer.weight) / old.view(column)).round()
         layer.weight.copy_(integers * (new * ~vanishes).view(column))
         layer.quan_w_fn.s.copy_(new[None])
+
+
+@torch.no_grad()
+def check_folds(before, after, folds, images):
+    """Compare each folded convolution with what it stands for, on the inputs that this has.
+
+    Args:
+        before, after: the network with its BatchNorms, and the same with them folded.
+        folds: {BatchNorm: convolution}.
+        images: [batch, 3, height, width].
+
+    Raises:
+        UserError: naming a BatchNorm whose convolution gives something else, by more than rounding.
+    """
+    handles, found = [], {}
+
+    def after_convolution(name, layer):
+        def hook(module, inputs, output):
+            largest = layer.quan_a_fn(inputs[0]).abs().max()
+            found[name] = layer(inputs[0]), largest * layer.quan_w_fn(layer.weight).abs().flatten(1).sum(1)
+        return hook
+
+    def after_batchnorm(name):
+        def hook(module, inputs, output):
+            folded, terms = found.pop(name)  # sums may be small where what is added up is not
+            terms = terms + (_gain(module) * module.running_mean).abs() + output.abs().amax((0, 2, 3))
+            if not ((folded - output).abs().amax((0, 2, 3)) <= ROUNDING * terms).all():
+                raise UserError(f"--fold-bn: {name} cannot be folded into {folds[name]}: the convolution then gives other "
+                                "values by more than rounding; export without --fold-bn")
+        return hook
+
+    for name, convolution in folds.items():
+        layer = after.get_submodule(convolution)
+        handles.append(before.get_submodule(convolution).register_forward_hook(after_convolution(name, layer)))
+        handles.append(before.get_submodule(name).register_forward_hook(after_batchnorm(name)))
+    try:
+        before(images.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def make_room(model, folds):

@@ -1,8 +1,8 @@
 """The packed model as a file: safetensors whose header says, in JSON, what a network is rebuilt from. Needs no torch.
 
 Tensors: `LAYER.weight`, uint8, the integers as packing.pack gives them; beside it `LAYER.weight.map` where only some are
-stored; everything else under its name in the network's state_dict. The one entry of the metadata, `limpqp`, is the header,
-which holds a SHA-256 of the whole file, taken with zeros in its own place.
+stored; everything else under its name in the network's state_dict, bfloat16 as float32, which holds it exactly. The one entry
+of the metadata, `limpqp`, is the header, which holds a SHA-256 of the whole file, taken with zeros in its own place.
 """
 
 import hashlib
@@ -95,7 +95,8 @@ def serialize(header, layers, tensors):
     rows = {name: {key: value for key, value in asdict(layer).items() if value is not None}
             for name, layer in layers.items()}
     whole = {"version": VERSION, "sha256": NO_CHECKSUM, **header, "layers": rows}
-    data = save(tensors, {KEY: json.dumps(whole, separators=(",", ":"))})
+    in_order = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # save() passes over strides
+    data = save(in_order, {KEY: json.dumps(whole, separators=(",", ":"))})
     return _with_checksum(data, hashlib.sha256(data).hexdigest())
 
 
@@ -137,6 +138,11 @@ def read_packed(path):
             data = file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the packed model ({error.strerror})") from None
+    return parse_packed(data, path)
+
+
+def parse_packed(data, path):
+    """The PackedFile that the bytes of a file hold; `path` and errors are those of read_packed."""
     header = _read_header(data, path)
     tensors = _read_tensors(data, path)
     _check_header(header, path)

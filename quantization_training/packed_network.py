@@ -13,13 +13,13 @@ from network import build_network
 from packed_file import MAP, PackedLayer, is_packed, read_packed
 from packing import pack, pack_sparse, packed_length, unpack, unpack_sparse
 from quan.quantizer import LsqQuan
+from quan.utils import BATCHNORM
 from schema import FinetuneConfig
 from util.checkpoint import check_arch, check_plain, load_checkpoint
 from util.config import Origin, build, to_plain
 from util.errors import UserError, nearest
 from util.exchange import split_arch
 
-TRAINING_ONLY = (".init_state", ".num_batches_tracked")  # which a file leaves out
 CPU = torch.device("cpu")
 
 
@@ -51,22 +51,37 @@ def pack_network(network, source):
         acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
         layers[name] = PackedLayer(
             call.kind, tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
-            acts and acts.signed, name in network.facts["weight_bits"], integers.size - int(np.count_nonzero(integers)), kept)
+            acts and bool(acts.signed), name in network.facts["weight_bits"], integers.size - int(np.count_nonzero(integers)),
+            kept)
         tensors.update(zip((f"{name}.weight", f"{name}.weight{MAP}"), parts, strict=False))
         del state[f"{name}.weight"]
-    tensors.update({name: tensor.numpy() for name, tensor in state.items() if not name.endswith(TRAINING_ONLY)})
-    return layers, tensors, {name: first for name, first in shared.items() if not name.endswith(TRAINING_ONLY)}
+    tensors.update({name: _as_array(tensor) for name, tensor in state.items()})
+    return layers, tensors, shared
 
 
 def _state_once(model):
-    """({name: tensor} of a network, each tensor once; {second name: first name})."""
-    first, shared, state = {}, {}, {}
+    """({name: tensor} of a network, each tensor once; {second name: first name}), without what only training needs."""
+    first, shared, state, left_out = {}, {}, {}, _training_only(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in left_out:
+            continue
         if first.setdefault(id(tensor), name) == name:
             state[name] = tensor.detach()
         else:
             shared[name] = first[id(tensor)]
     return state, shared
+
+
+def _training_only(model):
+    """Names of tensors that a file leaves out."""
+    entries = {LsqQuan: "init_state", BATCHNORM: "num_batches_tracked"}
+    return {f"{name}.{entry}" for name, module in model.named_modules(remove_duplicate=False)
+            for kind, entry in entries.items() if isinstance(module, kind)}
+
+
+def _as_array(tensor):
+    """A tensor that stays as it is; numpy has no bfloat16, whose values float32 holds exactly."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def integer_weights(layer, where):
@@ -182,15 +197,15 @@ def fit_packed(model, content):
         if not isinstance(modules.get(name), nn.BatchNorm2d) or not isinstance(modules.get(convolution), nn.Conv2d):
             raise UserError(f"{packed.path}: folded: the network has no BatchNorm {name} after a convolution {convolution}")
     make_room(model, packed.header["folded"])
-    for name, tensor in model.state_dict().items():
-        if name.endswith(TRAINING_ONLY):
-            content["state_dict"].setdefault(name, torch.ones_like(tensor))
+    state = model.state_dict()
+    for name in _training_only(model) & state.keys():
+        content["state_dict"].setdefault(name, torch.ones_like(state[name]))
 
 
 def _facts(layer):
     acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
     return PackedLayer("", tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
-                       acts and acts.signed, False, 0)
+                       acts and bool(acts.signed), False, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

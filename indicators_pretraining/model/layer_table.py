@@ -277,7 +277,7 @@ def _twin(model, device):
             raise UserError(f"arch: {shortened(computed)}: computed from other tensors and kept, as by torch.nn.utils."
                             "weight_norm and prune; take parametrizations.weight_norm, or prune.remove") from None
         raise UserError(f"arch: the network cannot be copied, which this project has to do ({reason(error)})") from None
-    return twin.to(device, torch.float32).eval()
+    return twin.to(device).eval()
 
 
 @torch.no_grad()

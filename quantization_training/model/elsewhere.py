@@ -7,22 +7,26 @@ import sys
 import traceback
 import types
 
+import torch
 from torch import nn
 
 from util.errors import UserError, nearest, reason
 from util.exchange import split_arch
 
 TIMM = "timm:"
+KEPT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+              torch.uint8, torch.bool)  # that can be read from a checkpoint
 
 
 def create_from_file(arch, num_classes):
-    """What the factory in the user's own file returns, called with num_classes=num_classes.
+    """What the factory in the user's own file returns, called with num_classes=num_classes; its parameters in float32.
 
     Args:
         arch: path/to/file.py:factory, the path relative to the working directory.
 
     Raises:
-        UserError: where the file or the factory is not there, takes other arguments, fails, or gives no nn.Module.
+        UserError: where the file or the factory is not there, takes other arguments, fails, or gives no nn.Module or one
+            with tensors that no checkpoint holds.
     """
     path, name = split_arch(arch)
     module = _run_file(arch, os.path.expanduser(path))
@@ -36,7 +40,27 @@ def create_from_file(arch, num_classes):
         model = factory(num_classes=num_classes)
     if not isinstance(model, nn.Module):
         raise UserError(f"arch: {arch} gave a {type(model).__name__}, expected an nn.Module")
-    return model
+    _check_tensors(arch, model)
+    other = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if other:  # step sizes, optimizers and files are made for one type; precision: bf16 computes in bfloat16
+        print(f"arch: {arch}: parameters in {', '.join(sorted(str(kind).removeprefix('torch.') for kind in other))} are "
+              "converted to float32", file=sys.stderr)
+    return model.float() if other else model
+
+
+def _check_tensors(arch, model):
+    """Refuse what could be trained, but not be read again from a checkpoint."""
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.parameter.UninitializedTensorMixin):
+            found = f"a {type(value).__name__}"
+        elif value.dtype not in KEPT_TYPES or value.layout != torch.strided:
+            found = f"{value.dtype}, {value.layout}"
+        elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            found = "an expanded tensor"
+        else:
+            continue
+        raise UserError(f"arch: {arch}: {name}: a checkpoint cannot hold it ({found}); expected a plain tensor of real "
+                        "numbers, or a buffer registered with persistent=False")
 
 
 def _run_file(arch, path):

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from test_finetuning import HEADS
 
 import export
+import folding
 import main
 import packed_file
 from folding import find_folds, fold_batchnorms
@@ -160,8 +161,8 @@ def test_subclasses_of_layers_are_packed_and_a_classifier_of_an_own_kind_stays_a
     assert list(network.facts["weight_bits"]) == ["body", "hidden"]
     assert list(network.config.quan.excepts) == ["stem", "norm", *(["head"] if factory == "net" else [])]
     assert ("head: its class Cosine has a forward of its own" in network.remark) == (factory == "cosine")
-    for folding in ((), ("--fold-bn",)):
-        packed = exported("--arch", f"net.py:{factory}", *folding)
+    for flags in ((), ("--fold-bn",)):
+        packed = exported("--arch", f"net.py:{factory}", *flags)
         assert list(packed.layers) == ["stem", "body", "hidden", *(["head"] if factory == "net" else [])]
         found = logits(rebuild(as_checkpoint(packed), PACKED, f"net.py:{factory}").model, 12)
         torch.testing.assert_close(found, logits(network.model, 12), rtol=0, atol=1e-4 if folding else 0)
@@ -276,6 +277,108 @@ def check_predictions(path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What stays in full precision.
+
+LEFT_ALONE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv, self.up, self.wide = nn.Conv2d(3, 4, 3, 2, 1), nn.ConvTranspose2d(4, 5, 2, 2), nn.Conv2d(5, 6, 3)
+        self.init_state = nn.Parameter(torch.randn(1))
+        self.block = nn.Module()
+        self.block.init_state, self.block.num_batches_tracked = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+        self.position = nn.Parameter(torch.randn(1, 6, 6, 6).contiguous(memory_format=torch.channels_last))
+        self.turned = nn.Parameter(torch.randn(6, 7).T)
+        self.tied = self.turned
+        self.last = nn.Linear(7, num_classes)
+        for name, tensor in {"scale": torch.tensor(1.5), "flip": torch.tensor([True, False] * 3),
+                             "order": torch.tensor([5, 4, 3, 2, 1, 0], dtype=torch.int32), "nothing": torch.zeros(0, 3),
+                             "part": torch.randn(6, 2)[:, 1], "coarse": torch.randn(6).bfloat16(),
+                             "fine": torch.randn(6, dtype=torch.float64)}.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        x = self.wide(self.up(self.conv(x)).relu()) + self.position
+        x = x.mean((2, 3))[:, self.order] * self.scale * self.init_state
+        x = torch.where(self.flip, x, -x) + self.part + self.coarse + self.block.init_state
+        x = x + self.fine.float() + self.nothing.sum()
+        return self.last((x + self.block.num_batches_tracked) @ self.turned.T)
+"""
+
+
+def test_tensors_of_any_type_and_order_in_memory_are_stored_as_they_are():
+    pathlib.Path("net.py").write_text(LEFT_ALONE)
+    network = write_checkpoint("net.py:Net", 7)
+    expected = logits(network.model, 7)
+    packed = exported("--arch", "net.py:Net")
+    model = rebuild(as_checkpoint(packed), PACKED, "net.py:Net").model
+    assert torch.equal(logits(model, 7), expected) and expected.std() > 1e-3
+    again = model.state_dict()
+    for name, tensor in network.model.state_dict().items():
+        if not name.endswith(("conv.weight", "wide.weight", "last.weight")) and "quan_" not in name:
+            assert torch.equal(again[name], tensor) and again[name].dtype == tensor.dtype, name
+
+
+def changed_network(change):
+    own = OWN.replace("return ", "net = ").replace("import pathlib", "import pathlib\nimport torch")
+    pathlib.Path("net.py").write_text(f"{own}    net.{change}\n    return net\n")
+
+
+@pytest.mark.parametrize("change", ["bfloat16()", "double()", "half()", "requires_grad_()[2].double()"])
+def test_parameters_of_another_type_are_trained_and_packed_in_float32(change, capsys):
+    changed_network(change)
+    network = write_checkpoint("net.py:tiny", 16)
+    assert "converted to float32" in capsys.readouterr().err
+    packed = exported("--arch", "net.py:tiny")
+    assert torch.equal(logits(rebuild(as_checkpoint(packed), PACKED, "net.py:tiny").model, 16), logits(network.model, 16))
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in network.model.state_dict().values())
+
+
+@pytest.mark.parametrize(("tensor", "found"), [
+    ("torch.zeros(2, dtype=torch.cfloat)", "torch.complex64"), ("torch.zeros(1).expand(3)", "an expanded tensor"),
+    ("torch.zeros(2).to(torch.float8_e4m3fn)", "torch.float8_e4m3fn"),
+    ("torch.eye(2).to_sparse()", "torch.float32, torch.sparse_coo"),
+    ("torch.nn.parameter.UninitializedBuffer()", "a UninitializedBuffer")])
+def test_a_tensor_that_no_checkpoint_holds_is_refused_before_training(tensor, found, capsys):
+    changed_network(f"register_buffer('extra', {tensor})")
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    said = complaint(capsys, main.main, "config.yaml", "arch=net.py:tiny")
+    assert f"arch: net.py:tiny: extra: a checkpoint cannot hold it ({found}" in said
+    assert not os.path.exists("results")
+
+
+@pytest.mark.parametrize("kind", [*packed_file.NUMPY_TYPES.values()])
+def test_a_file_holds_the_values_of_arrays_whatever_their_strides(kind):
+    rng = np.random.default_rng(3)
+    header, layers, tensors = tiny()
+    for index in range(40):
+        shape = rng.integers(0, 4, rng.integers(0, 5))
+        steps = tuple(np.s_[::int(step)] for step in rng.choice([2, -2], len(shape)))
+        some = rng.integers(0, 2**15, (2 * shape).tolist()).astype(kind)[steps]
+        tensors[f"other.{index}"] = some.transpose(rng.permutation(len(shape))) if index % 3 else np.asfortranarray(some)
+    found = packed_file.parse_packed(serialize(header, layers, tensors), PACKED).tensors
+    for name, tensor in tensors.items():
+        assert found[name].shape == tensor.shape and np.array_equal(found[name], tensor), name
+
+
+def test_a_file_that_answers_otherwise_is_not_left_behind_and_an_older_one_stays(capsys, monkeypatch):
+    write_checkpoint("resnet20", 16)
+    whole = export.serialize
+    for before in (None, b"an older file"):
+        if before:
+            write(before)
+        for flags in ([], ["--fold-bn"]):
+            monkeypatch.setattr(export, "serialize", lambda header, layers, tensors: whole(header, layers, {
+                **tensors, "layer2.0.conv1.weight": tensors["layer2.0.conv1.weight"][::-1].copy()}))
+            assert "answers otherwise" in complaint(capsys, export.main, FILE, "--output", PACKED, *flags)
+            assert sorted(os.listdir()) == sorted([FILE] + [PACKED] * bool(before))
+            assert not before or pathlib.Path(PACKED).read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Folded BatchNorms.
 
 
@@ -290,7 +393,7 @@ def test_folded_batchnorms_change_each_layer_by_rounding_only(capsys):
     content = {**load_checkpoint(FILE), "state_dict": network.model.state_dict()}
     save_checkpoint(FILE, content)
     expected = outputs_of_batchnorms(network.model)
-    folds = find_folds(network.model, 16)
+    folds = find_folds(network.model, images(16))
     assert folds.keys() == network.graph.batchnorms.keys()
     fold_batchnorms(network.model, folds)
     for name, convolution in folds.items():
@@ -337,7 +440,100 @@ class Net(nn.Module):
         x = self.bn2(self.relu(self.conv2(x + self.bn(x))))
         return self.fc(self.bn3(self.conv3(x)).mean((2, 3)))
 """)
-    assert find_folds(write_checkpoint("net.py:Net", 8).model, 8) == {"bn3": "conv3"}
+    assert find_folds(write_checkpoint("net.py:Net", 8).model, images(8)) == {"bn3": "conv3"}
+
+
+FOLDED = """
+import torch
+from torch import nn
+
+class Own(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+class Same(nn.BatchNorm2d):
+    pass
+
+class Constant(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(True)
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, num_classes)
+        self.bn = nn.BatchNorm2d(4)
+        {change}
+
+    def body(self, x):
+        {body}
+
+    def forward(self, x):
+        return self.fc(self.body(self.first(x)).mean((2, 3)))
+"""
+USUAL = "return self.bn(self.conv(x))"
+
+
+@pytest.mark.parametrize(("change", "body", "folds"), [
+    ("pass", USUAL, True), ("self.bn.momentum = None", USUAL, True), ("self.bn = nn.BatchNorm2d(4, eps=3.)", USUAL, True),
+    ("self.bn = nn.BatchNorm2d(4, affine=False)", USUAL, True), ("self.bn.bias = None", USUAL, True),
+    ("self.conv = nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect', groups=2)", USUAL, True),
+    ("self.bn = nn.BatchNorm2d(4, track_running_stats=False)", USUAL, False),
+    ("self.bn = Own(4)", USUAL, False), ("self.bn = Same(4)", USUAL, False), ("self.bn = Constant(4)", USUAL, False),
+    ("self.bn = nn.SyncBatchNorm(4)", USUAL, False),
+    ("self.bn.forward = lambda x: x.relu()", USUAL, False),
+    ("self.bn.register_forward_hook(lambda module, inputs, output: output.relu())", USUAL, False),
+    ("self.bn.register_forward_pre_hook(lambda module, inputs: inputs[0].relu())", USUAL, False),
+    ("nn.utils.parametrizations.weight_norm(self.bn, dim=None)", USUAL, False),
+    ("pass", "return self.bn(self.bn(self.conv(x)))", False), ("pass", "return self.bn(self.conv(self.conv(x)))", False),
+    ("pass", "y = self.conv(x); return self.bn(y) + y", False), ("pass", "return self.bn(self.conv(x).relu_())", False),
+    ("pass", "y = self.conv(x); y[:, 0] = 0; return self.bn(y)", False),
+    ("pass", "y = self.conv(x); z = y[:, :1]; z.zero_(); return self.bn(y)", False),
+    ("pass", "return self.bn(self.conv(x)) * self.bn.weight.sum()", False),
+    ("pass", "return self.bn(self.conv(x)) + self.bn.forward(x)", False)])
+def test_what_computes_something_else_is_not_folded(change, body, folds):
+    torch.manual_seed(0)
+    pathlib.Path("net.py").write_text(FOLDED.format(change=change, body=body))
+    network = write_checkpoint("net.py:Net", 6)
+    assert find_folds(network.model, images(6)) == ({"bn": "conv"} if folds else {})
+    export.main([FILE, "--output", PACKED, "--arch", "net.py:Net", "--fold-bn"])
+    found = logits(rebuild(load_any(PACKED), PACKED, "net.py:Net").model, 6)
+    assert torch.allclose(found, logits(network.model, 6), rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_at_the_edge_are_folded_within_rounding():
+    pathlib.Path("net.py").write_text(FOLDED.format(change="pass", body=USUAL))
+    network = write_checkpoint("net.py:Net", 6)
+    batchnorm = network.model.bn
+    with torch.no_grad():
+        batchnorm.running_var.copy_(torch.tensor([0, 1e-12, 1e6, 1]))
+        batchnorm.weight.copy_(torch.tensor([1e3, -1, -1e-20, 0]))
+        batchnorm.running_mean.copy_(torch.tensor([1e3, -1e3, 0, 1e4]))
+    expected = logits(network.model, 6)
+    save_checkpoint(FILE, {**load_checkpoint(FILE), "state_dict": network.model.state_dict()})
+    export.main([FILE, "--output", PACKED, "--arch", "net.py:Net", "--fold-bn"])
+    found = logits(rebuild(load_any(PACKED), PACKED, "net.py:Net").model, 6)
+    assert load_any(PACKED)["packed"].header["folded"] == {"bn": "conv"}
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    batchnorm.eps = 0.0
+    assert find_folds(network.model, images(6)) == {}  # one over a variance of zero
+
+
+def test_a_fold_that_gives_other_values_is_refused_and_nothing_is_written(capsys, monkeypatch):
+    fold = folding.fold_batchnorms
+
+    def wrong(model, folds):
+        fold(model, folds)
+        with torch.no_grad():
+            model.conv.bias[2] *= 1.01
+
+    for body, change, message in (("return self.bn(self.conv(x)) / self.bn.num_features", fold, "does not compute without"),
+                                  (USUAL, wrong, "bn cannot be folded into conv")):
+        pathlib.Path("net.py").write_text(FOLDED.format(change="nn.init.ones_(self.bn.bias)", body=body))
+        write_checkpoint("net.py:Net", 6)
+        monkeypatch.setattr(folding, "fold_batchnorms", change)
+        assert message in complaint(capsys, export.main, FILE, "--output", PACKED, "--arch", "net.py:Net", "--fold-bn")
+        assert not os.path.exists(PACKED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class JointNetwork:
 def build_dense(config, num_classes, input_size, found, device):
     """Build the full-precision network of a configuration; the arguments are those of build_network."""
     model, graph, masks = create_initial(config, num_classes, input_size, found)
-    to_device(model, device)
+    to_device(model, device, graph)
     distributed.broadcast_model(model)
     return DenseNetwork(model, graph, Passes(model, config.precision, config.compile), PrunedParameters(model, masks))
 
@@ -91,7 +91,7 @@ def build_network(config, num_classes, input_size, found, device):
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
     description = describe_network(config, model, graph, num_classes, input_size, masks)
     stem = SharedStem(model, find_stem(model, input_size), len(config.passes))
-    to_device(model, device)
+    to_device(model, device, graph)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())
     if config.compile:

@@ -1,6 +1,7 @@
 """Joint training: one network learns the step sizes of all candidate bit-widths together."""
 
 import numpy as np
+import torch.nn.functional as F
 from torch import nn
 
 from quan.utils import keep_steps_positive
@@ -26,14 +27,15 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
         model: the jointly trained network.
         switch: its BitSwitch.
         images, target: a batch, [batch, 3, height, width] and [batch].
-        criterion: loss of (logits, target), target being labels or probabilities [batch, classes].
+        criterion: loss of (logits, target).
         chosen: {layer: bit} for the last pass, or None.
-        in_place_distillation: passes after the widest learn from its answers instead of from the labels.
+        in_place_distillation: passes after the widest learn from its answers instead of from the labels: by plain
+            cross-entropy, so that one that gives the same answers has nothing to learn.
         metrics: {bit or "random": Metrics} to add to.
         passes: the Passes of the model; None stands for plain ones.
     """
     passes = passes or Passes(model)
-    widest, wanted = max(switch.bits), target
+    widest, answers = max(switch.bits), None
     first, last = [widest] if in_place_distillation else [], [] if chosen is None else [RANDOM]
     with passes.entered(images) as entering:
         for candidate in [*first, *(bit for bit in switch.bits if bit not in first), *last]:
@@ -42,12 +44,12 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
             else:
                 switch.uniform(candidate)
             logits = passes.logits(entering)
-            loss = criterion(logits, wanted)
+            loss = criterion(logits, target) if answers is None else F.cross_entropy(logits, answers)
             loss.backward()
             if metrics is not None:
                 metrics[candidate].update(logits.detach(), target, loss.detach())
             if in_place_distillation and candidate == widest:
-                wanted = logits.detach().softmax(1)
+                answers = logits.detach().softmax(1)
 
 
 def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_place_distillation=False, metrics=None,

@@ -145,6 +145,8 @@ class Pruning:
         """
         level = level_of(found)
         self.find_rows(found)
+        if self.graph.contiguous:
+            self.monitor.log(self.graph.describe_layout())
         while True:
             self.train(level, start)
             self.report(level)

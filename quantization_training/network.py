@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from model import create_model, load_weights
-from model.layer_table import Graph
+from model.layer_table import Graph, trace
 from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.names import is_below, second_names
@@ -103,7 +103,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         check_same_bits(checkpoint, description)
     if config.freeze_weights:
         freeze_weights(model)
-    to_device(model, device)
+    to_device(model, device, graph)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
@@ -246,7 +246,7 @@ def check_same_bits(checkpoint, description):
                                 f"the configuration asks for {bit}")
 
 
-def create_teacher(config, num_classes, device, input_size=None):
+def create_teacher(config, num_classes, device, input_size):
     """The full-precision network to learn from, which only gives answers; None where none is configured."""
     teacher = config.distillation.teacher
     if teacher is None or config.eval:
@@ -260,4 +260,4 @@ def create_teacher(config, num_classes, device, input_size=None):
         model = create_model(config.arch, num_classes, input_size=input_size)
         if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
             raise UserError(f"distillation.teacher: {teacher} has another number of classes than the data ({num_classes})")
-    return to_device(model.eval().requires_grad_(False), device)
+    return to_device(model.eval().requires_grad_(False), device, trace(model, input_size, num_classes))

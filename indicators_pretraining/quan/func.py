@@ -81,7 +81,8 @@ class QuanConv2d(QuantizedLayer, nn.Conv2d):
         _take_over(self, conv, quan_w_fn, quan_a_fn)
 
     def forward(self, x):
-        if self.learns_both and self.padding_mode == "zeros" and not isinstance(self.padding, str) and x.dim() == 4:
+        is_plain = self.padding_mode == "zeros" and not isinstance(self.padding, str) and "_conv_forward" not in vars(self)
+        if self.learns_both and is_plain and x.dim() == 4:
             geometry = (self.stride, self.padding, self.dilation, self.groups)
             return quantized_operation(x, self.weight, self.bias, self.quan_a_fn, self.quan_w_fn, geometry)
         weight = self.quantized_weight()

@@ -181,6 +181,19 @@ def test_random_policies_repeat_with_the_seed_and_change_with_the_step():
     assert {bit for draw in draws for bit in draw.values()} == set(BITS)
 
 
+def test_a_student_that_answers_as_its_teacher_does_has_nothing_to_learn():
+    """Label smoothing is for labels: smoothed answers of a teacher would pull even the teacher itself towards them."""
+    model, switch = jointly_quantized()
+    criterion, gradients = nn.CrossEntropyLoss(label_smoothing=0.2), []
+    for chosen in (None, dict.fromkeys(switch.layers, 4)):  # with the last pass as the widest, or without
+        model.zero_grad()
+        process.joint_gradients(model, switch, *batch(), criterion, chosen, in_place_distillation=True)
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    for alone, both in zip(*gradients, strict=True):
+        assert torch.allclose(alone, both, rtol=0, atol=1e-12)
+    assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-3
+
+
 def test_the_widest_candidate_answers_first_in_distillation_only():
     model, switch = jointly_quantized()
     seen = []

@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+import types
 
 import torch
+from torch import nn
 
+from model.layer_table import convolve_pixels, skips_pixels
 from quan.quantizer import LsqQuan, kernel
 from util import distributed
 from util.errors import UserError, reason
@@ -45,9 +48,23 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def to_device(model, device):
-    """Move a network, with images and convolution weights laid out as convolutions compute them fastest: channels last."""
-    return model.to(device, memory_format=torch.channels_last)
+def to_device(model, device, graph=None):
+    """Move a network, laid out as convolutions compute it fastest: channels last; contiguous where its graph says so.
+
+    On a CPU, strided 1x1 convolutions of few channels compute the pixels that they look at (see skips_pixels). A network
+    that changes its images in place gets a copy of them: other passes, and a teacher, look at the same ones.
+    """
+    if graph and graph.changes_images:
+        model.register_forward_pre_hook(_copy_images)
+    for module in model.modules() if device.type == "cpu" else ():
+        if (isinstance(module, nn.Conv2d) and type(module)._conv_forward is nn.Conv2d._conv_forward
+                and skips_pixels(module.kernel_size, module.stride, module.groups, module.in_channels)):
+            module._conv_forward = types.MethodType(convolve_pixels, module)
+    return model.to(device, memory_format=torch.preserve_format if graph and graph.contiguous else torch.channels_last)
+
+
+def _copy_images(model, inputs):
+    return inputs[0].clone(), *inputs[1:]
 
 
 class Passes:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +61,8 @@ class Graph:
     left: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized. heads:
     what gives the answer, quantizable or not: names of modules, and of parameters that belong to the network itself.
     indirect: BatchNorms between which and the layer before them something happens. input_size: of the image.
+    contiguous: why the network has to be computed in contiguous memory, '' where convolutions can be channels last.
+    changes_images: whether its forward pass changes the images in place.
     """
 
     layers: dict
@@ -73,6 +76,8 @@ class Graph:
     heads: tuple
     indirect: tuple
     input_size: int
+    contiguous: str = ""
+    changes_images: bool = False
 
     def describe_left(self, separator="\n"):
         """A line for each reason why layers cannot be quantized, or ''."""
@@ -96,9 +101,15 @@ class Graph:
         return ("products outside of the layers, as attention has them, in full precision and counted in no BitOPs: "
                 f"{sum(self.products.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
 
+    def describe_layout(self):
+        """A line about the memory layout where it is not the usual one, or ''."""
+        return f"computed in contiguous memory instead of channels last, as the network needs: {self.contiguous}" \
+            if self.contiguous else ""
+
     def describe(self):
         """These lines, those that there are."""
-        return "\n".join(filter(None, [self.describe_left(), self.describe_uncounted(), self.describe_products()]))
+        return "\n".join(filter(None, [self.describe_left(), self.describe_uncounted(), self.describe_products(),
+                                       self.describe_layout()]))
 
 
 def shortened(names, most=3):
@@ -186,6 +197,7 @@ class _Products(TorchDispatchMode):
         self.macs = {}
         self.modules = [""]
         self.layers_entered = 0
+        self.contiguous = ""  # why the network has to be computed in contiguous memory
 
     def watch(self, name, module, is_layer):
         """Know when the forward pass is in this module."""
@@ -203,9 +215,14 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if not self.layers_entered:
-            macs = _macs_of_operation(getattr(function, "overloadpacket", None), args, result)
+            operation = getattr(function, "overloadpacket", None)
+            macs = _macs_of_operation(operation, args, result)
             if macs:
                 self.macs[self.modules[-1]] = self.macs.get(self.modules[-1], 0) + macs
+            if operation is ATEN.as_strided:  # which gives other values in another layout
+                self.contiguous = f"{self.modules[-1] or 'forward'} calls as_strided"
+            elif operation is ATEN.convolution and skips_pixels(args[1].shape[2:], args[3], args[8], args[1].shape[1]):
+                self.contiguous = f"{self.modules[-1] or 'forward'} calls a strided 1x1 convolution of few channels"
         return result
 
 
@@ -221,6 +238,23 @@ def _macs_of_operation(operation, args, result):
         query, key, value = args[:3]
         return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
     return 0
+
+
+def skips_pixels(kernel, stride, groups, channels):
+    """Whether a convolution is a strided 1x1 one of fewer channels than a vector register of the CPU holds.
+
+    Channels last, torch 2.14's backward pass of it (oneDNN 3.12) writes past the end of its result: to_device sees to them.
+    """
+    lanes = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8
+    return tuple(kernel) == (1, 1) and max(stride) > 1 and groups == 1 and channels < lanes
+
+
+def convolve_pixels(conv, x, weight, bias):
+    """A strided 1x1 convolution of x [..., channels, height, width] as one without stride of every stride-th pixel."""
+    padding = conv._reversed_padding_repeated_twice
+    if any(padding):
+        x = F.pad(x, padding, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+    return F.conv2d(x[..., ::conv.stride[0], ::conv.stride[1]], weight, bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +294,8 @@ def trace(model, input_size, num_classes=None):
                 "change arch or dataloader.input_size") from None
     _check_answer(graph, num_classes)
     _check_tied(model, graph)
-    return graph
+    contiguous, changes_images = _in_both_modes(model, input_size)
+    return replace(graph, contiguous=graph.contiguous or contiguous, changes_images=changes_images)
 
 
 def _twin(model, device):
@@ -313,7 +348,38 @@ def _dry_pass(model, input_size, device):
     shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
     classifiers, heads = notes.ends(answer)
     return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers, notes.left, heads,
-                 tuple(notes.indirect), input_size)
+                 tuple(notes.indirect), input_size, products.contiguous)
+
+
+def _in_both_modes(model, input_size):
+    """(Why a network can be computed in contiguous memory only, '' where its convolutions can be channels last; whether it
+    changes its images).
+
+    It is computed with a batch of two: of one image alone, some dimensions can be merged in any layout. And it is computed
+    with values: without, convolutions do not lay out their results as they do in training.
+    """
+    contiguous, changes_images = "", False
+    for training in (False, True):
+        error, changes = _real_pass(model, input_size, training, torch.channels_last)
+        if error:
+            other_error, changes = _real_pass(model, input_size, training, torch.preserve_format)
+            contiguous = contiguous or ("" if other_error else reason(error))
+        changes_images |= changes
+    return contiguous, changes_images
+
+
+def _real_pass(model, input_size, training, layout):
+    """(What a forward pass of two images raises, None where nothing; whether it changed the images)."""
+    twin = copy.deepcopy(model)
+    images = torch.linspace(-1, 1, 6 * input_size**2).view(2, 3, input_size, input_size)
+    before, error = images.clone(), None
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            twin.to("cpu", torch.float32, memory_format=layout).train(training)
+            twin(images)
+    except Exception as raised:  # of the user's own network, which may be anything
+        error = raised
+    return error, bool(images._version) or not torch.equal(images, before)
 
 
 def is_quantizable(module):
@@ -329,7 +395,7 @@ def why_left(module):
     if hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed from other tensors"
     for method in ("forward", "_conv_forward", "__call__"):
-        if method in vars(module):
+        if method in vars(module) and getattr(vars(module)[method], "__func__", None) is not convolve_pixels:
             return f"it was given a {method} of its own"
         if getattr(type(module), method, None) is not getattr(kind, method, None):
             return f"its class {name} has a {method} of its own"

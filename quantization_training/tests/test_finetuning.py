@@ -282,11 +282,11 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
     path = str(tmp_path / "teacher")
     save_checkpoint(path, {"state_dict": create_model("resnet20", 7).state_dict()})
     with pytest.raises(UserError, match="distillation.teacher: .* another number of classes"):
-        create_teacher(config(distillation=DistillationConfig(teacher=path)), 10, CPU)
+        create_teacher(config(distillation=DistillationConfig(teacher=path)), 10, CPU, 16)
     with pytest.raises(UserError, match="distillation.teacher: torchvision's networks know 1000 classes"):
-        create_teacher(config(distillation=DistillationConfig(teacher="pre_trained")), 10, CPU)
+        create_teacher(config(distillation=DistillationConfig(teacher="pre_trained")), 10, CPU, 16)
     save_checkpoint(path, {"state_dict": create_model("resnet20", 10).state_dict()})
-    teacher = create_teacher(config(distillation=DistillationConfig(teacher=path)), 10, CPU)
+    teacher = create_teacher(config(distillation=DistillationConfig(teacher=path)), 10, CPU, 16)
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 

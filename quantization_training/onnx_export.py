@@ -190,7 +190,7 @@ def _declare(model, opset):
         if not entry.domain:
             entry.version = opset
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import))
-    names = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    names = {name for node in model.graph.node for name in node.output}  # weights say their types themselves, as changed
     for value in [value for value in model.graph.value_info if value.name not in names]:
         model.graph.value_info.remove(value)
 

@@ -165,7 +165,7 @@ def test_subclasses_of_layers_are_packed_and_a_classifier_of_an_own_kind_stays_a
         packed = exported("--arch", f"net.py:{factory}", *flags)
         assert list(packed.layers) == ["stem", "body", "hidden", *(["head"] if factory == "net" else [])]
         found = logits(rebuild(as_checkpoint(packed), PACKED, f"net.py:{factory}").model, 12)
-        torch.testing.assert_close(found, logits(network.model, 12), rtol=0, atol=1e-4 if folding else 0)
+        torch.testing.assert_close(found, logits(network.model, 12), rtol=0, atol=1e-4 if flags else 0)
     assert "2 BatchNorms folded" in capsys.readouterr().out
 
 

@@ -117,6 +117,23 @@ def test_weights_take_the_narrowest_types_that_load_and_inputs_may_be_signed(cap
     check_types(data)
 
 
+@needs_onnxruntime
+@pytest.mark.parametrize(("arch", "size", "sparsity", "flags"), [
+    ("net.py:net", 16, None, []), ("net.py:net", 16, 0.8, ["--fold-bn"]),
+    ("vit_tiny_patch4_32", 32, None, [])])
+def test_onnx_passes_its_own_checker_as_it_is_written(arch, size, sparsity, flags):
+    import onnx
+
+    pathlib.Path("net.py").write_text(NET)
+    write_checkpoint(arch, size, sparsity)
+    export.main(["run.pth.tar", "--onnx", "model.onnx", *flags, *(["--arch", arch] if ":" in arch else [])])
+    model = onnx.load("model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    assert any(tensor.data_type in (onnx.TensorProto.INT4, getattr(onnx.TensorProto, "INT2", -1))
+               for tensor in model.graph.initializer)
+
+
 def check_types(data):
     """With types of 8 bits only, the same model takes more bytes; operators are those that hardware knows."""
     import onnx

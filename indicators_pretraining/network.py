@@ -1,5 +1,6 @@
 """The networks of this stage: full-precision and pruned, or quantized for all candidates and described for later stages."""
 
+import copy
 from dataclasses import dataclass
 
 from torch import nn
@@ -8,7 +9,9 @@ from model import load_weights
 from model.layer_table import Graph
 from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
+from model.training_pass import check_training
 from quan.stem import SharedStem, find_stem
+from quan.unchanged import check_unchanged
 from quan.utils import (
     BitSwitch,
     freeze_weights,
@@ -81,9 +84,13 @@ def build_network(config, num_classes, input_size, found, device):
     if config.eval and found.content.get("bits", config.target_bits) != config.target_bits:
         raise UserError(f"target_bits: found {config.target_bits}, but {found.path} was trained at {found.content['bits']}")
     model, graph, masks = create_initial(config, num_classes, input_size, found)
+    training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     config, exceptions = name_exceptions(config, graph)
     signed = signs_of(found.content) if found else {}
+    plain = copy.deepcopy(model)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits, signed))
+    check_unchanged(plain, model, graph, input_size, config.eval)
+    del plain
     if masks:
         init_weight_steps(model, masks)
     if config.freeze_weights:
@@ -97,7 +104,7 @@ def build_network(config, num_classes, input_size, found, device):
     if config.compile:
         switch.keep_as_data(device)
     passes = Passes(model, config.precision, config.compile, stem)
-    remark = "\n".join(filter(None, [exceptions, graph.describe()]))
+    remark = "\n".join(filter(None, [exceptions, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 
 

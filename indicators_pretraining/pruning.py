@@ -7,6 +7,7 @@ python -m torch.distributed.launch --nproc_per_node=N pruning.py CONFIG.yaml
 from dataclasses import replace
 
 import rewinding
+from model.training_pass import check_training
 from network import build_dense
 from rewinding import Plan, Pruning, PruningFolder
 from schema import PruningConfig
@@ -38,6 +39,7 @@ def run(config, device, is_dry_run):
     prepare(config, recorded_threads(found))
     num_classes, input_size = describe_data(config.dataloader)
     network = build_dense(config, num_classes, input_size, found, device)
+    remark = check_training(network.model, network.graph, input_size, num_classes)
     optimizer = create_optimizer(network.model, config)
     start = restore(found, network.model, optimizer, config, rewinding.harmless(found, config),
                     schedule_may_change=False)
@@ -54,7 +56,7 @@ def run(config, device, is_dry_run):
         completed = rewinding.epochs_before(rewinding.level_of(found), config) + start.epoch
         numbered = replace(start, epoch=completed)
         with signals_noted(), open_monitor(folder, config, numbered, device) as monitor:
-            log_start(monitor, numbered, plan.remark)
+            log_start(monitor, numbered, "\n".join(filter(None, [plan.remark, remark])))
             Pruning(network, plan, loaders, optimizer, config, monitor, folder).run(found, start)
 
 

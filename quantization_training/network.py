@@ -1,5 +1,6 @@
 """The network that is fine-tuned: built from a name, quantized at a policy's bits, with what it costs."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,13 @@ from model.layer_table import Graph, trace
 from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.names import is_below, second_names
+from model.training_pass import check_training
 from model.weights import fit, is_step, load_state
 from policy import resolve_policy
 from quan.cost import full_precision_cost, policy_cost
 from quan.func import QuanLinear, scale_adjustment
 from quan.transfer import choose_candidates, clamp_as_limpq, names_in_joint_training
+from quan.unchanged import check_unchanged
 from quan.utils import (
     bits_in_use,
     freeze_weights,
@@ -88,10 +91,14 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         masks = masks_of(checkpoint, model, "resume.path")
     elif joint is not None:
         masks = masks_of(joint, model, config.init_from)
+    training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     description, exceptions, clamped, scaling = {"num_classes": num_classes, "input_size": input_size}, "", "", ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
+        plain = copy.deepcopy(model)
         policy = quantize(model, graph, config, policy_file, checkpoint or joint, scaled_layers(graph, config, checkpoint))
+        check_unchanged(plain, model, graph, input_size, config.eval)
+        del plain
         description.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits)
         if masks:
             init_weight_steps(model, masks)
@@ -107,7 +114,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), scaling]))
+    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), training, scaling]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 

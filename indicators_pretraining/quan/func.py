@@ -134,6 +134,16 @@ class SwitchableBatchNorm(nn.Module):
         self.index = 0
         self.place = None  # the index as a tensor [1], for a compiled network
 
+    def __getattr__(self, name):
+        """What a forward pass may ask of a BatchNorm, such as `weight` or `eps`, is that of the selected copy."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            bns = self._modules.get("bns")
+            if bns is None or name.startswith("_"):
+                raise
+            return getattr(bns[self.index], name)
+
     @property
     def can_be_chosen_by_data(self):
         return all(bn.affine and bn.track_running_stats and bn.momentum is not None for bn in self.bns)
@@ -165,6 +175,16 @@ class ExceptedBatchNorm(nn.Module):
     def __init__(self, bn):
         super().__init__()
         self.bn = bn
+
+    def __getattr__(self, name):
+        """What a forward pass may ask of a BatchNorm is that of this one."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            bn = self._modules.get("bn")
+            if bn is None or name.startswith("_"):
+                raise
+            return getattr(bn, name)
 
     def forward(self, x):
         return self.bn(x)

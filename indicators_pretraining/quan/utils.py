@@ -188,6 +188,20 @@ def keep_steps_positive(model):
         quantizer.keep_positive()
 
 
+def check_all_reached(model):
+    """Refuse to go on where the input of a layer never came, so that its step sizes have no value from data.
+
+    Raises:
+        UserError: naming the layers.
+    """
+    names = [name.removesuffix(".quan_a_fn") for name, quantizer in step_quantizers(model).items()
+             if name.endswith(".quan_a_fn") and not (quantizer.is_reached or quantizer.is_initialized)]
+    if names:
+        raise UserError(f"arch: no image of the first epoch reached {', '.join(names[:3])}"
+                        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                        + "; name what only some images reach in quan.excepts, or let all go through it")
+
+
 def init_weight_steps(model, masks, untrained=lambda name: True):
     """Set the initial step sizes of weights anew, from the weights that remain.
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -175,9 +175,11 @@ class _Lineage(TorchFunctionMode):
 
 
 def tensors_in(values):
-    """Every tensor in a nest of dicts, lists and tuples."""
+    """Every tensor in a nest of dicts, lists, tuples and dataclasses."""
     if isinstance(values, torch.Tensor):
         yield values
+    elif is_dataclass(values) and not isinstance(values, type):
+        yield from tensors_in(list(vars(values).values()))
     elif isinstance(values, dict):
         yield from tensors_in(list(values.values()))
     elif isinstance(values, (list, tuple)):

@@ -12,6 +12,7 @@ from .layer_table import trace
 from .mobilenetv1 import mobilenetv1, mobilenetv1_limpq
 from .names import unwrap
 from .resnet_cifar import resnet20
+from .training_pass import first_tensor
 from .vit import vit_tiny_patch4_32, vit_tiny_patch16_224
 from .weights import load_weights, redraw_zero_classifiers
 
@@ -40,7 +41,8 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
             None for those they were made for.
 
     Returns:
-        the network, with freshly initialised parameters wherever no pre-trained ones were taken.
+        the network, with freshly initialised parameters wherever no pre-trained ones were taken. Where timm's or the user's
+        own gives several outputs, in a tuple, a dict or the like, it gives the first tensor in them.
 
     Raises:
         UserError: on an unknown name, a size or a file that does not fit, weights that do not exist or cannot be downloaded.
@@ -49,9 +51,9 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     if pre_trained and not (is_torchvision or arch.startswith(TIMM)):
         raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
     if split_arch(arch):
-        return take_apart(unwrap(create_from_file(arch, num_classes)))
+        return _with_one_answer(take_apart(unwrap(create_from_file(arch, num_classes))))
     if arch.startswith(TIMM):
-        return take_apart(create_from_timm(arch, num_classes, pre_trained, input_size))
+        return _with_one_answer(take_apart(create_from_timm(arch, num_classes, pre_trained, input_size)))
     _check_name(arch)
     build = _torchvision_model if is_torchvision else _own_model
     try:
@@ -70,6 +72,11 @@ def create_traced(arch, num_classes, pre_trained, input_size):
     graph = trace(model, input_size, num_classes)
     redraw_zero_classifiers(model, graph)
     return model, graph
+
+
+def _with_one_answer(model):
+    model.register_forward_hook(first_tensor)
+    return model
 
 
 def _check_name(arch):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from quan.utils import keep_steps_positive
+from quan.utils import check_all_reached, keep_steps_positive
 from util import distributed, interruption
 from util.checkpoint import Inside, training_state
 from util.errors import Interrupted, UserError
@@ -82,6 +82,8 @@ class Training:
             inside = start.inside if epoch == start.epoch else None
             if inside is None or not inside.is_trained:
                 self.train(epoch, inside)
+                if self.epochs_before + epoch == 0:
+                    check_all_reached(self.model)
             scores = self.validate_or_save(epoch)
             is_best = scores is not None and scores[0] > self.best[0]
             self.best = scores if is_best else self.best

@@ -140,6 +140,7 @@ class LsqQuan(Quantizer):
         self.s = nn.Parameter(torch.ones(shape))
         self.register_buffer("init_state", torch.zeros(len(self.bits)))
         self._initialized = [False] * len(self.bits)  # init_state, to be asked without reading from the device
+        self.is_reached = False  # whether anything was to be quantized yet
         self.index = 0
         # For a compiled network, which would be compiled anew for each bit-width if these were numbers of Python's.
         self.place = None  # the index as a tensor [1], where BitSwitch.keep_as_data asks for it
@@ -175,6 +176,7 @@ class LsqQuan(Quantizer):
         """Take sign and initial step size from x, where it is a first batch in training; compiled passes come later."""
         if torch.compiler.is_compiling():
             return
+        self.is_reached = True
         if self.training and self.signed is None:
             self.signed = largest_over_ranks(int((x < 0).any())) > 0
             self.ranges.copy_(self._ranges())

@@ -1,0 +1,109 @@
+"""What a network does in training that it does not do in evaluation, found out before anything is trained."""
+
+import contextlib
+import copy
+import random
+
+import numpy as np
+import torch
+from torch import nn
+
+from util.errors import SINGLE_VALUE, UserError, reason
+
+from .layer_table import tensors_in
+
+FEW_MACS = 10**8
+PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
+
+
+def first_tensor(module, inputs, output):
+    """A forward hook: of several outputs in a tuple, a dict and the like, the first tensor, which has to be the logits."""
+    return None if isinstance(output, torch.Tensor) else next(tensors_in(output), output)
+
+
+@contextlib.contextmanager
+def generators_put_back(seed=0):
+    """Seed torch, numpy and Python on the CPU within; afterwards each goes on as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def devices_for(graph):
+    """Where to run a pass that only shows what is called: on a device without data, which costs the same for any network, and
+    on the CPU where values are asked for; on that alone where the network is so small that this is faster."""
+    return ["cpu"] if sum(call.macs_exact for call in graph.layers.values()) < FEW_MACS else ["meta", "cpu"]
+
+
+def check_training(model, graph, input_size, num_classes):
+    """Compare a pass in training with the one in evaluation that `graph` was found in.
+
+    Args:
+        model: the unquantized network; it is left as it is.
+        graph: its Graph.
+        input_size, num_classes: of the data.
+
+    Returns:
+        a line for the log about outputs and layers that only training has, or ''.
+
+    Raises:
+        UserError: where the network fails in training or gives no logits there, or where evaluation reaches layers that
+            training does not.
+    """
+    reached, kind, shape = _reached_in_training(model, graph, input_size)
+    if reached is None:
+        return ""
+    if shape != (2, num_classes):
+        found = f"a {kind}" + (f" with a first tensor of shape {list(shape)}" if shape else " without a tensor")
+        raise UserError(f"arch: in training the network gives {found} for two images, expected logits of shape "
+                        f"[2, {num_classes}], alone or first among its outputs")
+    missed = [name for name in (*graph.layers, *graph.batchnorms) if name not in reached]
+    if missed:
+        raise UserError(f"arch: evaluation reaches {_some(missed)}, which training does not, so that nothing would train it; "
+                        "let both go the same way")
+    modules = dict(model.named_modules())
+    extra = [name for name in reached if name not in graph.layers and isinstance(modules[name], (nn.Conv2d, nn.Linear))]
+    return "\n".join([*([f"in training the network gives a {kind}; it is trained on the first tensor in it"]
+                        if kind != "Tensor" else []),
+                      *([f"reached in training only, and left in full precision: {_some(extra)}"] if extra else [])])
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _reached_in_training(model, graph, input_size):
+    """(names of the modules reached in training, type of what the network gives, shape of the first tensor in it or ()); the
+    names are None where only a larger batch can tell."""
+    *others, last = devices_for(graph)
+    for device in others:
+        with contextlib.suppress(Exception):  # a network of the user's own may look at values, which are not there
+            return _pass(model, graph, input_size, device)
+    try:
+        return _pass(model, graph, input_size, last)
+    except Exception as error:
+        if SINGLE_VALUE in str(error):
+            return None, "", ()
+        raise UserError(f"arch: the network fails in training, on two images of {input_size}x{input_size} "
+                        f"({type(error).__name__}: {reason(error)})") from None
+
+
+def _pass(model, graph, input_size, device):
+    twin = copy.deepcopy(model).to(device, torch.float32).train()
+    reached, kinds = {}, []
+    for name, module in twin.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: reached.setdefault(name))
+    twin.register_forward_hook(lambda module, inputs, output: kinds.append(type(output).__name__), prepend=True)
+    with torch.no_grad(), generators_put_back():
+        for _ in range(PASSES):
+            answer = twin(torch.randn(2, 3, input_size, input_size, device=device))
+            if all(name in reached for name in (*graph.layers, *graph.batchnorms)):
+                break
+    return reached, kinds[0], tuple(answer.shape) if isinstance(answer, torch.Tensor) else ()

@@ -175,13 +175,13 @@ def test_a_forward_pass_that_asks_for_types_of_layers_is_refused(kind, mode):
 def test_what_quantized_layers_lack_is_named():
     class Asks(Net):
         def between(self, x):
-            return self.bn2(self.conv(x)) * type(self.conv).strength
+            return self.bn2(self.conv(x)) * type(self.bn2).strength
 
-    class Strong(nn.Conv2d):
+    class Strong(nn.BatchNorm2d):
         strength = 2.0
 
     model = Asks()
-    model.conv = Strong(6, 6, 3, padding=1)
+    model.bn2 = Strong(6)
     with pytest.raises(UserError, match=r"fails once its layers are quantized \(AttributeError: .*strength"):
         joined(model)
 

@@ -6,7 +6,8 @@ import itertools
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.training_pass import devices_for, generators_put_back
+from model.layer_table import generators_put_back
+from model.training_pass import devices_for
 from util.errors import UserError, reason
 
 from .quantizer import LsqQuan

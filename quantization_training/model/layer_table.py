@@ -1,9 +1,12 @@
 """What the graph of a network says about its layers: order, sizes, MACs, and which BatchNorm follows which layer."""
 
+import contextlib
 import copy
 import math
+import random
 from dataclasses import dataclass, is_dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -282,6 +285,11 @@ def trace(model, input_size, num_classes=None):
         if nn.parameter.is_lazy(parameter):
             raise UserError(f"arch: the shape of {name} is open until the network is called; call it once in the function "
                             "that builds it")
+    with generators_put_back():
+        return _traced(model, input_size, num_classes)
+
+
+def _traced(model, input_size, num_classes):
     try:
         graph = _dry_pass(model, input_size, "meta")
     except UserError:
@@ -298,6 +306,21 @@ def trace(model, input_size, num_classes=None):
     _check_tied(model, graph)
     contiguous, changes_images = _in_both_modes(model, input_size)
     return replace(graph, contiguous=graph.contiguous or contiguous, changes_images=changes_images)
+
+
+@contextlib.contextmanager
+def generators_put_back(seed=0):
+    """Seed torch, numpy and Python on the CPU within; afterwards each goes on as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _twin(model, device):
@@ -376,7 +399,7 @@ def _real_pass(model, input_size, training, layout):
     images = torch.linspace(-1, 1, 6 * input_size**2).view(2, 3, input_size, input_size)
     before, error = images.clone(), None
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.no_grad():
             twin.to("cpu", torch.float32, memory_format=layout).train(training)
             twin(images)
     except Exception as raised:  # of the user's own network, which may be anything

@@ -2,15 +2,13 @@
 
 import contextlib
 import copy
-import random
 
-import numpy as np
 import torch
 from torch import nn
 
 from util.errors import SINGLE_VALUE, UserError, reason
 
-from .layer_table import tensors_in
+from .layer_table import generators_put_back, tensors_in
 
 FEW_MACS = 10**8
 PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
@@ -19,21 +17,6 @@ PASSES = 20  # in which every layer that training may skip at random is reached 
 def first_tensor(module, inputs, output):
     """A forward hook: of several outputs in a tuple, a dict and the like, the first tensor, which has to be the logits."""
     return None if isinstance(output, torch.Tensor) else next(tensors_in(output), output)
-
-
-@contextlib.contextmanager
-def generators_put_back(seed=0):
-    """Seed torch, numpy and Python on the CPU within; afterwards each goes on as if nothing had been drawn."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def devices_for(graph):

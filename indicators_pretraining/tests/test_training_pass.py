@@ -87,6 +87,22 @@ def test_a_network_without_logits_in_training_is_refused(answer, message):
         checked(Odd())
 
 
+@pytest.mark.parametrize("wrap", [lambda logits, aux: (aux, logits), lambda logits, aux: aux,
+                                  lambda logits, aux: {"aux": aux, "logits": logits}])
+def test_an_auxiliary_head_is_not_trained_in_place_of_the_one_that_is_evaluated(wrap):
+    class Helper(Net):
+        def __init__(self):
+            super().__init__()
+            self.helper = nn.Linear(self.fc.in_features, CLASSES)
+
+        def answer(self, x):
+            logits = self.fc(x)
+            return wrap(logits, self.helper(x)) if self.training else logits
+
+    with pytest.raises(UserError, match="in training the logits come from helper, in evaluation from fc; give the same"):
+        checked(Helper())
+
+
 def test_layers_that_only_one_of_training_and_evaluation_reaches():
     class Elsewhere(Net):
         def between(self, x):

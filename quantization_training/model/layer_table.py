@@ -362,7 +362,7 @@ def _check_reached(model, graph, input_size):
 def _dry_pass(model, input_size, device):
     twin = _twin(model, device)
     matrices = {name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2}
-    notes, products = _Notes(matrices), _Products()
+    notes, products = Notes(matrices), _Products()
     for name, module in twin.named_modules():
         products.watch(name, module, is_quantizable(module))
         notes.watch(name, module)
@@ -450,7 +450,7 @@ def _check_tied(model, graph):
                             "one module twice")
 
 
-class _Notes:
+class Notes:
     """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what."""
 
     def __init__(self, matrices):

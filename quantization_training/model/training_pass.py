@@ -8,7 +8,7 @@ from torch import nn
 
 from util.errors import SINGLE_VALUE, UserError, reason
 
-from .layer_table import generators_put_back, tensors_in
+from .layer_table import Notes, generators_put_back, tensors_in
 
 FEW_MACS = 10**8
 PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
@@ -37,16 +37,19 @@ def check_training(model, graph, input_size, num_classes):
         a line for the log about outputs and layers that only training has, or ''.
 
     Raises:
-        UserError: where the network fails in training or gives no logits there, or where evaluation reaches layers that
-            training does not.
+        UserError: where the network fails in training or gives no logits there, or those of another head than in evaluation,
+            or where evaluation reaches layers that training does not.
     """
-    reached, kind, shape = _reached_in_training(model, graph, input_size)
+    reached, kind, shape, heads = _reached_in_training(model, graph, input_size)
     if reached is None:
         return ""
     if shape != (2, num_classes):
         found = f"a {kind}" + (f" with a first tensor of shape {list(shape)}" if shape else " without a tensor")
         raise UserError(f"arch: in training the network gives {found} for two images, expected logits of shape "
                         f"[2, {num_classes}], alone or first among its outputs")
+    if heads and not heads.intersection(graph.heads):
+        raise UserError(f"arch: in training the logits come from {_some(sorted(heads))}, in evaluation from "
+                        f"{_some(graph.heads)}; give the same, alone or first among the outputs")
     missed = [name for name in (*graph.layers, *graph.batchnorms) if name not in reached]
     if missed:
         raise UserError(f"arch: evaluation reaches {_some(missed)}, which training does not, so that nothing would train it; "
@@ -63,8 +66,8 @@ def _some(names):
 
 
 def _reached_in_training(model, graph, input_size):
-    """(names of the modules reached in training, type of what the network gives, shape of the first tensor in it or ()); the
-    names are None where only a larger batch can tell."""
+    """(names of the modules reached in training, type of what the network gives, shape of the first tensor in it or (), what
+    that comes from as far as it can be followed); the names are None where only a larger batch can tell."""
     *others, last = devices_for(graph)
     for device in others:
         with contextlib.suppress(Exception):  # a network of the user's own may look at values, which are not there
@@ -73,7 +76,7 @@ def _reached_in_training(model, graph, input_size):
         return _pass(model, graph, input_size, last)
     except Exception as error:
         if SINGLE_VALUE in str(error):
-            return None, "", ()
+            return None, "", (), frozenset()
         raise UserError(f"arch: the network fails in training, on two images of {input_size}x{input_size} "
                         f"({type(error).__name__}: {reason(error)})") from None
 
@@ -81,12 +84,15 @@ def _reached_in_training(model, graph, input_size):
 def _pass(model, graph, input_size, device):
     twin = copy.deepcopy(model).to(device, torch.float32).train()
     reached, kinds = {}, []
+    notes = Notes({name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2})
     for name, module in twin.named_modules():
+        notes.watch(name, module)
         module.register_forward_pre_hook(lambda *_, name=name: reached.setdefault(name))
     twin.register_forward_hook(lambda module, inputs, output: kinds.append(type(output).__name__), prepend=True)
-    with torch.no_grad(), generators_put_back():
+    with torch.no_grad(), generators_put_back(), notes.lineage:
         for _ in range(PASSES):
             answer = twin(torch.randn(2, 3, input_size, input_size, device=device))
             if all(name in reached for name in (*graph.layers, *graph.batchnorms)):
                 break
-    return reached, kinds[0], tuple(answer.shape) if isinstance(answer, torch.Tensor) else ()
+    heads = frozenset(notes.ends(answer)[1]) if notes.lineage.of(answer, "makers") else frozenset()
+    return reached, kinds[0], tuple(answer.shape) if isinstance(answer, torch.Tensor) else (), heads

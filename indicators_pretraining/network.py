@@ -11,6 +11,7 @@ from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.training_pass import check_training
 from quan.stem import SharedStem, find_stem
+from quan.transfer import clamp_as_limpq
 from quan.unchanged import check_unchanged
 from quan.utils import (
     BitSwitch,
@@ -25,7 +26,7 @@ from quan.utils import (
 )
 from schema import IndicatorsConfig
 from util import distributed
-from util.checkpoint import check_arch, load_checkpoint, masks_of, signs_of
+from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, signs_of
 from util.errors import UserError
 from util.passes import Passes, to_device
 
@@ -83,6 +84,7 @@ def build_network(config, num_classes, input_size, found, device):
     """
     if config.eval and found.content.get("bits", config.target_bits) != config.target_bits:
         raise UserError(f"target_bits: found {config.target_bits}, but {found.path} was trained at {found.content['bits']}")
+    clamped = clamp_steps_from_elsewhere(found, config)
     model, graph, masks = create_initial(config, num_classes, input_size, found)
     training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     config, exceptions = name_exceptions(config, graph)
@@ -104,8 +106,18 @@ def build_network(config, num_classes, input_size, found, device):
     if config.compile:
         switch.keep_as_data(device)
     passes = Passes(model, config.precision, config.compile, stem)
-    remark = "\n".join(filter(None, [exceptions, graph.describe(), training]))
+    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
+
+
+def clamp_steps_from_elsewhere(found, config):
+    """Take the step sizes of LIMPQ's checkpoint as its forward pass does; a line about those it concerns, or ''."""
+    if found is None or not is_foreign(found.content):
+        return ""
+    found.content["state_dict"], line = clamp_as_limpq(found.content["state_dict"])
+    if line and config.eval and distributed.is_main():
+        print(f"{found.path}: {line}")
+    return line
 
 
 def create_initial(config, num_classes, input_size, found):

@@ -40,6 +40,7 @@ def parse(arguments):
     parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
     parser.add_argument("--inspect", metavar="FILE", help="print the layers of a packed model; nothing is rebuilt or run")
     parser.add_argument("--predict", metavar="FILE", help="classify images with a packed model")
+    parser.add_argument("--config", metavar="FILE.yaml", help="the configuration of a checkpoint without, as LIMPQ's")
     parser.add_argument("--arch", metavar="FILE.py:FACTORY",
                         help="your own network's file, which is run; needed where the network is one of your own")
     options = parser.parse_intermixed_args(arguments)
@@ -62,7 +63,7 @@ def parse(arguments):
 
 def export(options):
     """Write a packed model, and ONNX, from a checkpoint; compare their answers with its own; print what they take."""
-    from packed_network import as_checkpoint, load_any, rebuild
+    from packed_network import as_checkpoint, load_any, rebuild, with_configuration
 
     path = options.files[0]
     if options.onnx:
@@ -70,6 +71,9 @@ def export(options):
 
         check_installed()
     content = load_any(path)
+    if options.config:
+        content = with_configuration(content, path, options.config, options.arch)
+        options.arch = options.arch or content["arch"]
     if "packed" in content and options.output:
         raise UserError(f"{path}: is a packed model already; --onnx takes one")
     network = rebuild(content, path, options.arch)

@@ -235,13 +235,22 @@ def check_scaling(model):
 
 def check_same_bits(checkpoint, description):
     """Refuse a checkpoint that was trained at other bits than the configuration asks for."""
-    if "bits" in checkpoint:
-        raise UserError("resume.path: it is a checkpoint of indicators_pretraining, which init_from takes")
+    steps = [tensor for name, tensor in checkpoint.get("state_dict", {}).items() if is_step(name)]
+    is_other = is_foreign(checkpoint) and "weight_bits" not in checkpoint
+    if "bits" in checkpoint or (is_other and any(tensor.dim() and len(tensor) > 1 for tensor in steps)):
+        raise UserError("resume.path: it is a checkpoint of indicators_pretraining, at all bits together; init_from starts "
+                        "fine-tuning from it, and eval: true there evaluates it")
+    if is_other and "weight_bits" in description and "state_dict" in checkpoint and not steps:
+        raise UserError("resume.path: the checkpoint is in full precision, the configuration asks for a network quantized; "
+                        "pre_trained takes it")
+    if is_other and "weight_bits" not in description and steps:
+        raise UserError("resume.path: the checkpoint is quantized, the configuration asks for a network in full precision; "
+                        "fp_model: false evaluates it")
     for key in ("weight_bits", "act_bits"):
         trained, wanted = checkpoint.get(key), description.get(key)
         if trained is None and wanted is None:
             continue
-        if trained is None and "version" not in checkpoint:  # a checkpoint of LIMPQ does not say its bits
+        if trained is None and is_other:  # a checkpoint of LIMPQ does not say its bits
             continue
         if trained is None or wanted is None:
             kinds = ("in full precision", "quantized")

@@ -114,14 +114,22 @@ def _with_checksum(data, digits):
 
 
 def is_packed(path):
-    """Whether a file begins like safetensors, or is named so: torch's checkpoints begin otherwise."""
-    if str(path).endswith(".safetensors"):
-        return True
+    """Whether a file is to be read as a packed model: it begins like safetensors, or is named so, and is not one that plainly
+    holds something else."""
+    is_named = str(path).endswith(".safetensors")
+    if not os.path.isfile(path):
+        return is_named
     try:
         with open(path, "rb") as file:
-            return os.path.isfile(path) and file.read(LENGTH_BYTES + 1)[LENGTH_BYTES:] == b"{"
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            beginning = file.read(min(length, os.path.getsize(path)))
     except OSError:
-        return False
+        return is_named
+    try:
+        metadata = json.loads(beginning).get("__metadata__") if beginning.startswith(b"{") else {KEY: is_named}
+        return KEY in (metadata or {}) and bool(metadata[KEY])
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return is_named or beginning.startswith(b"{")
 
 
 def read_packed(path):

@@ -13,10 +13,12 @@ from network import build_network
 from packed_file import MAP, PackedLayer, is_packed, read_packed
 from packing import pack, pack_sparse, packed_length, unpack, unpack_sparse
 from quan.quantizer import LsqQuan
+from quan.transfer import normalised_weights
 from quan.utils import BATCHNORM
 from schema import FinetuneConfig
-from util.checkpoint import check_arch, check_plain, load_checkpoint
-from util.config import Origin, build, to_plain
+from util.checkpoint import check_arch, check_plain, is_foreign, load_checkpoint, warn_of_signs
+from util.config import Origin, build, load_config, to_plain
+from util.datasets import describe_data
 from util.errors import UserError, nearest
 from util.exchange import split_arch
 
@@ -119,7 +121,15 @@ def _packed(integers, bits, mask):
 
 def load_any(path):
     """What load_checkpoint gives, of a checkpoint or of a packed model."""
-    return as_checkpoint(read_packed(path)) if is_packed(path) else load_checkpoint(path)
+    if is_packed(path):
+        return as_checkpoint(read_packed(path))
+    content = load_checkpoint(path)
+    if is_foreign(content):
+        content["state_dict"], is_other = normalised_weights(content["state_dict"])
+        if is_other:
+            print(f"{path}: act_rescale_p shows LIMPQ's first code, which normalised the weights of convolutions; they are "
+                  "taken as normalised")
+    return content
 
 
 def as_checkpoint(packed):
@@ -233,12 +243,37 @@ def rebuild(content, path, arch=None):
     return network
 
 
+def with_configuration(content, path, config_path, arch=None):
+    """A checkpoint that carries no configuration, such as LIMPQ's, with the one in a YAML file and the bits it asks for.
+
+    Args:
+        content: as load_any gives it.
+        arch: what takes the place of the file's `arch`, or None.
+
+    Raises:
+        UserError: where the checkpoint has its own, or the two do not fit each other.
+    """
+    if "config" in content:
+        raise UserError(f"--config: {path} carries its own configuration; leave --config out")
+    config = load_config(FinetuneConfig, [config_path])
+    if config.fp_model:
+        raise UserError(f"{config_path}: fp_model: the network is in full precision; export.py packs one at a policy's bits")
+    config = replace(config, arch=arch or config.arch, eval=True, init_from=None, pre_trained=False)
+    num_classes, input_size = describe_data(config.dataloader)
+    try:
+        network = build_network(config, num_classes, input_size, content, CPU)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('resume.path: ')}") from None
+    warn_of_signs(content, config, path)
+    return {**content, **network.facts, "arch": config.arch, "config": to_plain(network.config)}
+
+
 def recorded_config(content, path, arch=None):
     """The FinetuneConfig that a checkpoint was trained with, made one that only evaluates it."""
     if "bits" in content:
         raise UserError(f"{path}: is a checkpoint of indicators_pretraining, at all bits together; fine-tune it at a policy's")
     if not {"arch", "config", "num_classes", "input_size"} <= content.keys():
-        raise UserError(f"{path}: does not say how it was trained; export.py takes what main.py of this stage writes")
+        raise UserError(f"{path}: does not say how it was trained; give the YAML file that evaluates it as --config")
     if "weight_bits" not in content:
         raise UserError(f"{path}: holds a network in full precision; fine-tune it at a policy's bits first")
     own = split_arch(content["arch"])

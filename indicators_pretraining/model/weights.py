@@ -98,13 +98,14 @@ def load_weights(model, state_dict, source, heads=None):
     fitted = fit(own, state_dict)
     head = {name for name in (*own, *fitted) if is_below(name, heads)}
     taken, parts = {}, {name.split(".")[0] for name in own}
+    steps = [name for name in fitted if is_step(name) and name not in own]
+    if steps:
+        raise UserError(f"{source}: it is a quantized checkpoint ({steps[0]}), but weights in full precision are needed here; "
+                        f"{QUANTIZED_REMEDY}")
     for name, tensor in fitted.items():
         part = name.split(".")[0]
         if part.lower().startswith("aux") and part not in parts:
             continue
-        if is_step(name) and name not in own:
-            raise UserError(f"{source}: it is a quantized checkpoint ({name}), but weights in full precision are needed here; "
-                            f"{QUANTIZED_REMEDY}")
         if name not in head or name not in own or own[name].shape == tensor.shape:
             _check_tensor(own, name, tensor, source)
             taken[name] = tensor

@@ -12,7 +12,7 @@ UNSIGNED = range(2**32)
 # Under which names programs keep weights in a checkpoint; what comes first is taken.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "state_dict_ema",
               "model_ema", "ema_state_dict", "ema", "params_ema")
-NO_WEIGHTS = ("optim", "sched", "scaler", "amp", "loss", "criterion", "args", "config", "hyper", "rng", "random")
+NO_WEIGHTS = ("optim", "sched", "scaler", "amp", "loss", "criterion", "args", "config", "hyper", "rng", "random", "mask")
 LEVELS = 3  # of containers around weights
 OURS = frozenset({"version", "arch", "state_dict", "config", "random_states"})  # in every checkpoint that this project wrote
 NUMPY_STATE, PYTHON_STATE = 624, 625  # words of a Mersenne twister, and those with its position

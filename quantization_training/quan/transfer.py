@@ -77,6 +77,18 @@ def clamp_as_limpq(state_dict):
                      f"{', '.join(names)}")
 
 
+def normalised_weights(state_dict):
+    """A state_dict of LIMPQ's fine-tuning as a network without normalised weights has it, and whether it was another.
+
+    LIMPQ's first code quantized (w - mean)/std of each convolution's weight and left a parameter act_rescale_p, which nothing
+    computes with, in its checkpoints; the later one does neither.
+    """
+    marks = [name for name in state_dict if name.endswith(".act_rescale_p")]
+    weights = {f"{name.removesuffix('.act_rescale_p')}.weight" for name in marks}
+    return {name: (tensor - tensor.mean()) / tensor.std() if name in weights else tensor
+            for name, tensor in state_dict.items() if name not in marks}, bool(marks)
+
+
 def _index(bits, wanted, name, source):
     if wanted not in bits:
         raise UserError(f"{source}: {name}: the policy chose {wanted} bits, the checkpoint was trained at {list(bits)}")

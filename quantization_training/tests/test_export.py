@@ -599,7 +599,10 @@ def test_a_file_that_is_damaged_foreign_or_newer_is_refused_in_one_line(spoil, m
     for command, *arguments in ((export.main, "--inspect", PACKED), (export.main, "--predict", PACKED, "a.png"),
                                 (main.main, "config.yaml", "eval=true", f"resume.path={PACKED}")):
         said = complaint(capsys, command, *arguments)
-        assert message in said and PACKED in said
+        if command is main.main and "not a packed model of this project" in message:  # then it may be a plain state_dict
+            assert "resume.path: the checkpoint is in full precision" in said
+        else:
+            assert message in said and PACKED in said
 
 
 def test_a_network_whose_answer_no_packed_layer_gives_is_packed():

@@ -124,7 +124,7 @@ def check_globals(stream, path):
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name == "GLOBAL" and not PLAIN_GLOBALS.fullmatch(argument):
             found[argument.replace(" ", ".")] = None
-        elif container is None and argument in CONTAINERS:
+        elif container is None and argument in CONTAINERS and argument != "module":  # a word of old archives too
             container = argument
     if found:
         names = list(found)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from model.masks import checked_masks
-from model.weights import load_state
+from model.weights import fit, is_step, load_state
 from quan.quantizer import kernel
 from util import distributed
 from util.archive import pack, unpack
@@ -29,6 +29,8 @@ SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 # What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
 NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True}
 PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
+MOMENTA = {torch.optim.SGD: {"momentum_buffer"}, **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW),
+                                                                 {"step", "exp_avg", "exp_avg_sq"})}  # by parameter
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
@@ -255,6 +257,14 @@ def check_same_quantizers(checkpoint, config, path):
         raise UserError(f"{path}: was trained with another {', '.join(keys)}; put these back")
 
 
+def warn_of_signs(checkpoint, config, path):
+    """Say that inputs count as not negative where neither checkpoint nor configuration says so, and no training will show."""
+    if (decided_keys(config) and is_foreign(checkpoint) and not signs_of(checkpoint)
+            and any(map(is_step, checkpoint["state_dict"])) and distributed.is_main()):
+        print(f"warning: {path}: does not say which inputs are signed; they are taken as all positive. If they were trained "
+              "as signed, give quan.act.all_positive: false")
+
+
 @dataclass(frozen=True)
 class Inside:
     """A place inside an epoch.
@@ -332,11 +342,14 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
     """
     if found is None:
         return Start()
+    if is_foreign(found.content) and not found.lean:
+        return continue_from_elsewhere(found.content, model, optimizer, found.path)
     changed = [] if found.lean else check_continues(found.content, config, found.path, harmless,
                                                        schedule_may_change)
     if found.lean:
         if config.eval:
             check_same_quantizers(found.content, config, found.path)
+            warn_of_signs(found.content, config, found.path)
         load_state(model, found.content["state_dict"], found.path, partial(may_lack, found.content))
         return Start()
     start = load_training_state(found.content, model, optimizer, found.path)
@@ -359,6 +372,63 @@ def load_training_state(content, model, optimizer, path):
                      content.get("wandb_id"), other_machine(content), inside)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: what it holds does not fit this run ({reason(error)})") from None
+
+
+def continue_from_elsewhere(content, model, optimizer, path):
+    """Go on from a checkpoint that LIMPQ's fine-tuning wrote; return the Start. Its epochs count from 0, and its optimizer
+    has the parameters without weight decay in a group before the others.
+
+    Raises:
+        UserError: where it holds no such run, or its optimizer is not of the kind, or of the parameters, that this run has.
+    """
+    def stop(why):
+        return UserError(f"{path}: holds no run to continue ({why}); resume.lean: true takes its weights only")
+
+    if not {"epoch", "optimizer"} <= content.keys() or not any(map(is_step, content["state_dict"])):
+        raise stop("it is not one of this project's, nor one of LIMPQ's fine-tuning with its epoch and optimizer")
+    try:
+        weights = fit(model.state_dict(), content["state_dict"])
+        state = _momenta_by_name(content["optimizer"], weights, dict(model.named_parameters()))
+        positions = _positions(model, optimizer)
+        if any(entry.keys() != MOMENTA.get(type(optimizer)) for entry in state.values()):
+            raise ValueError("its optimizer is another one")
+        load_state(model, content["state_dict"], path, partial(may_lack, content))
+        optimizer.load_state_dict({"state": {positions[name]: entry for name, entry in state.items()},
+                                   "param_groups": optimizer.state_dict()["param_groups"]})
+        _check_optimizer(optimizer)
+    except UserError:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+        raise stop(reason(error)) from None
+    scores = content.get("extras", {})
+    best = tuple(float(scores[key]) if isinstance(scores.get(key), (int, float)) else -1.0 for key in ("top1", "top5"))
+    return Start(content["epoch"] + 1, best, remark=f"{path} is LIMPQ's: epoch, weights, step sizes and optimizer go on, "
+                                                    "random numbers begin anew")
+
+
+def _positions(model, optimizer):
+    """{name: position in the optimizer} of the parameters that it trains."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {names[id(parameter)]: position for position, parameter in enumerate(trained)}
+
+
+def _momenta_by_name(optimizer, state, parameters):
+    """{name: what the optimizer keeps of a parameter}, from what a file says of LIMPQ's.
+
+    Args:
+        optimizer: its state_dict.
+        state: {name: tensor} of the network in the file, in its order.
+        parameters: {name: parameter} of the network.
+    """
+    ordered = [name for name in state if name in parameters]
+    groups = [group["params"] for group in optimizer["param_groups"]]
+    plain = [name for name in ordered if parameters[name].dim() <= 1 or name.endswith(".bias")]
+    names = [ordered] if len(groups) == 1 else [plain, [name for name in ordered if name not in set(plain)]]
+    if [len(group) for group in groups] != [len(group) for group in names]:
+        raise ValueError("its optimizer has other parameters")
+    owners = {index: name for group, part in zip(groups, names, strict=True) for index, name in zip(group, part, strict=True)}
+    return {owners[index]: entry for index, entry in optimizer["state"].items()}
 
 
 def _check_optimizer(optimizer):

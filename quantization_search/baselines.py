@@ -41,7 +41,7 @@ def mirrored(layers, bits):
 
 
 def _mirrored_rows(rows, bits):
-    totals = [sum(Fraction(row[bit]) for bit in bits) for row in rows]
+    totals = [sum(Fraction(row.get(bit, 0)) for bit in bits) for row in rows]
     ranked = sorted(range(len(rows)), key=totals.__getitem__)
     taken = dict(zip(ranked, reversed(ranked), strict=True))
     return [rows[taken[index]] for index in range(len(rows))]

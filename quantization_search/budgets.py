@@ -4,6 +4,7 @@ import csv
 import fnmatch
 
 import ilp
+from ilp import pairs_of
 from options import exact
 from util.config import decode_text, describe, read_bytes
 from util.errors import UserError, nearest
@@ -66,11 +67,6 @@ def check_sparsity(config, network):
                             "sparsity")
 
 
-def pairs_of(bits):
-    """The pairs (weight bits, activation bits) in the order of ilp.Problem."""
-    return [(w, a) for w in bits for a in bits]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pins and ties.
 
@@ -114,9 +110,10 @@ def _pinned(fix, network, bits):
     pins = {}
     for pattern, pair in fix.items():
         pair = tuple(pair)
-        for bit in pair:
-            if bit not in bits:
-                raise UserError(f"fix: {pattern}: {bit} is not among the candidates {' '.join(map(str, bits))}")
+        for bit, candidates in zip(pair, zip(*pairs_of(bits), strict=True), strict=True):
+            if bit not in candidates:
+                raise UserError(f"fix: {pattern}: {bit} is not among the candidates "
+                                f"{' '.join(map(str, dict.fromkeys(candidates)))}")
         for name in matching("fix", pattern, network):
             other, before = pins.setdefault(name, (pattern, pair))
             if before != pair:

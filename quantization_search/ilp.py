@@ -179,6 +179,16 @@ def isotonic(indicators, bits):
     return {bit: total / len(members) for total, members in pools for bit in members}
 
 
+def pairs_of(bits):
+    """The pairs (weight bits, activation bits) of candidates, in the order of Problem.
+
+    Args:
+        bits: candidates of both, descending; or ([those of weights], [those of activations]). So in all of this file.
+    """
+    weight_bits, act_bits = bits if isinstance(bits, tuple) and not isinstance(bits[0], int) else (bits, bits)
+    return list(itertools.product(weight_bits, act_bits))
+
+
 def make_problem(layers, bits, alpha, constraints, outliers="erase", allowed=None, groups=None):
     """The problem for candidates `bits`, descending, with alpha (a Fraction >= 0) as the weight of the weights.
 
@@ -188,11 +198,12 @@ def make_problem(layers, bits, alpha, constraints, outliers="erase", allowed=Non
         outliers: "erase" the candidates that `erased` finds, make the sequences "isotonic", or "keep" them as they are.
         allowed, groups: as in Problem.
     """
-    pairs = list(itertools.product(bits, bits))
+    pairs = pairs_of(bits)
+    weight_bits, act_bits = (list(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
     costs, penalties = [], []
     for layer in layers:
         (weight, weight_erased), (act, act_erased) = (
-            _costs_of(indicators, bits, outliers) for indicators in (layer.weight, layer.act))
+            _costs_of(*side, outliers) for side in ((layer.weight, weight_bits), (layer.act, act_bits)))
         costs.append([act[a] + alpha * weight[w] for w, a in pairs])
         penalties.append([(a in act_erased) + alpha * (w in weight_erased) for w, a in pairs])
     return Problem([layer.name for layer in layers], [pairs] * len(layers), costs, penalties,
@@ -218,12 +229,12 @@ def join(count, ties):
 
 def bitops_use(layers, bits):
     """BitOPs of every pair, [layer][pair]: MACs times weight bits times activation bits."""
-    return [[layer.macs * w * a for w, a in itertools.product(bits, bits)] for layer in layers]
+    return [[layer.macs * w * a for w, a in pairs_of(bits)] for layer in layers]
 
 
 def size_use(layers, bits):
     """Bits of weight storage of every pair, [layer][pair]."""
-    return [[layer.params * w for w, _ in itertools.product(bits, bits)] for layer in layers]
+    return [[layer.params * w for w, _ in pairs_of(bits)] for layer in layers]
 
 
 def size_constraint(layers, bits, fixed_params, ratio):
@@ -258,7 +269,7 @@ def bitops_budget(layers, bits, fixed_macs, giga):
 def mean_bits_budget(layers, bits, kind, mean):
     """Mean bits over the searched layers, of the weights (kind "weight") or the activations ("act")."""
     name, key = {"weight": ("mean weight bits", "avg_wb"), "act": ("mean activation bits", "avg_ab")}[kind]
-    use = [pair[kind == "act"] for pair in itertools.product(bits, bits)]
+    use = [pair[kind == "act"] for pair in pairs_of(bits)]
     return Constraint(name, [use] * len(layers), math.floor(mean * len(layers)), "bits", len(layers), key=key)
 
 
@@ -268,7 +279,7 @@ def memory_budget(elements, fixed_elements, bits, kind, megabytes):
     Args:
         elements, fixed_elements: per image, one number for each searched and each fixed layer; fixed ones take 8 bits.
     """
-    use = [[count * a for _, a in itertools.product(bits, bits)] for count in elements]
+    use = [[count * a for _, a in pairs_of(bits)] for count in elements]
     fixed = [FIXED_BITS * count for count in fixed_elements]
     largest = kind == "largest"
     offset = max(fixed, default=0) if largest else sum(fixed)

@@ -6,6 +6,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Literal
 
+from ilp import FULL_PRECISION_BITS
 from util.command import Parser
 from util.config import check_bits
 from util.errors import UserError, nearest
@@ -28,7 +29,8 @@ class SearchConfig:
     with more bits. macs: which count of MACs.
 
     Budgets: cr, full-precision size over searched size, 0 for none; bops, whether the BitOPs of the searched layers are
-    held to those of wb and ab bits in every layer. Both are on by default, and off by default where another budget is
+    held to those of wb and ab bits in every layer. With ab 32 the bits of weights are searched and activations are left
+    alone; their indicators then count for nothing. Both are on by default, and off by default where another budget is
     given: bops_budget (G) and size_budget (MB) of the whole network, fixed layers included; avg_wb and avg_ab, mean bits
     over the searched layers; act_mem (MB), the inputs of the layers at their bits, the largest or summed; latency_budget
     (ms) with the table in latency. sparse_size: cr and size_budget count sparse sizes; sparse_bops: bops and bops_budget
@@ -96,6 +98,9 @@ class SearchConfig:
             raise UserError("latency, latency_budget: the table and the limit in ms belong together")
         if self.plot is not None and os.path.splitext(self.plot)[1].lower() not in PICTURES:
             raise UserError(f"plot: found {self.plot!r}, expected a file ending in .png or .svg")
+        for key in ("avg_ab", "act_mem", "same_bits"):
+            if self.weights_only and getattr(self, key):
+                raise UserError(f"{key}: is about bits of activations, which ab 32 leaves alone")
         self._check_sweep()
         self._check_baseline()
         if not self.sweep and not self.ratio and not self.uniform and not self.newer:
@@ -125,6 +130,11 @@ class SearchConfig:
                 raise UserError(f"seed: found {str(self.seed)[:40]}, allowed is 0 to {LARGEST_SEED}")
         if self.shadow and self.baseline == "random":
             raise UserError("shadow: cannot be had together with baseline random")
+
+    @property
+    def weights_only(self):
+        """Whether activations are left alone."""
+        return exact("ab", self.ab) == FULL_PRECISION_BITS
 
     @property
     def newer(self):
@@ -229,7 +239,8 @@ def _add_budgets(parser):
     parser.add_argument("--bops", type=truth, nargs="?", const=True, metavar="BOOL",
                         help="whether the searched layers' BitOPs are held to those of --wb and --ab bits (True)")
     parser.add_argument("--wb", help="weight bits of the uniform network whose BitOPs are the budget (3)")
-    parser.add_argument("--ab", help="activation bits of that network (4)")
+    parser.add_argument("--ab", help="activation bits of that network (4); 32: activations are left alone, "
+                        "and the bits of weights are searched alone")
     parser.add_argument("--bops-budget", metavar="G", help="BitOPs in 10^9 of the whole network, the fixed layers at 8 x 8 "
                         "bits included, as the report prints them by the count of --macs")
     parser.add_argument("--size-budget", metavar="MB", help="weights of the whole network, the fixed layers at 8 bits "

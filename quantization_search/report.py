@@ -113,9 +113,10 @@ def print_indicators(layers, bits, outliers="erase"):
     """Say which indicators look wrong: not positive, or smaller than that of the next larger candidate."""
     for kind in ("weight", "act"):
         rows = {layer.name: getattr(layer, kind) for layer in layers}
-        total = len(rows) * len(bits)
-        low = {name: [bit for bit in bits if row[bit] <= 0] for name, row in rows.items()}
-        falling = {name: erased(row, bits) for name, row in rows.items()}
+        searched = [bit for bit in bits if all(bit in row for row in rows.values())]  # none of inputs that are left alone
+        total = len(rows) * len(searched)
+        low = {name: [bit for bit in searched if row[bit] <= 0] for name, row in rows.items()}
+        falling = {name: erased(row, searched) for name, row in rows.items()}
         _print_suspects(f"of {total} {kind} indicators are not positive", low)
         _print_suspects(f"of {total} {kind} indicators are smaller than with more bits, "
                         f"{RULES[outliers]}", falling)

@@ -74,13 +74,13 @@ def draw(config, study, costs):
     fixed = list(study.network.fixed)
     names = [*fixed[:1], *layers, *fixed[1:]] if len(fixed) > 1 else [*layers, *fixed]
     shares = costs.shares()
-    indicators = {kind: {name: {bit: getattr(layer, kind)[bit] for bit in bits} for name, layer in layers.items()}
-                  for kind in ("weight", "act")}
+    indicators = {kind: {name: {bit: getattr(layer, kind)[bit] for bit in bits if bit in getattr(layer, kind)}
+                         for name, layer in layers.items()} for kind in ("weight", "act")}
     save_policy_plot(
         config.plot, study.network.arch, names, {name: shares[name].weight_bits for name in names},
         {name: shares[name].act_bits for name in names}, bits, {name: shares[name].size for name in names},
         {name: shares[name].bitops for name in names}, indicators,
-        {kind: {name: erased(row, bits) for name, row in table.items()} for kind, table in indicators.items()},
+        {kind: {name: erased(row, list(row)) for name, row in table.items()} for kind, table in indicators.items()},
         report.headline(study.network, costs), fixed=set(fixed))
 
 

@@ -29,7 +29,8 @@ class Study:
         bits = find_candidates(config, indicators)
         network = find_network(config.indicators, indicators, config.model)
         check_sparsity(config, network)
-        layers = [ilp.Layer(name, indicators["weight"][name], indicators["act"][name],
+        acts = dict.fromkeys(network.rows, {ilp.FULL_PRECISION_BITS: 0}) if config.weights_only else indicators["act"]
+        layers = [ilp.Layer(name, indicators["weight"][name], acts[name],
                             getattr(row, f"macs_{config.macs}"), row.params) for name, row in network.rows.items()]
         if config.baseline == "reversed":
             layers = mirrored(layers, bits)
@@ -37,16 +38,18 @@ class Study:
 
     def problem(self, config):
         """The integer program that the configuration asks for."""
-        allowed = find_allowed(config, self.network, self.bits)
+        bits = (self.bits, [ilp.FULL_PRECISION_BITS]) if config.weights_only else self.bits
+        allowed = find_allowed(config, self.network, bits)
         return ilp.make_problem(
-            self.layers, self.bits, config.number("alpha"),
-            make_constraints(config, self.layers, self.bits, self.network, allowed), config.outliers, allowed,
-            find_groups(config, self.network, self.bits, allowed))
+            self.layers, bits, config.number("alpha"),
+            make_constraints(config, self.layers, bits, self.network, allowed), config.outliers, allowed,
+            find_groups(config, self.network, bits, allowed))
 
 
 def find_candidates(config, indicators):
-    """The candidates in descending order; each layer has to have an indicator of each, for weights and activations."""
-    tables = [("weight", indicators["weight"]), ("act", indicators["act"])]
+    """The candidates in descending order; each layer has to have an indicator of each, for weights, and for activations
+    where their bits are searched."""
+    tables = [(kind, indicators[kind]) for kind in (["weight"] if config.weights_only else ["weight", "act"])]
     rows = [row for _, table in tables for row in table.values()]
     bits = sorted(config.bits or set(rows[0]).intersection(*rows), reverse=True)
     for kind, table in tables:

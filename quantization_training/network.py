@@ -70,7 +70,8 @@ class PolicyNetwork:
         left = weights_left(layers, masks) if masks else None
         if "weight_bits" not in self.description:
             return full_precision_cost(layers, left)
-        return policy_cost(layers, *bits_in_use(self.model), left)
+        weight_bits, act_bits = bits_in_use(self.model)
+        return policy_cost(layers, weight_bits, {**self.description["act_bits"], **act_bits}, left)
 
 
 def build_network(config, num_classes, input_size, checkpoint, device):

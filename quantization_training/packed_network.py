@@ -20,7 +20,7 @@ from util.checkpoint import check_arch, check_plain, is_foreign, load_checkpoint
 from util.config import Origin, build, load_config, to_plain
 from util.datasets import describe_data
 from util.errors import UserError, nearest
-from util.exchange import split_arch
+from util.exchange import FLOAT_BIT, split_arch
 
 CPU = torch.device("cpu")
 
@@ -155,7 +155,7 @@ def as_checkpoint(packed):
     content = {"arch": packed.header["arch"], "state_dict": state, "masks": masks, "config": packed.header["config"],
                "num_classes": packed.header["num_classes"], "input_size": packed.header["input_size"],
                "weight_bits": {name: layer.bits for name, layer in packed.layers.items() if layer.searched},
-               "act_bits": {name: layer.act_bits for name, layer in packed.layers.items() if layer.searched},
+               "act_bits": {name: layer.act_bits or FLOAT_BIT for name, layer in packed.layers.items() if layer.searched},
                "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
     if "scaled" in packed.header:
         content["scaled"] = packed.header["scaled"]

@@ -5,6 +5,7 @@ from typing import Literal
 
 from util.config import RunConfig, bounded
 from util.errors import UserError
+from util.exchange import BITS_OF, is_bit
 from util.optim import check_schedule
 
 
@@ -61,8 +62,8 @@ class FinetuneConfig(RunConfig):
         for key in typed:
             bits = getattr(self, key)
             for bit in bits if isinstance(bits, list) else [bits]:
-                if not 2 <= bit <= 8:
-                    raise UserError(f"{key}: found {bit}, expected bit-widths from 2 to 8")
+                if not is_bit(key, bit):
+                    raise UserError(f"{key}: found {bit}, expected {BITS_OF[key]}")
 
     def _check_pruning(self):
         if self.prune.target_sparsity is None:

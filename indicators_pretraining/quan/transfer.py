@@ -3,6 +3,7 @@
 from model.names import is_below
 from model.weights import is_step
 from util.errors import UserError
+from util.exchange import FLOAT_BIT
 
 from .quantizer.lsq import SMALLEST_STEP
 
@@ -37,6 +38,8 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
         batchnorm, _, copy = module.rpartition(".bns.")
         if kind in ("quan_w_fn", "quan_a_fn") and entry in ("s", "init_state") and layer in weight_bits:
             wanted = (weight_bits if kind == "quan_w_fn" else act_bits)[layer]
+            if wanted == FLOAT_BIT:  # an input that is left alone
+                continue
             index = _index(bits, wanted, layer, source)
             if tensor.dim() == 0 or len(tensor) != len(bits):
                 raise UserError(f"{source}: {name}: found {tensor.numel()} values, expected one per candidate {list(bits)}")

@@ -1,6 +1,7 @@
 """The newer flags: what they do, how they combine with LIMPQ's, and how they refuse."""
 
 import csv
+import itertools
 import json
 import pathlib
 import subprocess
@@ -54,6 +55,31 @@ def test_pins_ties_and_equal_bits(capsys, path):
     assert (weights[0], acts[0]) == (weights[3], acts[3]) and (weights[1], acts[1]) == (weights[2], acts[2])
     weights, acts = found(capsys, "--i", path, *flags("--bops-budget 0.02 --same-bits"))
     assert weights == acts
+
+
+def test_activations_at_32_bits_are_left_alone_and_the_bits_of_weights_searched_alone(capsys, save, tmp_path):
+    made, output = content(), tmp_path / "policy.yaml"
+    for table in made["act"].values():  # which counts for nothing
+        table.clear()
+    made["weight"]["module.block.conv2"]["3"] = 0.01  # erased
+    rows = list(made["layers"].values())
+    least = {}
+    for weights in itertools.product((4, 3, 2), repeat=4):
+        bits = list(zip(weights, made["weight"].items(), strict=True))
+        if sum(row["macs_published"] * w * 32 for row, w in zip(rows, weights, strict=True)) > \
+                sum(row["macs_published"] for row in rows) * 96 or weights[1] == 3:
+            continue
+        least[weights] = sum(indicators[str(w)] for w, (_, indicators) in bits)
+    for more in ([], ["--plot", str(tmp_path / "policy.svg")], ["--baseline", "reversed"], ["--baseline", "random"]):
+        words = flags(f"--cr 0 --bops --wb 3 --ab 32 --output {output}")
+        weights, acts = found(capsys, "--i", save(made), *words, *more)
+        assert acts == [32] * 4 and set(weights) <= {4, 3, 2}
+        assert "--baseline" in more or tuple(weights) == min(least, key=least.get)
+    assert yaml.safe_load(output.read_text())["act_bits"] == [32] * 4
+    assert found(capsys, "--i", save(made), *flags("--size-budget 0.05 --ab 32 --fix *conv4=2,32"))[0][3] == 2
+    for words, message in (("--same-bits", "--same-bits: is about bits of activations"), ("--avg-ab 3", "--avg-ab: is about"),
+                           ("--act-mem 1", "--act-mem: is about"), ("--fix *conv4=2,4", "4 is not among the candidates 32")):
+        assert message in refused(capsys, search.main, ["--i", save(made), "--ab", "32", *flags(words)])
 
 
 def test_a_whole_network_budget_is_what_the_report_prints(capsys, path, tmp_path):

@@ -15,6 +15,9 @@ import yaml
 from util.config import decode_yaml, describe, plain, read_bytes, unshared, written
 from util.errors import UserError, reason
 
+FLOAT_BIT = 32  # of an input that is left alone
+BITS_OF = {"weight_bits": "a bit-width from 2 to 8",
+           "act_bits": f"a bit-width from 2 to 8, or {FLOAT_BIT} for an input that is left alone"}
 MAX_INDICATOR_FILE = 64 * 2**20
 FORMAT = 2  # from here on a file ends in its checksum, so that damage is told from what never fitted
 WRAPPERS = ("module", "_orig_mod")
@@ -232,6 +235,11 @@ def write_indicators(path, content):
     write_atomically(path, data + checksum(data) + b"\n")
 
 
+def is_bit(key, bit):
+    """Whether a policy may have a bit-width under this key, weight_bits or act_bits."""
+    return type(bit) is int and (2 <= bit <= 8 or (bit == FLOAT_BIT and key == "act_bits"))
+
+
 def read_policy(path):
     """Read a policy file.
 
@@ -251,8 +259,8 @@ def read_policy(path):
         if len(policy[key]) != len(names):
             raise UserError(f"{path}: {key}: found {len(policy[key])} values for {len(names)} layers")
         for name, bit in zip(names, policy[key], strict=True):
-            if type(bit) is not int or not 2 <= bit <= 8:
-                raise UserError(f"{path}: {key}: {name}: found {describe(bit)}, expected a bit-width from 2 to 8")
+            if not is_bit(key, bit):
+                raise UserError(f"{path}: {key}: {name}: found {describe(bit)}, expected {BITS_OF[key]}")
     signed = policy.get("act_signed")
     if signed is not None and (not isinstance(signed, list) or len(signed) != len(names)
                                or not all(isinstance(sign, bool) for sign in signed)):

@@ -1,7 +1,8 @@
 """What a network costs at a policy's bits: size in MB and BitOPs."""
 
+from util.exchange import FLOAT_BIT
+
 FIXED_BIT = 8
-FLOAT_BIT = 32
 MB = 8 * 2**20  # bits in 2^20 bytes
 
 

@@ -12,7 +12,7 @@ from util.config import AUTO, ExceptionConfig
 from util.errors import UserError, nearest
 from util.exchange import fit_names
 
-from .cost import FIXED_BIT
+from .cost import FIXED_BIT, FLOAT_BIT
 from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import IdentityQuan, LsqQuan
 
@@ -149,7 +149,7 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=(
 
     Args:
         model, graph, config: as for joint_modules.
-        weight_bits, act_bits: {layer: bit} for every searchable layer.
+        weight_bits, act_bits: {layer: bit} for every searchable layer; an input at 32 bits is left alone.
         signed: {layer: whether its activations are signed}, as decided before; others follow `config`.
         scaled: names of the linear layers with scale-adjusted training.
 
@@ -165,8 +165,9 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=(
             defaults = (FIXED_BIT, FIXED_BIT if isinstance(module, nn.Linear) else None)
             quantizers = quantizers_of_exception(module, config, name, defaults, signed.get(name))
         else:
-            quantizers = (weight_quantizer(config.weight, [weight_bits[name]], module),
-                          act_quantizer(config.act, [act_bits[name]], signed.get(name)))
+            is_left_alone = act_bits[name] == FLOAT_BIT
+            quantizers = (weight_quantizer(config.weight, [weight_bits[name]], module), IdentityQuan() if is_left_alone
+                          else act_quantizer(config.act, [act_bits[name]], signed.get(name)))
         replacements[name] = quantized_layer(module, *quantizers, sat=name in scaled)
     return replacements
 

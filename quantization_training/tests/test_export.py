@@ -277,6 +277,42 @@ def check_predictions(path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Inputs that are left alone.
+
+
+def test_inputs_at_32_bits_are_left_alone_from_training_to_the_packed_file(capsys):
+    pathlib.Path("net.py").write_text(OWN)
+    path = trained("arch=net.py:tiny", "act_bits=32", "weight_bits=[3]", "epochs=1")
+    content = load_checkpoint(path)
+    assert content["act_bits"] == {"2": 32} and content["weight_bits"] == {"2": 3} and content["signed"].keys() == {"6"}
+    assert not [name for name in content["state_dict"] if name.startswith("2.quan_a_fn")]
+    model = rebuild(content, path, "net.py:tiny").model
+    entered = []
+    model[2].register_forward_hook(lambda module, inputs, output: entered.append((inputs[0], output)))
+    expected = logits(model, 16)
+    weight = model[2].quan_w_fn(model[2].weight)
+    assert torch.equal(torch.nn.functional.conv2d(entered[0][0], weight, model[2].bias), entered[0][1])
+    export.main([path, "--output", PACKED, "--arch", "net.py:tiny"])
+    packed = read_packed(PACKED)
+    assert packed.layers["2"].act_bits is None and packed.layers["2"].searched
+    assert torch.equal(logits(rebuild(as_checkpoint(packed), PACKED, "net.py:tiny").model, 16), expected)
+    macs = 4 * 3 * 9 * 14**2 * 64 + 4 * 4 * 9 * 12**2 * 3 * 32 + 4 * 10 * 64
+    assert abs(packed.header["cost"]["gbitops_exact"] * 1e9 - macs) < 1
+    export.main(["--inspect", PACKED])
+    assert capsys.readouterr().out.splitlines()[-4].split()[3:6] == ["3", "s", "-"]
+    main.main(["config.yaml", "arch=net.py:tiny", "act_bits=32", "weight_bits=[3]", "eval=true", f"resume.path={PACKED}"])
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_weights_cannot_be_left_alone(capsys):
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    assert "weight_bits: found 32, expected a bit-width from 2 to 8" in complaint(
+        capsys, main.main, "config.yaml", "weight_bits=32")
+    assert "act_bits: found 16, expected a bit-width from 2 to 8, or 32 for an input that is left alone" in complaint(
+        capsys, main.main, "config.yaml", "act_bits=16")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What stays in full precision.
 
 LEFT_ALONE = """

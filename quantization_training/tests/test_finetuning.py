@@ -18,6 +18,7 @@ from model.layer_table import trace
 from model.weights import load_state
 from network import build_network, check_same_bits, create_teacher
 from policy import resolve_policy
+from quan.quantizer import IdentityQuan
 from quan.transfer import choose_candidates
 from quan.utils import joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
 from schema import DistillationConfig, FinetuneConfig
@@ -149,6 +150,23 @@ def test_fine_tuning_starts_from_the_steps_and_batchnorms_of_the_chosen_bits(tmp
     model.train()(batches(1)[0][0])
     assert all(torch.equal(before[name], quantizer.s) for name, quantizer in step_quantizers(model).items()
                if name != "fc.quan_a_fn"), "a step size that stage 1 trained was initialised again"
+
+
+def test_inputs_that_a_policy_leaves_alone_start_without_the_steps_of_stage_1(tmp_path):
+    path, policy = str(tmp_path / "joint.pth.tar"), str(tmp_path / "policy.yaml")
+    state, *_ = joint_checkpoint(path)
+    names = layer_names()
+    act_bits = [32 if index % 2 else 4 for index in range(18)]
+    write_policy(policy, {"arch": "resnet20", "layer_name": names, "weight_bits": [2] * 18, "act_bits": act_bits})
+    tuned = network(policy=policy, weight_bits=None, act_bits=None, init_from=path)
+    for name, bits in zip(names, act_bits, strict=True):
+        layer = tuned.model.get_submodule(name)
+        assert torch.equal(layer.quan_w_fn.s, state[f"{name}.quan_w_fn.s"][:1])
+        assert isinstance(layer.quan_a_fn, IdentityQuan) == (bits == 32)
+    everywhere = network(weight_bits=2, act_bits=4)
+    macs = {name: call.macs_exact for name, call in tuned.graph.layers.items()}
+    left_alone = sum(macs[name] * 2 * (32 - 4) for name, bits in zip(names, act_bits, strict=True) if bits == 32)
+    assert tuned.cost["gbitops_exact"] - everywhere.cost["gbitops_exact"] == pytest.approx(left_alone / 1e9)
 
 
 def test_a_start_that_does_not_fit_is_refused(tmp_path):

@@ -120,18 +120,25 @@ def test_weights_take_the_narrowest_types_that_load_and_inputs_may_be_signed(cap
 @needs_onnxruntime
 @pytest.mark.parametrize(("arch", "size", "sparsity", "flags"), [
     ("net.py:net", 16, None, []), ("net.py:net", 16, 0.8, ["--fold-bn"]),
-    ("vit_tiny_patch4_32", 32, None, [])])
+    ("net.py:net", 16, 32, []), ("vit_tiny_patch4_32", 32, None, [])])
 def test_onnx_passes_its_own_checker_as_it_is_written(arch, size, sparsity, flags):
     import onnx
 
     pathlib.Path("net.py").write_text(NET)
-    write_checkpoint(arch, size, sparsity)
+    left_alone = sparsity == 32  # inputs at 32 bits
+    bits = {"bits": {"weight_bits": [2, 4, 4, 3], "act_bits": [32] * 4}} if left_alone else {}
+    network = write_checkpoint(arch, size, None if left_alone else sparsity, **bits)
     export.main(["run.pth.tar", "--onnx", "model.onnx", *flags, *(["--arch", arch] if ":" in arch else [])])
     model = onnx.load("model.onnx")
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     assert any(tensor.data_type in (onnx.TensorProto.INT4, getattr(onnx.TensorProto, "INT2", -1))
                for tensor in model.graph.initializer)
+    if left_alone:
+        assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 1  # of the last layer
+        images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        found = onnx_export.answers_of_onnxruntime(model.SerializeToString(), images)
+        assert (found - network.model(images)).abs().max() < 1e-5
 
 
 def check_types(data):

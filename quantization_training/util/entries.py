@@ -4,7 +4,7 @@ import torch
 
 from util.config import describe, is_text
 from util.errors import UserError
-from util.exchange import without_wrappers
+from util.exchange import is_bit, without_wrappers
 
 PLAIN = (str, int, float, bool, type(None))
 NUMBERS_OF_OPTIMIZERS = ("lr", "momentum", "dampening", "weight_decay", "eps")
@@ -203,7 +203,7 @@ ENTRIES = {
     "config": lambda value: isinstance(value, dict) and _is_plain(value),
     "extras": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(value, dict),
     "bits": _is_list_of_bits,
-    "weight_bits": lambda value: _is_table(value, _is_bit), "act_bits": lambda value: _is_table(value, _is_bit),
+    **{key: lambda value, key=key: _is_table(value, lambda bit: is_bit(key, bit)) for key in ("weight_bits", "act_bits")},
     "signed": lambda value: _is_table(value, _is_bool), "layers": lambda value: _is_table(value, _is_row),
     "fixed": lambda value: _is_table(value, _is_row), "products": lambda value: _is_table(value, _is_count),
     "scaled": lambda value: isinstance(value, list) and all(map(_is_name, value)),

@@ -139,8 +139,9 @@ def create_initial(config, num_classes, input_size, found):
 
 
 def with_signs(layers, signed):
-    """The table of layers with the signs of their weights and activations; signed: {layer: whether its activations are}."""
-    return {name: {**row, "signed": {"weight": True, "act": signed[name]}} for name, row in layers.items()}
+    """The table of layers with the signs of their weights and activations; signed: {layer: whether its activations are},
+    where that is decided."""
+    return {name: {**row, "signed": {"weight": True, "act": signed.get(name, False)}} for name, row in layers.items()}
 
 
 def describe_network(config, model, graph, num_classes, input_size, masks):

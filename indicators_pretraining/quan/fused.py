@@ -83,6 +83,7 @@ def quantized_operation(x, weight, bias, quan_a_fn, quan_w_fn, geometry=None):
         geometry: (stride, padding, dilation, groups) of a convolution with zero padding; None for a linear layer.
     """
     quan_a_fn.meet(x)
+    quan_w_fn.meet(weight)
     x_step, *x_range = quan_a_fn.terms(x)
     weight_step, *weight_range = quan_w_fn.terms(weight)
     kind = x.device.type

@@ -237,9 +237,9 @@ def set_batch_parts(model, parts):
 
 
 def signs_in_use(model):
-    """{layer: whether its activations are signed} of the layers whose input is quantized."""
+    """{layer: whether its activations are signed} of the layers whose input is quantized, where it is decided."""
     return {name.removesuffix(".quan_a_fn"): bool(quantizer.signed) for name, quantizer in step_quantizers(model).items()
-            if name.endswith(".quan_a_fn")}
+            if name.endswith(".quan_a_fn") and quantizer.signed is not None}
 
 
 def bits_in_use(model):

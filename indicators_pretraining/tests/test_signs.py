@@ -42,16 +42,22 @@ def test_the_first_training_batch_decides(lowest, signed):
 
 def one_rank(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    quantizers = [LsqQuan([4], signed=None).train() for _ in range(2)]
+    quantizers = [LsqQuan([4], signed=None).train() for _ in range(3)]
     quantizers[0](torch.tensor([1.0, -1.0]) if rank else torch.tensor([1.0, 2.0]))
     quantizers[1](torch.tensor([1.0, 2.0]))
-    torch.save([quantizer.signed for quantizer in quantizers], f"{folder}/{rank}.pt")
+    quantizers[2](torch.zeros(2))
+    before = quantizers[2].signed
+    quantizers[2](torch.tensor([1.0, -1.0]) if rank else torch.zeros(2))  # zero on one rank only
+    torch.save([before, *((quantizer.signed, quantizer.s.item()) for quantizer in quantizers)], f"{folder}/{rank}.pt")
     distributed.leave_process_group()
 
 
-def test_a_negative_value_on_any_rank_makes_it_signed_on_all(tmp_path):
+def test_a_negative_value_on_any_rank_makes_it_signed_on_all_and_zeros_are_those_of_all_ranks(tmp_path):
     multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    assert [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[True, False]] * 2
+    wanted = [(True, 2 * 1.25 / 7**0.5), (False, 2 * 1.5 / 15**0.5), (True, 2 * 0.5 / 7**0.5)]
+    for rank in range(2):
+        before, *found = torch.load(tmp_path / f"{rank}.pt")
+        assert before is None and found == [(signed, pytest.approx(step)) for signed, step in wanted]
 
 
 @pytest.fixture(scope="module")

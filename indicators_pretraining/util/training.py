@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from quan.utils import check_all_reached, keep_steps_positive
+from quan.utils import check_all_reached, keep_steps_positive, step_quantizers
 from util import distributed, interruption
 from util.checkpoint import Inside, training_state
 from util.errors import Interrupted, UserError
@@ -113,6 +113,9 @@ class Training:
         for label, value in metrics.items():
             self.monitor.epoch(number, "train", {**value.result(), "lr": self.optimizer.param_groups[0]["lr"],
                                                  "seconds": time.time() - begun}, bits=label)
+        waiting = [name for name, quantizer in step_quantizers(self.model).items() if not quantizer.is_initialized]
+        if number == 1 and waiting:
+            self.monitor.log(f"step sizes without a value, as all that they met was zero: {', '.join(waiting)}")
 
     def continue_inside(self, inside, metrics):
         """(the step to go on with, seconds spent), and the sums of the epoch so far put into `metrics`."""

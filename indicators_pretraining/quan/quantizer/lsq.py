@@ -118,12 +118,13 @@ class LsqQuan(Quantizer):
     """LSQ with one learned step size per candidate bit-width.
 
     Parameters in a checkpoint: `s` [n_bits], or [n_bits, out_channels] per channel; `init_state` [n_bits], 1 where a
-    step size has its initial value from data.
+    step size has its initial value from data. As long as all data are zero, whatever the step size, so is the result, and
+    the gradient passes (dq/dv = 1, dq/ds = 0): sign and step sizes wait for the first that are not.
 
     Args:
         bits: candidate bit-widths, in the order of the entries of s.
-        signed: whether the range reaches below zero; None: as the first batch in training shows, signed where any value of
-            it is negative on any rank. Until then it counts as unsigned.
+        signed: whether the range reaches below zero; None: as the first batch in training that is not all zero shows,
+            signed where any value of it is negative on any rank. Until then it counts as unsigned.
         symmetric: leave out the lowest integer of a signed range.
         channels: number of output channels for one step size each; None for one step size per tensor.
         init: "lsq", 2*mean|v|/sqrt(Qp), or "three_sigma", LIMPQ's max|mean -+ 3 std| / 2^(b-1).
@@ -135,6 +136,7 @@ class LsqQuan(Quantizer):
         self.signed = signed
         self.symmetric = symmetric
         self.init = init
+        self.is_of_weight, self.kept = False, None  # the second: what of a weight is not pruned, until its steps have a value
         self.batch_parts = 1  # the number of equal parts a batch is computed in: ranks times accumulated batches
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.s = nn.Parameter(torch.ones(shape))
@@ -173,15 +175,26 @@ class LsqQuan(Quantizer):
         return self.signed is not None and all(self._initialized)
 
     def meet(self, x):
-        """Take sign and initial step size from x, where it is a first batch in training; compiled passes come later."""
+        """Take sign and initial step size from x, where it is the first in training that is not all zero, over all ranks;
+        compiled passes come later."""
         if torch.compiler.is_compiling():
             return
         self.is_reached = True
-        if self.training and self.signed is None:
-            self.signed = largest_over_ranks(int((x < 0).any())) > 0
+        if not self.training:
+            return
+        if self.signed is None:
+            self._decide_sign(x)
+        if self.signed is not None and not self._initialized[self.index]:
+            if self.is_of_weight:
+                self.init_from_weight(x, self.kept)
+            else:
+                self.init_from_activation(x.detach())
+
+    def _decide_sign(self, x):
+        seen = largest_over_ranks(2 if (x < 0).any() else int(x.any()))
+        if seen:
+            self.signed = seen == 2
             self.ranges.copy_(self._ranges())
-        if self.training and not self._initialized[self.index]:
-            self.init_from_activation(x.detach())
 
     def quantize(self, v):
         """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
@@ -202,34 +215,43 @@ class LsqQuan(Quantizer):
 
     @torch.no_grad()
     def init_from_activation(self, x):
-        """Set the selected step size to 2*mean|x|/sqrt(Qp), the mean taken over the batch of all ranks."""
+        """Set the selected step size to 2*mean|x|/sqrt(Qp), the mean taken over the batch of all ranks, unless it is zero."""
         _, qp = self.integers
         mean = mean_over_ranks(x.abs().mean(dtype=torch.float32))
-        self.s[self.index] = (2 * mean / math.sqrt(qp)).clamp(min=SMALLEST_STEP)
-        self._mark(self.index)
+        if mean != 0:
+            self.s[self.index] = (2 * mean / math.sqrt(qp)).clamp(min=SMALLEST_STEP)
+            self._mark(self.index)
 
     @torch.no_grad()
     def init_from_weight(self, weight, kept=None):
-        """Set every step size from a weight of shape [out_channels, ...], as `init` says.
+        """Set every step size from a weight of shape [out_channels, ...], as `init` says, unless it is all zero.
+
+        A channel that is all zero, and not pruned, takes the mean step size of those that are not: it may grow.
 
         Args:
             kept: bool tensor of the same shape, True where the weight is not pruned; the others do not count. None: all.
         """
         rows = (lambda tensor: tensor.flatten(1)) if self.s.dim() == 2 else (lambda tensor: tensor.reshape(1, -1))
-        values = rows(weight.detach())
-        mean, mean_size, deviation = _statistics(values, None if kept is None else rows(kept.to(weight.device)))
+        values, kept_rows = rows(weight.detach()), None if kept is None else rows(kept.to(weight.device))
+        mean, mean_size, deviation = _statistics(values, kept_rows)
+        may_grow = (mean_size == 0) & (True if kept is None else kept_rows.any(1))
+        waits = bool(may_grow.any() and not mean_size.any())
+        self.is_of_weight, self.kept = True, kept if waits else None
         for index, bit in enumerate(self.bits):
+            self._mark(index, not waits)
+            if waits:
+                continue
             _, qp = integer_range(bit, self.signed, self.symmetric)
             if self.init == "lsq":
                 step = 2 * mean_size / math.sqrt(qp)
             else:
                 step = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / 2 ** (bit - 1)
+            step = torch.where(may_grow, step[mean_size > 0].mean(), step)
             self.s[index] = step.clamp(min=SMALLEST_STEP).reshape(self.s[index].shape)
-            self._mark(index)
 
-    def _mark(self, index):
-        self.init_state[index] = 1
-        self._initialized[index] = True
+    def _mark(self, index, is_initialized=True):
+        self.init_state[index] = is_initialized
+        self._initialized[index] = is_initialized
 
     @torch.no_grad()
     def keep_positive(self):

@@ -39,17 +39,18 @@ def losses(model, switch, batches):
 
     Returns:
         {"weight": {layer: {bit: loss}}, "act": the same}: the mean cross-entropy with the weight, or the input, of that layer
-        at `bit` bits and everything else at the widest candidate.
+        at `bit` bits and everything else at the widest candidate, the BatchNorm after it too: its copy for `bit` has the
+        statistics of a network whose every layer is at `bit` bits.
     """
-    widest = {name: max(switch.bits) for name in switch.layers}
-    switch.policy(widest)
+    widest = max(switch.bits)
+    switch.uniform(widest)
     best = evaluate(model, batches)["loss"]
 
     def loss(name, bit, kind):
-        if bit == widest[name]:
+        if bit == widest:
             return best
-        changed = {**widest, name: bit}
-        switch.policy(*((changed, widest) if kind == "weight" else (widest, changed)))
+        switch.uniform(widest)
+        switch.layers[name].select(*((bit, widest) if kind == "weight" else (widest, bit)))
         found = evaluate(model, batches)["loss"]
         if not found > 0:
             raise UserError(f"{name}: the loss with its {kind} at {bit} bits is {found}, expected a positive number")

@@ -1,5 +1,7 @@
 """Losses for indicators: those of the trained network with one quantizer at fewer bits, in a file that the search reads."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,16 +56,13 @@ def measured(*words):
 
 @torch.no_grad()
 def loss_of(network, layer, quantizer, bit, images, target):
-    """The loss with every index set by hand: 0 stands for 6 bits, the widest."""
-    for module in network.model.modules():
+    """The loss of a copy whose weight, or input, is at fewer bits, and all else, every BatchNorm too, at the widest: the first."""
+    twin = copy.deepcopy(network.model).eval()
+    for module in twin.modules():
         if hasattr(module, "index"):
             module.index = 0
-    getattr(network.switch.layers[layer], quantizer).index = [6, 2, 4].index(bit)
-    if quantizer == "quan_w_fn":
-        for batchnorm, before in network.switch.batchnorms.values():
-            if before == layer:
-                batchnorm.index = [6, 2, 4].index(bit)
-    return F.cross_entropy(network.model.eval()(images), target).item()
+    getattr(twin.get_submodule(layer), quantizer).index = [6, 2, 4].index(bit)
+    return F.cross_entropy(twin(images), target).item()
 
 
 def test_the_file_holds_the_losses_with_one_quantizer_at_fewer_bits(capsys):

@@ -57,8 +57,9 @@ class SmallNet(nn.Module):
 
 def jointly_quantized(batchnorm=True, seed=0):
     torch.manual_seed(seed)
-    model = SmallNet(batchnorm).double()
+    model = SmallNet(batchnorm)
     graph = trace(model, 9)
+    model.double()
     excepts = EXCEPTS if batchnorm else {name: EXCEPTS[name] for name in ("stem", "fc")}
     config = QuanConfig(act=QuantizerConfig(all_positive=True), excepts=excepts)
     replace_module_by_names(model, joint_modules(model, graph, config, BITS))

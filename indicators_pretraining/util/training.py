@@ -84,6 +84,7 @@ class Training:
                 self.train(epoch, inside)
                 if self.epochs_before + epoch == 0:
                     check_all_reached(self.model)
+                    self.log_waiting_steps()
             scores = self.validate_or_save(epoch)
             is_best = scores is not None and scores[0] > self.best[0]
             self.best = scores if is_best else self.best
@@ -113,8 +114,11 @@ class Training:
         for label, value in metrics.items():
             self.monitor.epoch(number, "train", {**value.result(), "lr": self.optimizer.param_groups[0]["lr"],
                                                  "seconds": time.time() - begun}, bits=label)
+
+    def log_waiting_steps(self):
+        """Name the step sizes that have no value from data yet."""
         waiting = [name for name, quantizer in step_quantizers(self.model).items() if not quantizer.is_initialized]
-        if number == 1 and waiting:
+        if waiting:
             self.monitor.log(f"step sizes without a value, as all that they met was zero: {', '.join(waiting)}")
 
     def continue_inside(self, inside, metrics):

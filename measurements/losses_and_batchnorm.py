@@ -1,7 +1,7 @@
 """Which losses predict fine-tuning: those with the BatchNorm after a weight moved to the copy for its bits, held at the widest
 copy, or held and re-estimated. From the folder indicators_pretraining: python ../measurements/losses_and_batchnorm.py FILE.csv
 
-ResNet-20 on the digits at 16x16, trained jointly for 12 epochs. Then random policies of 2, 3 and 4 bits are fine-tuned for two
+ResNet-20 on the digits at 8x8, trained jointly for 10 epochs. Then random policies of 2, 3 and 4 bits are fine-tuned for two
 epochs. A row for each: in each way, the sum of the losses of its weights and inputs; its loss and top-1 on the test set.
 """
 
@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 sys.path.insert(0, ".")
-from network import build_network  # noqa: E402
-from process import joint_step, random_policy  # noqa: E402
-from quan.utils import BATCHNORM  # noqa: E402
-from schema import IndicatorsConfig  # noqa: E402
-from util.config import DataConfig  # noqa: E402
-from util.data_loader import create_loaders  # noqa: E402
-from util.metrics import Metrics, evaluate  # noqa: E402
-from util.training import training_step  # noqa: E402
+from network import build_network
+from process import joint_step, random_policy
+from quan.utils import BATCHNORM
+from schema import IndicatorsConfig
+from util.config import DataConfig
+from util.data_loader import create_loaders
+from util.metrics import Metrics, evaluate
+from util.training import training_step
 
-BITS, CPU, POLICIES, EPOCHS, TUNED, LR = [6, 4, 3, 2], torch.device("cpu"), 24, 12, 2, 0.05
+BITS, CPU, POLICIES, EPOCHS, TUNED, LR = [6, 4, 3, 2], torch.device("cpu"), 20, 10, 2, 0.05
 WAYS = ("moved", "held", "re-estimated")
 
 
@@ -72,14 +72,15 @@ def ranks_agree(one, other):
 
 def main(path):
     torch.manual_seed(0)
-    config = IndicatorsConfig(arch="resnet20", target_bits=BITS, dataloader=DataConfig("digits", 10, input_size=16, batch_size=64))
-    network = build_network(config, 10, 16, None, CPU)
+    data = DataConfig("digits", 10, input_size=8, batch_size=64)
+    config = IndicatorsConfig(arch="resnet20", target_bits=BITS, dataloader=data)
+    network = build_network(config, 10, 8, None, CPU)
     loaders, model, switch = create_loaders(config.dataloader, 0, 0, 1, CPU), network.model.train(), network.switch
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
     epochs_of(loaders.train, optimizer, EPOCHS, LR, lambda images, target, step: joint_step(
         model, switch, images, target, nn.CrossEntropyLoss(), optimizer, random_policy(switch.layers, BITS, 0, 0, step),
         passes=network.passes))
-    measured, rows = losses(model, switch, list(loaders.calibration(512))), []
+    measured, rows = losses(model, switch, list(loaders.calibration(256))), []
     for number in range(POLICIES):
         weights, acts = (random_policy(switch.layers, BITS[1:], 1 + kind, 0, number) for kind in range(2))
         tuned = copy.deepcopy((model, switch))

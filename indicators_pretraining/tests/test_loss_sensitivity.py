@@ -56,7 +56,7 @@ def measured(*words):
 
 @torch.no_grad()
 def loss_of(network, layer, quantizer, bit, images, target):
-    """The loss of a copy whose weight, or input, is at fewer bits, and all else, every BatchNorm too, at the widest: the first."""
+    """The loss of a copy with one weight, or input, at fewer bits; all else, BatchNorms too, is at the widest."""
     twin = copy.deepcopy(network.model).eval()
     for module in twin.modules():
         if hasattr(module, "index"):

@@ -76,7 +76,7 @@ sync:
 	cp -r $(MASTER)/model quantization_search/models
 	mkdir quantization_search/util
 	cp $(MASTER)/tests/fuzzing.py quantization_search/tests/
-	cp $(MASTER)/tests/fuzzing.py $(MASTER)/tests/comparing.py quantization_training/tests/
+	cp $(MASTER)/tests/fuzzing.py $(MASTER)/tests/comparing.py $(MASTER)/tests/shipped.py quantization_training/tests/
 	cp $(MASTER)/tests/comparing.py tests/
 	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
 

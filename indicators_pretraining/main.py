@@ -44,7 +44,7 @@ def run(config, device, is_dry_run):
     if is_dry_run:
         process.dry_run(network, loaders, optimizer, config)
     elif config.eval:
-        process.evaluate_only(network, loaders, found.path)
+        process.evaluate_only(network, loaders, found)
     elif is_finished(start.epoch, config, folder):
         announce_finished(folder, config)
     else:

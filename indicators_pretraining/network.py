@@ -27,6 +27,7 @@ from quan.utils import (
 from schema import IndicatorsConfig
 from util import distributed
 from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, signs_of
+from util.config import describe_defaults
 from util.errors import UserError
 from util.passes import Passes, to_device
 
@@ -87,6 +88,7 @@ def build_network(config, num_classes, input_size, found, device):
     clamped = clamp_steps_from_elsewhere(found, config)
     model, graph, masks = create_initial(config, num_classes, input_size, found)
     training = "" if config.eval else check_training(model, graph, input_size, num_classes)
+    defaults = "" if found else describe_defaults(config)
     config, exceptions = name_exceptions(config, graph)
     signed = signs_of(found.content) if found else {}
     plain = copy.deepcopy(model)
@@ -106,7 +108,7 @@ def build_network(config, num_classes, input_size, found, device):
     if config.compile:
         switch.keep_as_data(device)
     passes = Passes(model, config.precision, config.compile, stem)
-    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), training]))
+    remark = "\n".join(filter(None, [defaults, exceptions, clamped, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from quan.utils import keep_steps_positive
 from schema import RANDOM
 from util import distributed
+from util.checkpoint import describe_evaluated, evaluate_best
 from util.metrics import Metrics, evaluate
 from util.monitor import log_start
 from util.passes import Passes
@@ -117,19 +118,35 @@ def validate(model, switch, loader, epoch, monitor):
 
 
 def final_evaluation(network, loaders, config, monitor, folder):
-    """Evaluate every candidate on the test set, unless final_test is off, log it, and write summary.yaml."""
-    figures = evaluate_candidates(network.model, network.switch, loaders.test) if config.final_test else {}
-    for bit, row in figures.items():
-        monitor.epoch(config.last_epoch, "test", row, bits=bit)
+    """Evaluate every candidate on the test set, in the last epoch's network and in the best checkpoint's, unless final_test
+    is off; log it, and write summary.yaml."""
+    figures, best = {}, {}
+    if config.final_test:
+        figures = evaluate_candidates(network.model, network.switch, loaders.test)
+        for bit, row in figures.items():
+            monitor.epoch(config.last_epoch, "test", row, bits=bit)
+        found = evaluate_best(network.model, folder, config.last_epoch,
+                              lambda: evaluate_candidates(network.model, network.switch, loaders.test), figures, monitor)
+        if found:
+            best = {"best": {"epoch": found[0], "candidates": {bit: dict(row) for bit, row in found[1].items()}}}
+            for bit, row in found[1].items():
+                monitor.log(f"best on validation (epoch {found[0]}) on the test set at {bit} bits: {describe_figures(row)}")
     if distributed.is_main():
-        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, "candidates": figures})
+        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, "candidates": figures,
+                          **best})
 
 
-def evaluate_only(network, loaders, path):
+def evaluate_only(network, loaders, found):
     """Print what every candidate reaches on the test set."""
+    if distributed.is_main():
+        print(describe_evaluated(found.path, found.content))
     for bit, row in evaluate_candidates(network.model, network.switch, loaders.test).items():
         if distributed.is_main():
-            print(f"{path} at {bit} bits: loss {row['loss']:.4f}  top-1 {row['top1']:.3f}  top-5 {row['top5']:.3f}")
+            print(f"{found.path} at {bit} bits: {describe_figures(row)}")
+
+
+def describe_figures(row):
+    return "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}".format(**row)
 
 
 def dry_run(network, loaders, optimizer, config):

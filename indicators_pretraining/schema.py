@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import ClassVar, Literal
 
 from util.config import RunConfig, bounded
 from util.errors import UserError
@@ -76,6 +76,8 @@ class IndicatorsConfig(RunConfig):
     with a bit-width drawn for each layer (without, target_bits: [4] is plain training at 4 bits); init_from, a full-precision
     checkpoint with pruning masks; prune, which only pruning.py reads."""
 
+    LIMPQ_TEMPLATE: ClassVar = {"epochs": 3, "smoothing": 0.1, "weight_decay": 2.5e-5, "min_lr": 1e-5}
+
     name: str = "indicators"
     in_place_distillation: bool = False
     random_pass: bool = True
@@ -98,7 +100,9 @@ class IndicatorsConfig(RunConfig):
 
 @dataclass(frozen=True)
 class PruningConfig(IndicatorsConfig):
-    """The same keys, as pruning.py reads them."""
+    """The same keys, as pruning.py reads them, which LIMPQ does not have."""
+
+    LIMPQ_TEMPLATE: ClassVar = {}
 
     def __post_init__(self):
         super().__post_init__()

@@ -43,8 +43,9 @@ def write_report(packed, sizes, promised, checkpoint, content):
     """
     folder = Path(checkpoint).parent
     summary, rows = read_summary(folder / "summary.yaml"), read_metrics(folder / "metrics.csv")[1]
-    if summary.get("epochs") != content.get("epoch"):  # its figures are those of the last epoch
-        summary = {}
+    if summary.get("epochs") != content.get("epoch"):  # its figures are those of the last epoch, and of the best
+        best = summary.get("best")
+        summary = best if isinstance(best, dict) and best.get("epoch") == content.get("epoch") else {}
     title = f"{packed.header['arch']}, packed"
     parts = [
         facts(packed, promised, sizes, summary), section("Where the bits went", picture(policy_figure(packed.layers))),

@@ -33,6 +33,7 @@ from quan.utils import (
 from schema import FinetuneConfig
 from util import distributed
 from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, may_lack, signs_of
+from util.config import describe_defaults
 from util.errors import UserError, nearest
 from util.exchange import read_policy
 from util.passes import Passes, to_device
@@ -94,6 +95,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         masks = masks_of(joint, model, config.init_from)
     training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     description, exceptions, clamped, scaling = {"num_classes": num_classes, "input_size": input_size}, "", "", ""
+    defaults = describe_defaults(config) if fresh else ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
         plain = copy.deepcopy(model)
@@ -115,7 +117,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    remark = "\n".join(filter(None, [exceptions, clamped, graph.describe(), training, scaling]))
+    remark = "\n".join(filter(None, [defaults, exceptions, clamped, graph.describe(), training, scaling]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 

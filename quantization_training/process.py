@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from quan.utils import BATCHNORM, weights_quantized_once
 from util import distributed
+from util.checkpoint import describe_evaluated, evaluate_best
 from util.errors import UserError
 from util.interruption import watched
 from util.metrics import Metrics, evaluate, evaluation_mode
@@ -70,6 +71,13 @@ def calibrate_batchnorm(model, loader):
     distributed.average_batchnorm_statistics(model)
 
 
+def calibration_loader(loaders, config, epoch):
+    """The training images that the BatchNorm statistics are re-estimated on after an epoch (the first is 0)."""
+    calibration = loaders.calibration(max(config.calibration_images, distributed.world_size()))
+    calibration.set_epoch(epoch)
+    return calibration
+
+
 def check_accumulation(loaders, config):
     """Refuse to accumulate more batches than an epoch has."""
     if not config.eval and len(loaders.train) < config.accumulation:
@@ -112,9 +120,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
 def validate(model, loaders, config, epoch, monitor):
     """Calibrate a quantized network, validate it and log it; return top-1 and top-5."""
     if config.calibration_images and not config.fp_model:
-        calibration = loaders.calibration(max(config.calibration_images, distributed.world_size()))
-        calibration.set_epoch(epoch)
-        calibrate_batchnorm(model, calibration)
+        calibrate_batchnorm(model, calibration_loader(loaders, config, epoch))
     figures = evaluate(model, loaders.val)
     monitor.epoch(epoch + 1, "val", figures)
     monitor.scores(epoch + 1, figures["top1"], figures["top5"])
@@ -123,20 +129,32 @@ def validate(model, loaders, config, epoch, monitor):
 
 
 def final_evaluation(network, loaders, config, monitor, folder):
-    """Evaluate the final model on the test set, unless final_test is off; log it with what it costs; write summary.yaml."""
-    figures = {}
+    """Evaluate the last epoch's network and the best checkpoint's on the test set, unless final_test is off; log them with
+    what the network costs; write summary.yaml."""
+    figures, best, which = {}, {}, "final model"
     if config.final_test:
         figures = evaluate(network.model, loaders.test)
         monitor.epoch(config.last_epoch, "test", figures)
-    monitor.log(f"final model{' on the test set' if figures else ''}: {report(figures, network.cost)}")
+        found = evaluate_best(network.model, folder, config.last_epoch, lambda: evaluate(network.model, loaders.test), figures,
+                              monitor)
+        which += f" (epoch {config.last_epoch}{', the best on validation' if found and found[0] == config.last_epoch else ''})"
+        if found:
+            best = {"best": {"epoch": found[0], **found[1]}}
+            if found[0] != config.last_epoch:
+                monitor.log(f"best on validation (epoch {found[0]}) on the test set: {describe_figures(found[1])}")
+    monitor.log(f"{which}{' on the test set' if figures else ''}: {report(figures, network.cost)}")
     if distributed.is_main():
-        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, **figures, **network.cost})
+        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, **figures, **network.cost,
+                          **best})
 
 
 def report(figures, cost):
     """Accuracy, where there are figures of it, size and BitOPs on one line."""
-    accuracy = "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}  ".format(**figures) if figures else ""
-    return accuracy + describe_cost(cost, "  ")
+    return "  ".join(filter(None, [describe_figures(figures), describe_cost(cost, "  ")]))
+
+
+def describe_figures(figures):
+    return "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}".format(**figures) if figures else ""
 
 
 def describe_cost(cost, separator):
@@ -151,11 +169,24 @@ def describe_cost(cost, separator):
     return separator.join(parts)
 
 
-def evaluate_only(network, loaders, path):
-    """Print what a checkpoint reaches on the test set."""
-    figures = evaluate(network.model, loaders.test)
+def evaluate_only(network, loaders, config, found):
+    """Print what a checkpoint reaches on the test set, with BatchNorm as it was saved or, with eval_calibration, as LIMPQ
+    evaluates: re-estimated on training images before. The images are those of the validation of that epoch, so that this
+    changes nothing of a network that was validated with as many."""
+    model, batchnorm = network.model, "BatchNorm as saved"
+    if not any(isinstance(module, BATCHNORM) for module in model.modules()):
+        batchnorm = "no BatchNorm"
+    if config.eval_calibration:
+        if "packed" in found.content and found.content["packed"].header["folded"]:
+            raise UserError(f"eval_calibration: the BatchNorms of {found.path} are folded into its weights; leave it false, "
+                            "or name the checkpoint, or a file that was packed without --fold-bn")
+        calibration = calibration_loader(loaders, config, max(found.content.get("epoch", 0) - 1, 0))
+        calibrate_batchnorm(model, calibration)
+        if batchnorm != "no BatchNorm":
+            batchnorm = f"BatchNorm re-estimated on {calibration.images:,} training images"
+    figures = evaluate(model, loaders.test)
     if distributed.is_main():
-        print(f"{path}: {report(figures, network.cost)}")
+        print(f"{describe_evaluated(found.path, found.content)}\n{found.path} ({batchnorm}): {report(figures, network.cost)}")
 
 
 def dry_run(network, loaders, criterion, optimizer, config):

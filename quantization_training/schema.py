@@ -1,7 +1,7 @@
 """What a configuration file of this stage may say: LIMPQ's keys, and those that are new here."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from util.config import RunConfig, bounded
 from util.errors import UserError
@@ -35,7 +35,11 @@ class GradualPruneConfig:
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tuning at a policy's bits, or full-precision training. New keys: policy, init_from, sat, accumulation,
-    calibration_images, distillation, prune."""
+    calibration_images, how many training images BatchNorm is re-estimated on before each validation; eval_calibration, whether
+    `eval: true` does that too, as LIMPQ does; distillation, prune."""
+
+    LIMPQ_TEMPLATE: ClassVar = {"epochs": 90, "smoothing": 0.1, "lr": 0.04, "weight_decay": 2.5e-5, "min_lr": 1e-5,
+                                "warmup_epochs": 5, "cooldown_epochs": 5}
 
     name: str = "finetune"
     policy: str | None = None
@@ -43,6 +47,7 @@ class FinetuneConfig(RunConfig):
     sat: bool = True
     accumulation: int = bounded(1, low=1)
     calibration_images: int = bounded(6000, low=0)
+    eval_calibration: bool = False
     distillation: DistillationConfig = DistillationConfig()
     prune: GradualPruneConfig = GradualPruneConfig()
 
@@ -55,6 +60,8 @@ class FinetuneConfig(RunConfig):
             raise UserError(f"{typed[0]}: the bits come from policy already; give one of the two")
         if not self.fp_model and not self.policy and not self.eval and len(typed) < 2:
             raise UserError("policy: a policy file, or weight_bits and act_bits, are needed; or fp_model: true")
+        if self.eval and self.eval_calibration and not self.calibration_images:
+            raise UserError("eval_calibration: calibration_images is 0; give the number of training images, such as 6000")
         if self.init_from and self.pre_trained:
             raise UserError("init_from: weights come from pre_trained already; give one of the two")
         if self.init_from and self.fp_model:

@@ -11,7 +11,7 @@ SEARCH_UTIL = ["__init__.py", "command.py", "config.py", "errors.py", "exchange.
 COPIES = {"quantization_training/model": "model", "quantization_training/quan": "quan",
           "quantization_training/util": "util", "quantization_search/models": "model"}
 TEST_HELPERS = {"fuzzing.py": ["quantization_search/tests", "quantization_training/tests"],
-                "comparing.py": ["quantization_training/tests", "tests"]}
+                "comparing.py": ["quantization_training/tests", "tests"], "shipped.py": ["quantization_training/tests"]}
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
 
 

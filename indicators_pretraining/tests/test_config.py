@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from schema import IndicatorsConfig
 from util.command import split_configuration
-from util.config import Origin, Scalar, bounded, build, decode_yaml, differing_keys, load_config, plain, to_plain, try_convert
+from util.config import (
+    Origin,
+    Scalar,
+    bounded,
+    build,
+    decode_yaml,
+    describe_defaults,
+    differing_keys,
+    load_config,
+    plain,
+    to_plain,
+    try_convert,
+)
 from util.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -147,6 +159,13 @@ def test_nothing_but_plain_values_comes_out(tmp_path):
     assert config["quan"]["act"]["all_positive"] is True and config["quan"]["excepts"]["0"]["act"]["all_positive"] is False
     assert "Scalar" not in repr(pickle.dumps(config))
     assert try_convert(bool | str, Scalar("off", False), "", None) == (True, False)
+def test_keys_that_limpq_has_another_default_for_are_named_where_they_are_not_given(tmp_path):
+    assert describe_defaults(read(tmp_path, LIMPQ_STYLE)) == ""
+    assert describe_defaults(read(tmp_path, "epochs: 10\nsmoothing: 0\nmin_lr:", "weight_decay=2.5e-5")) == \
+        "not given, so the defaults: min_lr 0 (LIMPQ: 1e-05); see docs/coming_from_limpq.md"
+    assert describe_defaults(read(tmp_path, "min_lr: 0")) == "not given, so the defaults: epochs 10 (LIMPQ: 3), " \
+        "smoothing 0 (LIMPQ: 0.1), weight_decay 0.0001 (LIMPQ: 2.5e-05); see docs/coming_from_limpq.md"
+    assert describe_defaults(IndicatorsConfig()) == ""
 
 
 def test_later_files_and_overrides_win_key_by_key(tmp_path):

@@ -306,7 +306,8 @@ def test_the_test_set_is_left_alone_without_a_final_test(final_test):
     test = [(torch.randn(4, 3, 9, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))]
     network = SimpleNamespace(model=model, switch=switch)
     monitor = SimpleNamespace(epoch=lambda *arguments, bits: seen.append(bits))
+    folder = SimpleNamespace(summarise=written.update, best="none")
     process.final_evaluation(network, SimpleNamespace(test=test if final_test else None),
-                             IndicatorsConfig(final_test=final_test), monitor, SimpleNamespace(summarise=written.update))
+                             IndicatorsConfig(final_test=final_test), monitor, folder)
     assert seen == list(written["candidates"]) == (BITS if final_test else [])
     assert written["epochs"] == IndicatorsConfig().last_epoch

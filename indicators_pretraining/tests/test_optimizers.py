@@ -1,5 +1,6 @@
 """What `opt` and `sched` stand for: one step against formulas in float64, and runs from before `sgd` was Nesterov."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_multistep_decays_at_each_of_its_epochs():
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.005, 0.005])
 
 
+def test_rates_per_epoch_are_those_of_timm():
+    config = IndicatorsConfig(epochs=90, lr=0.04, min_lr=1e-5, warmup_epochs=5, warmup_lr=1e-5, cooldown_epochs=5,
+                              lr_per="epoch")
+    for epoch in range(95):
+        wanted = 1e-5 + epoch * (0.04 - 1e-5) / 5 if epoch < 5 else \
+            1e-5 + (0.04 - 1e-5) * (1 + math.cos(math.pi * epoch / 90)) / 2 if epoch < 90 else 1e-5
+        assert [learning_rate(config, epoch + part) for part in (0, 0.5, 0.999)] == pytest.approx([wanted] * 3, rel=1e-12)
+
+
 @pytest.mark.parametrize(("sched", "epochs"), [
     ("multistep", 30.0), ("step", [30.0]), ("cosine", [3.0]), ("multistep", []), ("multistep", [3.0, 3.0]),
     ("multistep", [5.0, 3.0]), ("multistep", [0.0, 3.0])])
@@ -104,6 +114,7 @@ def as_it_was_written_before(source, target):
     """A copy of a checkpoint of `momentum`, as it was when `sgd` stood for that."""
     content = load_checkpoint(source)
     content["config"]["opt"] = "sgd"
+    del content["config"]["lr_per"]
     assert not any(group["nesterov"] for group in content["optimizer"]["param_groups"])
     Path(target).parent.mkdir(exist_ok=True)
     save_checkpoint(target, content)
@@ -116,12 +127,14 @@ def are_equal(one, other):
 
 def test_a_run_that_began_when_sgd_was_plain_goes_on_as_it_began(config_file):
     run("whole", "log.keep_checkpoints=2")
+    assert next(Path("results/whole").glob("*.log")).read_text().count("not given, so the defaults: smoothing 0 (LIMPQ: ") == 1
     for opt in ("sgd", "momentum"):
         file = f"results/{opt}/{opt}_checkpoint.pth.tar"
         as_it_was_written_before("results/whole/whole_epoch_1_checkpoint.pth.tar", file)
         run(opt, f"opt={opt}")
         assert are_equal(file, "results/whole/whole_checkpoint.pth.tar")
         log = next(Path(f"results/{opt}").glob("*.log")).read_text()
+        assert "not given" not in log
         assert ("this run began when opt: sgd stood for plain momentum" in log) == (opt == "sgd")
 
 

@@ -13,7 +13,7 @@ import yaml
 from model.masks import checked_masks
 from model.weights import fit, is_step, load_state
 from quan.quantizer import kernel
-from util import distributed
+from util import distributed, interruption
 from util.archive import pack, unpack
 from util.config import AUTO, differing_keys, flatten, read_yaml, to_plain
 from util.entries import check_entries, from_elsewhere, is_ours
@@ -21,13 +21,16 @@ from util.errors import UserError, reason
 from util.exchange import fit_names, same_arch, write_atomically
 
 FORMAT_VERSION = 2
+BEST, LAST = "_best.pth.tar", "_checkpoint.pth.tar"
+KINDS = {BEST: "the best on validation", LAST: "the last"}
+OTHER_FILE = re.compile(r"(epoch|level)_\d+_checkpoint\.pth\.tar$")
 FIRST_WITH_CHECKSUM = 2
-HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "final_test", "threads", "kernels",
-                 "dataloader.workers", "dataloader.path", "dataloader.serialized")
+HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "eval_calibration", "final_test", "threads",
+                 "kernels", "dataloader.workers", "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 # What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
-NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True}
+NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True, "lr_per": "step"}
 PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
 MOMENTA = {torch.optim.SGD: {"momentum_buffer"}, **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW),
                                                                  {"step", "exp_avg", "exp_avg_sq"})}  # by parameter
@@ -98,11 +101,11 @@ class RunFolder:
 
     @property
     def last(self):
-        return os.path.join(self.path, f"{self.name}_checkpoint.pth.tar")
+        return os.path.join(self.path, self.name + LAST)
 
     @property
     def best(self):
-        return os.path.join(self.path, f"{self.name}_best.pth.tar")
+        return os.path.join(self.path, self.name + BEST)
 
     @property
     def summary(self):
@@ -136,6 +139,56 @@ class RunFolder:
             match = pattern.fullmatch(name)
             if match and (keep == 1 or int(match[1]) <= epoch - keep):
                 os.remove(os.path.join(self.path, name))
+
+
+def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
+    """What the best checkpoint's weights reach, and their epoch; the model is left as it was.
+
+    Args:
+        evaluate_model: gives the figures of the model as it is.
+        figures: those of the last epoch, which are taken where it is the best one.
+        monitor: where to log that the best checkpoint cannot be read.
+
+    Returns:
+        (epoch, figures); None where no epoch counted as the best, or its checkpoint cannot be read.
+    """
+    try:
+        content = distributed.on_main(load_checkpoint, folder.best) if distributed.on_main(os.path.exists, folder.best) else {}
+        if content.get("epoch", last_epoch) == last_epoch:
+            return (last_epoch, figures) if content else None
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        load_state(model, content["state_dict"], folder.best)
+    except UserError as error:  # no reason to lose the results of the last epoch
+        monitor.log(f"the best checkpoint is not evaluated: {error}")
+        return None
+    try:
+        with interruption.put_off():
+            return content["epoch"], evaluate_model()
+    finally:
+        model.load_state_dict(own)
+
+
+def describe_evaluated(path, content):
+    """A line on which checkpoint of its run is evaluated, the best or the last, and what the other one is."""
+    own, epoch = _kind(path), content.get("epoch")
+    if epoch is None:
+        return f"{path}: a packed model" if "packed" in content else f"{path}: a checkpoint that does not say its epoch"
+    if own is None:
+        return f"{path}: a checkpoint after epoch {epoch}"
+    other = path.removesuffix(own) + next(suffix for suffix in KINDS if suffix != own)
+    try:
+        there = load_checkpoint(other).get("epoch")
+    except UserError:
+        there = None
+    if there == epoch:
+        return f"{path}: {KINDS[BEST]} and {KINDS[LAST]}, epoch {epoch}"
+    rest = f"; {KINDS[_kind(other)]} is {os.path.basename(other)}, epoch {there}" if there is not None else ""
+    return f"{path}: {KINDS[own]}, epoch {epoch}{rest}"
+
+
+def _kind(path):
+    """Which of KINDS a file is by its name; None where it is neither."""
+    return next((suffix for suffix in KINDS if path.endswith(suffix)), None) if not OTHER_FILE.search(path) else None
 
 
 def copy_file(source, target):

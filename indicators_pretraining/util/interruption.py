@@ -9,6 +9,7 @@ from util.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _noted = []  # numbers of the signals that came
+_put_off = []  # not empty while they have to wait
 
 
 @contextlib.contextmanager
@@ -38,13 +39,23 @@ def noted():
     return _noted[0] if _noted else 0
 
 
+@contextlib.contextmanager
+def put_off():
+    """While this lasts, check() lets signals wait: what would be begun anew with each start comes to its end."""
+    _put_off.append(True)
+    try:
+        yield
+    finally:
+        _put_off.pop()
+
+
 def check(place=""):
     """Raise Interrupted on every rank where a signal came to any of them. All ranks have to call it alike.
 
     Args:
         place: where the run stands, in words.
     """
-    number = distributed.largest_over_ranks(noted())
+    number = 0 if _put_off else distributed.largest_over_ranks(noted())
     if number:
         raise Interrupted(number, place)
 

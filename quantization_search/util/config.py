@@ -17,7 +17,7 @@ import types
 import typing
 import unicodedata
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 
@@ -131,7 +131,13 @@ class QuanConfig:
 @dataclass(frozen=True)
 class RunConfig:
     """What every training run is made of. The keys are LIMPQ's, so that its YAML files run unchanged. New is final_test:
-    whether a finished run is evaluated on the test set, which runs that choose hyper-parameters leave alone."""
+    whether a finished run is evaluated on the test set, which runs that choose hyper-parameters leave alone.
+
+    Not keys: LIMPQ_TEMPLATE, what LIMPQ takes for keys that a YAML file leaves out; given, the keys of the first level that
+    stand in the files or on the command line, None where the configuration was not read by load_config."""
+
+    LIMPQ_TEMPLATE: ClassVar = types.MappingProxyType({})
+    given: ClassVar = None
 
     name: str = "run"
     output_dir: str = "results"
@@ -163,6 +169,7 @@ class RunConfig:
     momentum: float = bounded(0.9, low=0, below=1)
     weight_decay: float = bounded(1e-4, low=0)
     sched: Literal["cosine", "step", "multistep", "constant"] = "cosine"
+    lr_per: Literal["step", "epoch"] = "step"
     min_lr: float = bounded(0.0, low=0)
     decay_rate: float = bounded(0.1, above=0, high=1)
     decay_epochs: float | list[float] = bounded(30, above=0)
@@ -190,6 +197,15 @@ class RunConfig:
     def last_epoch(self):
         """The number of epochs after which training is finished."""
         return self.epochs + self.cooldown_epochs
+
+
+def describe_defaults(config):
+    """A line on the keys that were not given and for which LIMPQ has another default; '' where there are none."""
+    if config.given is None or config.fp_model:
+        return ""
+    taken = [f"{key} {getattr(config, key):g} (LIMPQ: {value:g})" for key, value in config.LIMPQ_TEMPLATE.items()
+             if key not in config.given and getattr(config, key) != value]
+    return f"not given, so the defaults: {', '.join(taken)}; see docs/coming_from_limpq.md" if taken else ""
 
 
 def check_bits(key, bits):
@@ -223,7 +239,9 @@ def load_config(schema, paths, overrides=()):
         if not equals or not words:
             raise UserError(f"{override!r}: expected dotted.key=value")
         merge(merged, nest(words, parse_yaml(value, f"override {override!r}")), origin, "command line")
-    return build(schema, merged, "", Origin(paths[0], origin))
+    config = build(schema, merged, "", Origin(paths[0], origin))
+    object.__setattr__(config, "given", tuple(key for key, value in merged.items() if value is not None))
+    return config
 
 
 def read_yaml(path):

@@ -48,13 +48,16 @@ def learning_rate(config, time):
 
     Linear from warmup_lr to lr over warmup_epochs; then by `sched` a half cosine to min_lr at `epochs`; decay_rate every
     decay_epochs (step) or at each of them (multistep), not below min_lr; or constant. Cool-down epochs keep the rate reached
-    at `epochs`.
+    at `epochs`. With `lr_per: epoch` the rates are those of timm's schedules, as in LIMPQ: an epoch keeps the rate of its
+    beginning, and the cosine goes on during warm-up, unseen.
     """
-    time = min(time, config.epochs)
+    is_timm = config.lr_per == "epoch"
+    time = min(math.floor(time) if is_timm else time, config.epochs)
     if time < config.warmup_epochs:
         return config.warmup_lr + (config.lr - config.warmup_lr) * time / config.warmup_epochs
     if config.sched == "cosine":
-        progress = (time - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
+        begin = 0 if is_timm else config.warmup_epochs
+        progress = (time - begin) / (config.epochs - begin)
         return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
     if config.sched == "step":
         return max(config.min_lr, config.lr * config.decay_rate ** math.floor(time / config.decay_epochs))

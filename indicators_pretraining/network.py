@@ -27,7 +27,7 @@ from quan.utils import (
 from schema import IndicatorsConfig
 from util import distributed
 from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, signs_of
-from util.config import describe_defaults
+from util.config import describe_defaults, describe_idle
 from util.errors import UserError
 from util.passes import Passes, to_device
 
@@ -108,7 +108,7 @@ def build_network(config, num_classes, input_size, found, device):
     if config.compile:
         switch.keep_as_data(device)
     passes = Passes(model, config.precision, config.compile, stem)
-    remark = "\n".join(filter(None, [defaults, exceptions, clamped, graph.describe(), training]))
+    remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 
 

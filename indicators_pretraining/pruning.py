@@ -14,7 +14,7 @@ from schema import PruningConfig
 from util import distributed
 from util.checkpoint import recorded_threads, restore
 from util.command import parse_training_arguments
-from util.config import load_config
+from util.config import describe_idle, load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
 from util.interruption import signals_noted
@@ -56,7 +56,7 @@ def run(config, device, is_dry_run):
         completed = rewinding.epochs_before(rewinding.level_of(found), config) + start.epoch
         numbered = replace(start, epoch=completed)
         with signals_noted(), open_monitor(folder, config, numbered, device) as monitor:
-            log_start(monitor, numbered, "\n".join(filter(None, [plan.remark, remark])))
+            log_start(monitor, numbered, "\n".join(filter(None, [describe_idle(config), plan.remark, remark])))
             Pruning(network, plan, loaders, optimizer, config, monitor, folder).run(found, start)
 
 

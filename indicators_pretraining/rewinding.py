@@ -26,7 +26,7 @@ from util.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from util.config import flatten
+from util.config import describe_idle, flatten
 from util.errors import UserError
 from util.metrics import Metrics, evaluate
 from util.training import Training, training_step
@@ -333,4 +333,4 @@ def dry_run(network, plan, loaders, optimizer, config, level):
               f"{loaders.val.images} validation images", f"loss of the first step: {loss:.4f}",
               *filter(None, [plan.remark])]
     if distributed.is_main():
-        print("\n".join([*report, "dry run: nothing was written"]))
+        print("\n".join([*report, *filter(None, [describe_idle(config)]), "dry run: nothing was written"]))

@@ -92,6 +92,10 @@ class IndicatorsConfig(RunConfig):
         if self.init_from and self.pre_trained:
             raise UserError("init_from: weights come from pre_trained already; give one of the two")
 
+    def idle(self):
+        later = dict.fromkeys(("weight_bits", "act_bits"), "quantization_training reads it")
+        return {**super().idle(), **later, "prune": "pruning.py reads it"}
+
     @property
     def passes(self):
         """What the passes of a joint step are computed at: each candidate, then RANDOM where there is that pass."""
@@ -122,6 +126,14 @@ class PruningConfig(IndicatorsConfig):
             raise UserError("final_test: pruning.py evaluates each level when it is trained; leave it true")
         if self.freeze_weights:
             raise UserError("freeze_weights: pruning.py trains the weights; leave it false")
+
+    def idle(self):
+        keys = ("target_bits", "quan", "in_place_distillation", "random_pass")
+        idle = {**super().idle(), **dict.fromkeys(keys, "main.py reads it")}
+        del idle["prune"]
+        if self.prune.method == "one_shot" and self.prune.target_sparsity is not None:
+            idle["prune.amount"] = "one_shot goes to target_sparsity at once"
+        return {key: why for key, why in idle.items() if not key.startswith("quan.")}
 
     @property
     def epochs_of_level(self):

@@ -152,6 +152,20 @@ class SearchConfig:
         """Whether BitOPs are held to those of wb and ab bits everywhere."""
         return not self.newer if self.bops is None else self.bops
 
+    def idle(self):
+        """{key: why} of the keys that nothing reads in such a search."""
+        if self.sweep:
+            swept = SWEPT[self.sweep.partition("=")[0]]
+            return {**self.points()[0][1].idle(), swept: "sweep"}
+        idle = {} if self.uniform else {"wb": "bops is off", "ab": "bops is off"}
+        if self.act_mem is None:
+            idle["act_mem_kind"] = "no act_mem"
+        if not self.ratio and self.size_budget is None:
+            idle["sparse_size"] = "neither cr nor size_budget"
+        if not self.uniform and self.bops_budget is None:
+            idle["sparse_bops"] = "neither bops nor bops_budget"
+        return idle
+
     def number(self, key):
         """An option as it was typed, as a Fraction, or None."""
         typed = getattr(self, key)

@@ -11,6 +11,7 @@ import report
 from ilp import erased
 from options import SearchConfig, parse_arguments
 from study import Study, make_policy, solve
+from util.config import describe_idle
 from util.errors import UserError, nearest, user_errors_on_one_line
 from util.exchange import write_policy
 
@@ -29,9 +30,8 @@ def run(config):
     study = Study.read(config)
     if config.baseline == "reversed":
         print("baseline: each layer has the indicators of its mirror rank, and the objective counts these")
-    made = report.describe_training(study.trained)
-    if made:
-        print(made)
+    for line in filter(None, [report.describe_training(study.trained), describe_idle(config)]):
+        print(line)
     report.print_indicators(study.layers, study.bits, config.outliers)
     if config.sweep:
         from frontier import run_sweep

@@ -33,7 +33,7 @@ from quan.utils import (
 from schema import FinetuneConfig
 from util import distributed
 from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, may_lack, signs_of
-from util.config import describe_defaults
+from util.config import describe_defaults, describe_idle
 from util.errors import UserError, nearest
 from util.exchange import read_policy
 from util.passes import Passes, to_device
@@ -117,7 +117,8 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
     passes = Passes(model, config.precision, config.compile)
-    remark = "\n".join(filter(None, [defaults, exceptions, clamped, graph.describe(), training, scaling]))
+    remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training,
+                                     scaling]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 

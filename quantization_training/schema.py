@@ -72,6 +72,18 @@ class FinetuneConfig(RunConfig):
                 if not is_bit(key, bit):
                     raise UserError(f"{key}: found {bit}, expected {BITS_OF[key]}")
 
+    def idle(self):
+        idle = {**super().idle(), "target_bits": "indicators_pretraining reads it"}
+        if self.fp_model:
+            idle = {key: why for key, why in idle.items() if not key.startswith("quan.")}
+            keys = ("quan", "policy", "weight_bits", "act_bits", "sat", "calibration_images")
+            idle.update(dict.fromkeys(keys, "fp_model: true"))
+        if self.distillation.teacher is None:
+            idle.update(dict.fromkeys(("distillation.weight", "distillation.temperature"), "no distillation.teacher"))
+        if self.prune.target_sparsity is None:
+            idle["prune"] = "no prune.target_sparsity"
+        return idle
+
     def _check_pruning(self):
         if self.prune.target_sparsity is None:
             return

@@ -20,7 +20,7 @@ BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 def name_exceptions(config, graph):
-    """A configuration whose quan.excepts names its layers, and a line about those that were found, or ''.
+    """A configuration whose quan.excepts names its layers, and a line about those that were found, or have no effect, or ''.
 
     For `auto`, these are the first convolution (in a network without, the first layer), the BatchNorm after it, and the
     classifier, the layer that gives the answer; all of them, where several convolutions see the image or several layers
@@ -33,7 +33,9 @@ def name_exceptions(config, graph):
         names = fit_names([*graph.layers, *graph.batchnorms], config.quan.excepts)
         excepts = {names[name]: entry for name, entry in config.quan.excepts.items()}
         _check_rest(graph, excepts)
-        return replace(config, quan=replace(config.quan, excepts=excepts)), ""
+        idle = [name for name, entry in excepts.items() if name in graph.batchnorms and (entry.weight.bit or entry.act.bit)]
+        return (replace(config, quan=replace(config.quan, excepts=excepts)),
+                f"without effect here: quan.excepts.*.bit of {', '.join(idle)} (a BatchNorm)" if idle else "")
     batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
     roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
              **dict.fromkeys(graph.classifiers, "classifier")}

@@ -215,7 +215,8 @@ def test_a_start_from_another_network(folder, capsys):
 
 
 def test_a_dry_run_says_what_there_is_to_prune_and_writes_nothing(folder, capsys):
-    prune("--dry-run", "epochs=3", "prune.rewind_epoch=1")
+    prune("--dry-run", "epochs=3", "prune.rewind_epoch=1", "target_bits=[7, 3]")
     said = capsys.readouterr().out
+    assert "without effect here: target_bits (main.py reads it)" in said
     assert "267,264 of 267,264 weights left to prune in 18 of 20 layers; 3 epochs per level, 2 of them" in said
     assert not pathlib.Path("out").exists()

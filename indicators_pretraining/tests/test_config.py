@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schema import IndicatorsConfig
+from schema import IndicatorsConfig, PruningConfig
 from util.command import split_configuration
 from util.config import (
     Origin,
@@ -18,6 +18,7 @@ from util.config import (
     build,
     decode_yaml,
     describe_defaults,
+    describe_idle,
     differing_keys,
     load_config,
     plain,
@@ -191,6 +192,8 @@ def test_later_files_and_overrides_win_key_by_key(tmp_path):
     ("target_bits: [1, 4]", "target_bits: found [1, 4]"),
     ("target_bits: []", "target_bits: found []"),
     ("quan: {excepts: {conv1: {weight: {bits: 4}}}}", "quan.excepts.conv1.weight.bits: unknown key; did you mean 'bit'?"),
+    ("quan: {excepts: {fc: {weight: {all_positive: true}}}}",
+     "quan.excepts.fc.weight.all_positive: weights are always signed"),
     ("quan: {weight: {all_positive: true}}", "quan.weight.all_positive: weights are always signed"),
     ("name: a/b", "name: 'a/b' cannot name a folder"),
     ('name: "a\\0b"', "name: expected text, found 'a\\x00b'"),
@@ -334,6 +337,38 @@ def test_junk_values_give_a_config_or_a_user_error(tmp_path_factory, values):
 def test_a_config_survives_being_written_and_read(tmp_path):
     config = read(tmp_path, LIMPQ_STYLE)
     assert read(tmp_path, yaml.safe_dump(to_plain(config))) == config
+
+
+BITS = "target_bits, or a policy, says the bits"
+
+
+@pytest.mark.parametrize(("text", "line"), [
+    ("epochs: 3", ""), ("quan: {weight: {bit: }, act: {init: lsq}}\ngpu: \nprune: ", ""),
+    ("quan: {weight: {bit: 4}, act: {bit: 3}}", f"quan.weight.bit ({BITS}), quan.act.bit ({BITS})"),
+    ("quan: {act: {init: three_sigma}, weight: {init: three_sigma}}",
+     "quan.act.init (activations start from their first batch)"),
+    ("gpu: 0,1\ndataloader: {serialized: true}", "gpu (a note), dataloader.serialized (a note)"),
+    ("weight_bits: 4\nact_bits: [3]",
+     "weight_bits (quantization_training reads it), act_bits (quantization_training reads it)"),
+    ("decay_rate: 0.5\ndecay_epochs: 7", "decay_rate (sched: cosine), decay_epochs (sched: cosine)"),
+    ("sched: step\ndecay_rate: 0.5\ndecay_epochs: 7\nmin_lr: 1e-4", ""),
+    ("sched: multistep\ndecay_rate: 0.5\ndecay_epochs: [3, 7]", ""),
+    ("sched: constant\nmin_lr: 1e-4", "min_lr (sched: constant)"),
+    ("warmup_lr: 0.1", "warmup_lr (no warmup_epochs)"), ("warmup_lr: 0.1\nwarmup_epochs: 1", ""),
+    ("opt: adamw\nmomentum: 0.5", "momentum (opt: adamw)"), ("momentum: 0.5", ""),
+    ("prune: {levels: 2}", "prune (pruning.py reads it)"),
+])
+def test_keys_that_nothing_reads_are_named(tmp_path, text, line):
+    assert describe_idle(read(tmp_path, text)) == (f"without effect here: {line}" if line else "")
+
+
+def test_pruning_names_the_keys_of_joint_training(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("target_bits: [4, 2]\nquan: {act: {bit: 3}}\nprune: {levels: 2}")
+    config = load_config(PruningConfig, [path])
+    assert describe_idle(config) == "without effect here: target_bits (main.py reads it), quan (main.py reads it)"
+    path.write_text("prune: {method: one_shot, target_sparsity: 0.5, amount: 0.3}")
+    assert "prune.amount (" in describe_idle(load_config(PruningConfig, [path]))
 
 
 def test_differing_keys_are_named_with_their_section(tmp_path):

@@ -218,16 +218,24 @@ epochs: 1
 def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
-    main.main(["config.yaml", "--dry-run"])
-    assert re.findall("loss at (.*):", capsys.readouterr().out) == ["4 bits"]
-    main.main(["config.yaml"])
+    idle = ["quan.act.bit=3", "gpu=0", "quan.excepts.conv1=", "quan.excepts.fc=", "quan.excepts.bn1.weight.bit=8"]
+    main.main(["config.yaml", "--dry-run", *idle])
+    said = capsys.readouterr().out
+    assert re.findall("loss at (.*):", said) == ["4 bits"]
+    lines = ["without effect here: gpu (a note), quan.act.bit (target_bits, or a policy, says the bits)\n",
+             "without effect here: quan.excepts.*.bit of bn1 (a BatchNorm)\n"]
+    assert all(line in said for line in lines)
+    main.main(["config.yaml", *idle])
+    log = (tmp_path / "results/indicators/indicators.log").read_text()
+    said = capsys.readouterr().out
+    assert all(line in log and line in said for line in lines)
     rows = csv.DictReader((tmp_path / "results/indicators/metrics.csv").read_text().splitlines())
     assert {(row["split"], row["bits"]) for row in rows} == {("train", "4"), ("val", "4"), ("test", "4")}
     importance_extractor.main(["results/indicators/indicators_checkpoint.pth.tar", "--output", "i.pkl"])
     content = read_indicators("i.pkl")
     assert content["bits"] == [4] and all(row.keys() == {4} for kind in ("weight", "act") for row in content[kind].values())
     with pytest.raises(UserError, match="the run was started with another random_pass"):
-        main.main(["config.yaml", "epochs=2", "random_pass=true"])
+        main.main(["config.yaml", *idle, "epochs=2", "random_pass=true"])
 
 
 def test_a_run_from_before_the_random_pass_could_be_left_out_goes_on_with_it(tmp_path, monkeypatch):

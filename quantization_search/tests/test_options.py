@@ -48,6 +48,16 @@ def test_limpq_s_defaults_stand_until_a_newer_budget_is_given(capsys, path, word
     assert constraints(printed(capsys, path, words)) == expected
 
 
+@pytest.mark.parametrize(("words", "line"), [
+    ("--cr 9", ""), ("--cr 9 --wb 4", ""), ("--cr 9 --bops False --wb 4", "wb (bops is off)"),
+    ("--avg-wb 3 --ab 2 --act-mem-kind summed", "ab (bops is off), act_mem_kind (no act_mem)"),
+    ("--sweep cr=7:8:1 --cr 9", "cr (sweep)"), ("--sweep bops=0.01:0.02:0.01 --wb 2", "wb (bops is off)"),
+])
+def test_options_that_nothing_reads_are_named(capsys, path, words, line):
+    said = [row for row in printed(capsys, path, words).splitlines() if row.startswith("without effect")]
+    assert said == ([f"without effect here: {line}"] if line else [])
+
+
 def test_pins_ties_and_equal_bits(capsys, path):
     weights, acts = found(capsys, "--i", path, *flags("--cr 0 --wb 3 --ab 3 --fix block.conv[12]=4,2"))
     assert weights[:2] == [4, 4] and acts[:2] == [2, 2]

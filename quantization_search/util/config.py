@@ -9,6 +9,7 @@ without: 010 is ten. YAML 1.1 would make eight of it, and ninety of 1:30; such n
 
 import codecs
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -189,6 +190,10 @@ class RunConfig:
                 raise UserError(f"dataloader.{statistic}: found {values}, expected three numbers, one per colour channel")
         if self.quan.weight.all_positive:
             raise UserError("quan.weight.all_positive: weights are always signed; leave it false")
+        if self.quan.excepts != AUTO:
+            for name, entry in self.quan.excepts.items():
+                if entry.weight.all_positive:
+                    raise UserError(f"quan.excepts.{name}.weight.all_positive: weights are always signed; leave it false")
         if self.quan.act.per_channel:
             raise UserError("quan.act.per_channel: activations have one step size per layer; leave it false")
         check_bits("target_bits", self.target_bits)
@@ -197,6 +202,21 @@ class RunConfig:
     def last_epoch(self):
         """The number of epochs after which training is finished."""
         return self.epochs + self.cooldown_epochs
+
+    def idle(self):
+        """{key: why} of the keys, and sections, that nothing reads in such a run."""
+        bits = dict.fromkeys(("quan.weight.bit", "quan.act.bit"), "target_bits, or a policy, says the bits")
+        idle = {"gpu": "a note", "dataloader.serialized": "a note", **bits,
+                "quan.act.init": "activations start from their first batch"}
+        if self.sched not in ("step", "multistep"):
+            idle.update(dict.fromkeys(("decay_rate", "decay_epochs"), f"sched: {self.sched}"))
+        if self.sched == "constant":
+            idle["min_lr"] = "sched: constant"
+        if not self.warmup_epochs:
+            idle["warmup_lr"] = "no warmup_epochs"
+        if self.opt in ("adam", "adamw"):
+            idle["momentum"] = f"opt: {self.opt}"
+        return idle
 
 
 def describe_defaults(config):
@@ -547,6 +567,20 @@ _repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxstring 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing.
+
+
+def describe_idle(config):
+    """A line about keys that say something else than by default and have no effect in this run, or ''."""
+    fields = {item.name: item for item in dataclasses.fields(config)}
+
+    def is_given(key):
+        first, *rest = key.split(".")
+        item = fields[first]
+        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+        return functools.reduce(getattr, key.split("."), config) != functools.reduce(getattr, rest, default)
+
+    said = [f"{key} ({why})" for key, why in config.idle().items() if is_given(key)]
+    return f"without effect here: {', '.join(said)}" if said else ""
 
 
 def to_plain(config):

@@ -21,10 +21,10 @@ from policy import resolve_policy
 from quan.quantizer import IdentityQuan
 from quan.transfer import choose_candidates
 from quan.utils import joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
-from schema import DistillationConfig, FinetuneConfig
+from schema import DistillationConfig, FinetuneConfig, GradualPruneConfig
 from util import distributed
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
+from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig, describe_idle
 from util.errors import UserError
 from util.exchange import read_policy, write_policy
 from util.metrics import evaluate
@@ -408,6 +408,19 @@ def test_evaluation_equals_a_plain_computation_and_keeps_the_mode():
 def test_contradictions_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize(("changes", "line"), [
+    ({}, ""), ({"target_bits": [4, 2]}, "target_bits (indicators_pretraining reads it)"),
+    ({"fp_model": True, "sat": False}, "weight_bits (fp_model: true), act_bits (fp_model: true), sat (fp_model: true)"),
+    ({"distillation": DistillationConfig(temperature=2.0)}, "distillation.temperature (no distillation.teacher)"),
+    ({"distillation": DistillationConfig("pre_trained", temperature=2.0)}, ""),
+    ({"prune": GradualPruneConfig(frequency=3)}, "prune (no prune.target_sparsity)"),
+    ({"prune": GradualPruneConfig(0.5, frequency=3)}, ""),
+])
+def test_keys_that_nothing_reads_are_named(changes, line):
+    assert describe_idle(FinetuneConfig(**{"weight_bits": 3, "act_bits": 3, **changes})) \
+        == (f"without effect here: {line}" if line else "")
 
 
 def test_every_shipped_configuration_is_valid():

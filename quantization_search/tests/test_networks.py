@@ -4,7 +4,7 @@ import pytest
 from conftest import content
 
 import search
-from network import find_network
+from network import find_network, read_tables
 from util.errors import UserError
 from util.exchange import read_indicators
 
@@ -70,3 +70,15 @@ def test_products_of_attention_are_reported_and_in_no_bitops(save, capsys):
 def test_products_that_are_none_are_refused(save, products):
     with pytest.raises(UserError, match="products"):
         network(save({**content(), "products": products}))
+
+
+def test_indicators_with_limpqs_names_of_mobilenetv1_are_those_of_ours(save):
+    depths, parts = [1, 2, 2, 6, 2], ("dw_conv", "pw_conv")
+    names = [f"module.features.stage{stage}.unit{unit}.{part}.conv" for stage, depth in enumerate(depths, 1)
+             for unit in range(1, depth + 1) for part in parts]
+    table = {name: {"4": float(index), "2": index + 1.0} for index, name in enumerate(names)}
+    path = save({"layer_name": names, "weight": table, "act": table})
+    indicators = read_indicators(path)
+    network = find_network(path, indicators, "mobilenetv1")
+    assert list(network.rows) == list(read_tables()["mobilenetv1"])[1:-1]
+    assert [indicators["weight"][name][4] for name in network.rows] == list(range(26))

@@ -6,13 +6,15 @@ import torch
 import export
 import main
 from model import create_model
+from model.layer_table import trace
 from network import build_network
 from packed_network import load_any
-from quan.utils import step_quantizers
+from quan.utils import joint_modules, replace_module_by_names, step_quantizers
 from schema import FinetuneConfig
 from util.checkpoint import RunFolder, find_run, load_checkpoint, restore, save_checkpoint
-from util.config import load_config
+from util.config import ExceptionConfig, QuanConfig, QuantizerConfig, load_config
 from util.errors import UserError
+from util.exchange import write_policy
 from util.optim import create_optimizer
 
 CPU, BITS = torch.device("cpu"), [6, 4, 2]
@@ -252,3 +254,72 @@ def test_a_plain_safetensors_file_is_no_packed_model(folder, capsys):
     export.main(["tuned", "--config", "config.yaml", "--output", "m.safetensors"])
     assert "is a packed model, whose weights are integers; name the checkpoint that it was packed from" in complaint(
         capsys, main.main, "config.yaml", "pre_trained=m.safetensors")
+
+
+NASTY = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in NAMES:
+            self.add_module(name, nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+
+    def forward(self, x):
+        for name in NAMES:
+            x = getattr(self, name)(x)
+        return x
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem, self.bn, self.bns, self.aux = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), Block(), Block()
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.aux(self.bns(self.bn(self.stem(x)))).mean((2, 3)))
+
+class Inside(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.module = Net(num_classes)
+
+    def forward(self, x):
+        return self.module(x)
+
+def wrapped(num_classes):
+    return nn.DataParallel(Net(num_classes))
+"""
+
+
+@pytest.mark.parametrize("factory", ["Net", "Inside", "wrapped"])
+@pytest.mark.parametrize("prefix", [None, "module.", "_orig_mod.module."])
+def test_joint_training_of_a_network_with_any_names_is_a_start(folder, factory, prefix):
+    """prefix None: a checkpoint of ours; else one of LIMPQ's, whose data-parallel wrapper stands before every name."""
+    names = ["module", "bns", "bn", "0", "quan_w_fn", "quan_a_fn", "s", "init_state", "_orig_mod"]
+    (folder / "net.py").write_text(f"NAMES = {names}{NASTY}")
+    model = create_model(f"net.py:{factory}", 10)
+    graph = trace(model, 8)
+    excepts = {name: ExceptionConfig() for name in (*graph.first, next(iter(graph.batchnorms)), *graph.classifiers)}
+    quan = QuanConfig(act=QuantizerConfig(all_positive=True), excepts=excepts)
+    replace_module_by_names(model, joint_modules(model, graph, quan, BITS))
+    state = {name: randomly(name, tensor) for name, tensor in model.state_dict().items()}
+    if prefix is None:
+        save_checkpoint("c", {"arch": f"net.py:{factory}", "bits": BITS, "batchnorms": dict(graph.batchnorms),
+                              "state_dict": state})
+    else:
+        torch.save({"arch": "mine", "epoch": 3, "state_dict": {prefix + name: tensor for name, tensor in state.items()}}, "c")
+    searched = [name for name in graph.layers if name not in excepts]
+    bits = [BITS[index % 3] for index in range(len(searched))]
+    write_policy("p.yaml", {"layer_name": [(prefix or "") + name for name in searched], "weight_bits": bits, "act_bits": bits})
+    config = FinetuneConfig(arch=f"net.py:{factory}", quan=quan, policy="p.yaml", init_from="c", target_bits=BITS)
+    tuned = build_network(config, 10, 8, None, CPU).model.state_dict()
+    assert len(searched) == 18
+    for name, bit in zip(searched, bits, strict=True):
+        for kind in ("quan_w_fn", "quan_a_fn"):
+            expected = state[f"{name}.{kind}.s"][BITS.index(bit)].clamp(max=1.0 if prefix else 9.0)
+            assert tuned[f"{name}.{kind}.s"].tolist() == [expected.item()]
+        assert torch.equal(tuned[f"{name}.weight"], state[f"{name}.weight"])
+    for batchnorm, before in graph.batchnorms.items():
+        copy = "bn" if batchnorm in excepts else f"bns.{BITS.index(dict(zip(searched, bits, strict=True))[before])}"
+        assert torch.equal(tuned[f"{batchnorm}.running_var"], state[f"{batchnorm}.{copy}.running_var"])

@@ -73,7 +73,7 @@ class FinetuneConfig(RunConfig):
                     raise UserError(f"{key}: found {bit}, expected {BITS_OF[key]}")
 
     def idle(self):
-        idle = {**super().idle(), "target_bits": "indicators_pretraining reads it"}
+        idle = {**super().idle(), **({} if self.init_from else {"target_bits": "indicators_pretraining reads it"})}
         if self.fp_model:
             idle = {key: why for key, why in idle.items() if not key.startswith("quan.")}
             keys = ("quan", "policy", "weight_bits", "act_bits", "sat", "calibration_images")

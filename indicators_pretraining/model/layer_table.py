@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import math
+import os
 import random
+import traceback
 from dataclasses import dataclass, is_dataclass, replace
 
 import numpy as np
@@ -17,6 +19,7 @@ from util.errors import UserError, reason
 
 from .attention import SelfAttention, attends_to_itself
 
+USUAL_SIZES = (224, 32, 28, 64, 96, 128, 256, 299, 384)  # tried where a network fails, to tell whether the size is why
 QUANTIZABLE = (nn.Conv2d, nn.Linear)
 OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -299,13 +302,27 @@ def _traced(model, input_size, num_classes):
             graph = _dry_pass(model, input_size, "cpu")
             _check_reached(model, graph, input_size)
         except Exception as error:
-            raise error if isinstance(error, UserError) else UserError(
-                f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
-                "change arch or dataloader.input_size") from None
+            raise error if isinstance(error, UserError) else UserError(_why_it_fails(model, input_size, error)) from None
     _check_answer(graph, num_classes)
     _check_tied(model, graph)
     contiguous, changes_images = _in_both_modes(model, input_size)
     return replace(graph, contiguous=graph.contiguous or contiguous, changes_images=changes_images)
+
+
+def _why_it_fails(model, input_size, error):
+    """What to say of an error in the forward pass: the size is to blame only where the network takes another one."""
+    for size in USUAL_SIZES:
+        for device in ("meta", "cpu"):
+            with contextlib.suppress(Exception):
+                _dry_pass(model, size, device)
+                return (f"the network does not take images of {input_size}x{input_size} ({reason(error)}), but of "
+                        f"{size}x{size}; change arch or dataloader.input_size")
+    folders = (os.path.dirname(torch.__file__), os.path.dirname(os.path.abspath(__file__)))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if not frame.filename.startswith(folders) and "site-packages" not in frame.filename]
+    place = f" in line {frames[-1].lineno} of {os.path.basename(frames[-1].filename)}" if frames else ""
+    return (f"arch: the network fails on an image of {input_size}x{input_size}{place} "
+            f"({type(error).__name__}: {reason(error)})")
 
 
 @contextlib.contextmanager

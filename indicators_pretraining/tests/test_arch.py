@@ -214,3 +214,12 @@ def test_real_networks_of_timm(name, layers):
     assert len(graph.layers) == layers
     macs = sum(call.macs_exact for call in graph.layers.values()) + sum(graph.products.values())
     assert macs == counted(model, 64)[0]
+
+
+def test_what_is_not_the_size_is_not_blamed_on_it(monkeypatch):
+    def broken(arch, num_classes, input_size):
+        raise AssertionError("no such activation")
+
+    monkeypatch.setattr("model.model._own_model", broken)
+    with pytest.raises(UserError, match=r"^arch: resnet20 cannot be built \(AssertionError: no such activation\)$"):
+        create_model("resnet20", 10, input_size=8)

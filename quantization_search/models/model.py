@@ -59,11 +59,20 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     try:
         model = take_apart(build(arch, num_classes, input_size))
     except (AssertionError, ValueError) as error:
-        raise UserError(f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
-                        "change arch or dataloader.input_size") from None
+        raise UserError(_why_not_built(build, arch, num_classes, input_size, error)) from None
     if pre_trained:
         load_weights(model, _torchvision_weights(arch), f"torchvision's {arch}")
     return model
+
+
+def _why_not_built(build, arch, num_classes, input_size, error):
+    """What to say of an error in building a network: the size is to blame only where it is built for its own one."""
+    try:
+        build(arch, num_classes, None)
+    except Exception:
+        return f"arch: {arch} cannot be built ({type(error).__name__}: {reason(error)})"
+    return (f"the network does not take images of {input_size}x{input_size} ({reason(error)}); "
+            "change arch or dataloader.input_size")
 
 
 def create_traced(arch, num_classes, pre_trained, input_size):

@@ -225,6 +225,8 @@ def swap(x):
     (nn.Conv2d(4, 6, 1), lambda x: x.chunk(2, 1)[1], nn.BatchNorm2d(3), True),
     (nn.Conv2d(4, 6, 1), lambda x: x + x.mean(1, keepdim=True), nn.BatchNorm2d(6), True),
     (nn.Conv2d(4, 2, 1), lambda x: x.flip(1), nn.BatchNorm2d(2), True),
+    (nn.Conv2d(4, 2, 1), lambda x: x + nn.functional.pad(x[:, :1], (0, 0, 0, 0, 1, 0)), nn.BatchNorm2d(2), True),
+    (nn.Conv2d(4, 2, 1), lambda x: x + nn.functional.pad(x[:, 1:], (0, 0, 0, 0, 0, 1)), nn.BatchNorm2d(2), True),
     (nn.Conv2d(4, 6, 1), nn.Flatten(), nn.BatchNorm1d(96), True),
     (nn.Linear(4, 6), nn.ReLU(), nn.BatchNorm1d(6), False),
     (nn.Linear(4, 6), lambda x: x.roll(1, 1), nn.BatchNorm1d(6), True)])

@@ -79,24 +79,32 @@ def packing(place, name, arch, size, *_):
 
     import export
     from packed_network import load_any, rebuild
+    from util.errors import UserError
 
     own = arch if ".py:" in arch else None
     files = {"checkpoint": f"{place}/training/{name}/{name}_checkpoint.pth.tar"}
     for kind, options in (("packed", []), ("folded", ["--fold-bn"])):
         files[kind] = f"{place}/{name}_{kind}.safetensors"
-        export.main([files["checkpoint"], "--output", files[kind], *options, *(["--arch", own] if own else [])])
+        try:
+            export.main([files["checkpoint"], "--output", files[kind], *options, *(["--arch", own] if own else [])])
+        except UserError as error:  # a network that does not take it: the packed model without is whole
+            if not str(error).startswith("--fold-bn: ") or Path(files[kind]).exists():
+                raise
+            del files[kind]
     images, networks = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1)), {}
     for kind, path in files.items():
         content = load_any(path)
         networks[kind] = rebuild(content, path, own)
     graph, folds = networks["checkpoint"].graph, content["packed"].header["folded"]
     with torch.no_grad():
-        layers = change_by_folding(networks["checkpoint"].model, networks["folded"].model, folds, images)
-        right, packed, folded = (network.model(images.clone()) for network in networks.values())
+        models = [networks.get(kind, networks["packed"]).model for kind in ("checkpoint", "packed", "folded")]
+        layers = change_by_folding(models[0], models[2], folds, images)
+        right, packed, folded = (model(images.clone()) for model in models)
     counted, left = sum(call.params for call in graph.layers.values()), sum(graph.uncounted.values())
     products, macs = (sum(graph.products.values()), sum(call.macs_exact for call in graph.layers.values()))
     (place / f"{name}.json").write_text(json.dumps({
-        "is_equal": torch.equal(right, packed), "folded": len(folds), "layer_change": layers,
+        "is_equal": torch.equal(right, packed), "folded": len(folds) if "folded" in files else "refused",
+        "layer_change": layers,
         "logit_change": change(right, folded), "layers": len(graph.layers), "weights": counted + left,
         "left_share": left / (counted + left), "left": list(graph.uncounted), "products_share": products / (products + macs)}))
 

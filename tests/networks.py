@@ -170,12 +170,13 @@ def kind_of(row):
 
 
 def line_of(row):
+    row = {key: str(value) for key, value in row.items()}
     name = row["network"].removeprefix(kind_of(row)).removeprefix(":")
     if row["result"] != "passed":
         said = row["line"].replace("|", "\\|")
         return f"| {name} | {row['size']}² | **{row['result']}**: {said} | | | | | | {row['seconds']} |"
     left = f"{percent(row['left_share'])}: {row['left']}" if row["left"] else "-"
-    folded = f"{row['folded']}, {row['layer_change']}, {row['logit_change']}" if int(row["folded"]) else "-"
+    folded = f"{row['folded']}, {row['layer_change']}, {row['logit_change']}" if row["folded"].isdigit() else row["folded"]
     return (f"| {name} | {row['size']}² | passed | {row['layers']} | {int(row['weights']) / 1e6:.2f} M | {left} | "
             f"{percent(row['products_share'])} | {folded} | {row['seconds']} |")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from every_network import STAGES, write_images
+from networks import PAGE, all_networks, page, read_rows, walk
 
 pytestmark = pytest.mark.xdist_group("networks")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,3 +72,17 @@ def test_two_steps_are_made_of_each(walked):
         for name, printed in walked[1][stage].items():
             assert re.findall(r"^.*epoch 1 \[(\d/\d)\]", printed, re.MULTILINE) == ["1/2", "2/2"], (stage, name)
         assert list(walked[1][stage]) == list(NETWORKS)
+
+
+def test_the_table_of_networks_is_made_of_its_rows_and_none_failed():
+    rows = read_rows()
+    assert list(rows) == [name for name in all_networks() if name in rows]
+    assert [name for name, row in rows.items() if row["result"] == "failed"] == []
+    assert sum(name.startswith("timm:") and row["result"] == "passed" for name, row in rows.items()) >= 30
+    assert PAGE.read_text(encoding="utf-8") == page(list(rows.values()))
+
+
+def test_a_crash_is_a_row(tmp_path):
+    (tmp_path / "net.py").write_text("import os\n\ndef make(num_classes):\n    os.abort()\n")
+    row, _ = walk(f"{tmp_path}/net.py:make", 8, 300)
+    assert (row["result"], row["line"]) == ("failed", "pretraining: died of SIGABRT")

@@ -825,8 +825,7 @@ def two_names(num_classes):
 
 @odd
 def zero_branch(num_classes):
-    """A branch that begins at zero: its input and its weight."""
+    """A branch whose input begins at zero."""
     part = Through(lambda m, x: x + m.two(m.gain * m.one(x)), one=nn.Conv2d(8, 8, 1), two=nn.Conv2d(8, 8, 1))
     part.gain = nn.Parameter(torch.zeros(1))
-    nn.init.zeros_(part.two.weight)
     return Net(num_classes, part)

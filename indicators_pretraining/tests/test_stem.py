@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import process
-from model import create_model
-from model.layer_table import trace
+from model.model import create_traced
 from quan.func import QuanConv2d
 from quan.quantizer import LsqQuan
 from quan.stem import SharedStem, find_stem
@@ -22,9 +21,8 @@ BITS = [4, 3, 2]
 
 def joint_network(arch, excepts, size, seed=0, input_size=None):
     torch.manual_seed(seed)
-    model = create_model(arch, 10, input_size=input_size).double()
+    model, graph = create_traced(arch, 10, False, input_size or size)
     excepts = {name: ExceptionConfig() for name in excepts}
-    graph = trace(model, size)
     replace_module_by_names(model, joint_modules(model, graph, QuanConfig(act=ActQuantizerConfig(), excepts=excepts), BITS))
     return model.double().train(), BitSwitch(model, graph, excepts, BITS)
 

@@ -55,7 +55,7 @@ def test_subclasses_of_layers_are_written_with_their_integers(factory):
 @needs_onnxruntime
 def test_a_trained_network_gives_the_same_classes_and_each_layer_the_same_values(capsys):
     pathlib.Path("config.yaml").write_text(CONFIG)
-    main.main(["config.yaml"])
+    main.main(["config.yaml", "opt=momentum"])
     path = "results/run/run_checkpoint.pth.tar"
     export.main([path, "--output", "model.safetensors"])
     export.main(["model.safetensors", "--onnx", "model.onnx"])

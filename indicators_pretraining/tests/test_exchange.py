@@ -163,6 +163,17 @@ def test_the_indicator_of_per_channel_steps_is_their_mean():
     assert content["weight"]["a"] == {4: pytest.approx(0.2), 2: pytest.approx(0.4)}
 
 
+def test_channels_of_which_nothing_remains_do_not_count_in_the_mean():
+    steps, mask = torch.tensor([[0.1, 0.3, 5.0], [0.2, 0.6, 7.0]]), torch.zeros(3, 2, 1, 1, dtype=torch.bool)
+    mask[0], mask[1, 1] = True, True
+    content = extract({**checkpoint(a__quan_w_fn__s=steps), "masks": {"a.weight": mask}}, "c")
+    assert content["weight"]["a"] == {4: pytest.approx(0.2), 2: pytest.approx(0.4)}
+    content = extract({**checkpoint(a__quan_w_fn__s=steps), "masks": {"a.weight": mask & False}}, "c")
+    assert content["weight"]["a"] == {4: pytest.approx(1.8), 2: pytest.approx(2.6)}  # nothing remains: all count
+    with pytest.raises(UserError, match="c: masks: a.weight is not a mask of 3 channels"):
+        extract({**checkpoint(a__quan_w_fn__s=steps), "masks": {"a.weight": mask[:2]}}, "c")
+
+
 @pytest.mark.parametrize(("steps", "message"), [
     ({"a__quan_w_fn__init_state": torch.ones(1)}, "a.quan_w_fn: found 1 marks of trained step sizes"),
     ({"b__quan_a_fn__s": None}, "b.quan_a_fn: found nothing"),

@@ -193,6 +193,27 @@ def test_reducing_keeps_a_fixed_exception_and_refuses_an_unknown_bit():
         choose_candidates(checkpoint, {"a": 8}, {"a": 4}, "c")
 
 
+def test_a_batchnorm_without_a_searched_layer_before_it_keeps_the_copy_of_the_widest_candidate():
+    state = {f"{name}.bns.{copy}.{entry}": torch.tensor([copy + 10.0 * (entry == "bias")])
+             for name in ("first", "second", "third") for copy in range(3) for entry in ("weight", "bias")}
+    checkpoint = {"bits": [2, 6, 4], "batchnorms": {"first": "stem", "second": None, "third": "a"}, "state_dict": {
+        **state, "stem_bn.bn.weight": torch.ones(1), "twice.bns.0.weight": torch.ones(1), "fc.weight": torch.ones(1)}}
+    checkpoint["batchnorms"]["stem_bn"] = "stem"
+    chosen = choose_candidates(checkpoint, {"a": 4}, {"a": 2}, "c", frozenset({"twice"}))
+    assert {name: tensor.item() for name, tensor in chosen.items()} == {
+        "first.weight": 1, "first.bias": 11, "second.weight": 1, "second.bias": 11, "third.weight": 2, "third.bias": 12,
+        "stem_bn.weight": 1, "fc.weight": 1}
+
+
+def test_signs_of_the_checkpoint_go_before_those_of_the_policy(tmp_path):
+    names, path, joint = layer_names(), str(tmp_path / "policy.yaml"), str(tmp_path / "joint.pth.tar")
+    joint_checkpoint(joint)  # signed: layer2.0.conv1 alone
+    write_policy(path, {"layer_name": names, "weight_bits": [4] * 18, "act_bits": [4] * 18,
+                        "act_signed": [name == "layer1.0.conv1" for name in names]})
+    tuned = network(policy=path, weight_bits=None, act_bits=None, init_from=joint)
+    assert [name for name in names if tuned.model.get_submodule(name).quan_a_fn.signed] == ["layer2.0.conv1"]
+
+
 def test_published_names_of_fine_tuned_checkpoints_load(tmp_path):
     model = network().model
     state = {}

@@ -1,7 +1,8 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
 # make networks: what works, of torchvision's and timm's networks and odd ones, in hours; `FLAGS=--resume` goes on
-# make bench: times of training and of the search     make sync: copy what the stages share     make clean: remove all results
+# make mutants: which changed lines no test notices, in hours     make bench: times of training and of the search
+# make sync: copy what the stages share     make clean: remove all results
 # make experiments: does the method work, on Fashion-MNIST, in hours       make experiments-quick: a small version in minutes
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
 
@@ -60,6 +61,9 @@ soak: $(READY)
 networks: $(READY)
 	-$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-networks.txt
 	$(RUN) tests/networks.py $(FLAGS)
+
+mutants: $(READY)
+	$(RUN) tests/mutants.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -125,7 +125,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
 
 def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path):
     path = tmp_path / "c.pth.tar"
-    save_checkpoint(str(path), {"state_dict": {"a": torch.ones(3)}})
+    save_checkpoint(str(path), {"arch": "a", "state_dict": {"a": torch.ones(3)}, "config": {}, "random_states": []})
     whole = path.read_bytes()
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1:])

@@ -56,8 +56,10 @@ def find_stem(model, input_size):
     """
     twin = copy.deepcopy(model).to("meta").train()  # in evaluation there is no dropout, say, that works in place
     for module in twin.modules():
-        if isinstance(module, (LsqQuan, BATCHNORM)):  # these would ask for values
-            module.eval()
+        if isinstance(module, BATCHNORM):
+            module.eval()  # it would ask for values
+        if isinstance(module, LsqQuan):
+            module.forward = _pass_through  # which says as much of what uses what
     consumers = _Consumers(torch.empty(1, 3, input_size, input_size, device="meta"))
     names, versions = [], []
 

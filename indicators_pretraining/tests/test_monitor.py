@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -503,21 +502,20 @@ print("ID", run.wandb_id)
 
 
 def run_program(folder, mode, wandb_id="", **environment):
-    begun = time.time()
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder), mode, wandb_id], cwd=STAGE, timeout=60,
                           text=True, capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    return done.stdout.splitlines(), time.time() - begun
+    return done.stdout.splitlines()
 
 
 def test_offline_runs_lie_in_the_run_folder_and_a_resumed_one_is_a_second_segment(tmp_path):
     pytest.importorskip("wandb")
-    out, _ = run_program(tmp_path, "auto")
+    out = run_program(tmp_path, "auto")
     identity = out[-1].split()[1]
     assert [line for line in out if "wandb" in line] == ["wandb keeps the run offline (no API key configured)",
                                                          f"wandb: offline, run {identity}"]
-    again, _ = run_program(tmp_path, "offline", identity)
+    again = run_program(tmp_path, "offline", identity)
     assert again[-1] == f"ID {identity}"
     segments = sorted((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
     assert len(segments) == 2
@@ -526,10 +524,9 @@ def test_offline_runs_lie_in_the_run_folder_and_a_resumed_one_is_a_second_segmen
 
 def test_a_server_out_of_reach_does_not_stop_the_run(tmp_path):
     pytest.importorskip("wandb")
-    out, seconds = run_program(tmp_path, "auto", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40)
+    out = run_program(tmp_path, "auto", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40)
     told = [line for line in out if line.startswith("wandb")]
     assert len(told) == 2
     assert told[0].startswith("wandb does not start online: ")
     assert told[1].startswith("wandb: offline, run ")
     assert csv_lines(tmp_path)[-1] == "1,val,6,1.5,,,,"
-    assert seconds < 25

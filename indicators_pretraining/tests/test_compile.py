@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_joint_training import BITS, EXCEPTS, SmallNet
 from test_quantizer import SETTINGS, given, problems, st
+from test_resume import SMALL
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -21,11 +22,11 @@ from util.errors import UserError
 from util.passes import Passes
 
 CONFIG = """
-arch: resnet20
+arch: small.py:make
 target_bits: [4, 2]
 dataloader: {dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.1, val_split: 0.1}
 wandb: {mode: disabled}
-quan: {excepts: {conv1: , bn1: , fc: }}
+quan: {excepts: {'0': , '1': , '10': }}
 compile: true
 lr: 0.001
 sched: constant
@@ -103,6 +104,7 @@ def test_a_compiled_run_can_be_continued_and_leaves_the_usual_names(tmp_path, mo
     # The same way without the minutes that a compiler takes for a whole network.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "small.py").write_text(SMALL)
     states = {}
     for name, runs in {"at_once": [2], "continued": [1, 2]}.items():
         for epochs in runs:

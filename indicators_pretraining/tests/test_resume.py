@@ -14,20 +14,36 @@ from util.checkpoint import RunFolder
 from util.errors import Interrupted
 
 CONFIG = """
-arch: resnet20
+arch: small.py:make
 target_bits: [4, 2]
 dataloader: {dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.1, val_split: 0.1}
 wandb: {mode: disabled}
-quan: {act: {all_positive: true}, excepts: {conv1: , bn1: , fc: }}
+quan: {act: {all_positive: true}, excepts: {'0': , '1': , '10': }}
 epochs: 3
 warmup_epochs: 1
 lr: 0.05
 """
 
+SMALL = """
+from torch import nn
 
-def test_batchnorm_statistics_are_averaged_over_ranks_at_the_end_of_every_epoch(tmp_path, monkeypatch):
+
+def make(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False),
+                         nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.Linear(24, num_classes))
+"""
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Each test in a folder with its configuration and a network small enough to be trained often."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "small.py").write_text(SMALL)
+
+
+def test_batchnorm_statistics_are_averaged_over_ranks_at_the_end_of_every_epoch(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(distributed, "average_batchnorm_statistics", calls.append)
     main.main(["config.yaml", "epochs=2"])
@@ -39,8 +55,6 @@ class Stopped(Exception):
 
 
 def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     main.main(["config.yaml", "name=undisturbed"])
     save = RunFolder.save
 
@@ -58,8 +72,6 @@ def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
 
 
 def test_a_kill_between_the_writes_of_an_epoch_does_not_lose_the_best_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     words = ["config.yaml", "epochs=1", "warmup_epochs=0"]
     main.main([*words, "name=undisturbed"])
     save = checkpoint.save_checkpoint
@@ -96,8 +108,6 @@ STEP = (process, "joint_step")
 @pytest.mark.parametrize("moment", [(*STEP, 1), (*STEP, 3), (*STEP, 4), (metrics.Metrics, "result", 3),
                                     (metrics.Metrics, "result", 4)])
 def test_a_run_that_a_signal_stops_again_and_again_equals_an_undisturbed_one(tmp_path, monkeypatch, moment):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     main.main(["config.yaml", "name=undisturbed"])
     stops = 0
     while True:
@@ -115,8 +125,6 @@ def test_a_run_that_a_signal_stops_again_and_again_equals_an_undisturbed_one(tmp
 
 
 def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     main.main(["config.yaml", "name=undisturbed"])
     save, steps = RunFolder.save, []
 
@@ -137,8 +145,6 @@ def test_checkpoints_inside_an_epoch_are_gone_on_from(tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     main.main(["config.yaml", "name=run", "log.keep_checkpoints=2", "log.checkpoint_steps=2"])
     folder = tmp_path / "results" / "run"
     assert sorted(path.name for path in folder.glob("*epoch*")) == ["run_epoch_2_checkpoint.pth.tar",
@@ -149,8 +155,6 @@ def test_checkpoints_of_as_many_epochs_as_asked_for_stay(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_a_run_starts_from_an_earlier_checkpoint_once_and_then_goes_on_from_its_own(tmp_path, monkeypatch, capsys, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     words = ["config.yaml", "epochs=2"]
     main.main([*words, "name=first", "log.keep_checkpoints=2"])
     expected = shutil.copytree("results/first", "results/undisturbed")
@@ -168,8 +172,6 @@ def test_a_run_starts_from_an_earlier_checkpoint_once_and_then_goes_on_from_its_
 
 
 def test_another_number_of_threads_is_taken_over_or_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text(CONFIG)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1] if chosen else 1)

@@ -30,9 +30,10 @@ CSV, COLUMNS = ROOT / "measurements" / "mutants.csv", ["file", "line", "before",
 # {file: names of its tests, the likely ones first}; they lie in the tests/ of the stage.
 FIRST, SEARCH, LAST = "indicators_pretraining/", "quantization_search/", "quantization_training/"
 TARGETS = {
-    FIRST + "process.py": "training joint_training resume signs", FIRST + "util/training.py": "training resume pruning",
+    FIRST + "process.py": "training training_pass joint_training resume",
+    FIRST + "util/training.py": "training resume pruning",
     FIRST + "util/optim.py": "training optimizers joint_training", FIRST + "model/masks.py": "masks pruning graph",
-    FIRST + "model/layer_table.py": "graph arch attention masks model", LAST + "quan/transfer.py": "finetuning",
+    FIRST + "model/layer_table.py": "graph arch attention layout names", LAST + "quan/transfer.py": "finetuning limpq",
     FIRST + "importance_extractor.py": "exchange joint_training sensitivity", SEARCH + "ilp.py": "ilp budgets search sparse",
     LAST + "process.py": "finetuning resume pruning", LAST + "packing.py": "packing export",
     LAST + "packed_network.py": "packing export onnx", LAST + "packed_file.py": "packing export onnx"}

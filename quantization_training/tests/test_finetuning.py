@@ -191,6 +191,9 @@ def test_reducing_keeps_a_fixed_exception_and_refuses_an_unknown_bit():
         "a.quan_w_fn.s": [2.0], "stem.quan_w_fn.s": [5.0], "bn.weight": [2.0]}
     with pytest.raises(UserError, match="chose 8 bits"):
         choose_candidates(checkpoint, {"a": 8}, {"a": 4}, "c")
+    for missing in ("bits", "batchnorms"):
+        with pytest.raises(UserError, match="^c: not a checkpoint of indicators_pretraining"):
+            choose_candidates({key: value for key, value in checkpoint.items() if key != missing}, {"a": 2}, {"a": 4}, "c")
 
 
 def test_a_batchnorm_without_a_searched_layer_before_it_keeps_the_copy_of_the_widest_candidate():

@@ -2,8 +2,10 @@
 
 python demo.py             dense weights, indicators, search, fine-tuning
 python demo.py --pruned    dense, 50 % and 80 % sparse, each searched and fine-tuned
+with --record              also write what the README shows of it into measurements/demo.csv, or demo_pruned.csv
 """
 
+import csv
 import os
 import subprocess
 import sys
@@ -109,26 +111,48 @@ def summary(folder, name):
     return yaml.safe_load((ROOT / folder / "results" / name / "summary.yaml").read_text())
 
 
-def table():
+def rows():
     """Accuracy and cost of each network, from the summaries of the runs."""
+    keys = ("top1", "size_mb", "ratio", "gbitops")
+    found = {title: summary(TRAINING, name) for title, name in ROWS.items()}
+    return [{"network": title, **{key: row[key] for key in keys}} for title, row in found.items()]
+
+
+def table(found):
     lines = [f"{'network':<18} {'top-1 %':>8} {'size MB':>9} {'smaller':>9} {'BitOPs G':>9}"]
-    for title, name in ROWS.items():
-        row = summary(TRAINING, name)
-        lines.append(f"{title:<18} {row['top1']:>8.2f} {row['size_mb']:>9.4f} {row['ratio']:>8.2f}x {row['gbitops']:>9.4f}")
+    for row in found:
+        top1, size, ratio, bitops = (float(row[key]) for key in ("top1", "size_mb", "ratio", "gbitops"))
+        lines.append(f"{row['network']:<18} {top1:>8.2f} {size:>9.4f} {ratio:>8.2f}x {bitops:>9.4f}")
     return "\n".join(lines)
 
 
-def pruned_table():
+def pruned_rows():
     """Accuracy before and after quantization, and cost, of each level."""
-    lines = [f"{'network':<12} {'32 bits, %':>10} {'W3A3, %':>8} {'size MB':>8} {'sparse MB':>10} {'smaller in all':>15} "
-             f"{'BitOPs G':>9} {'effective G':>12}"]
-    levels = summary(PRETRAINING, Path(PRUNED).name)["levels"]
+    levels, found = summary(PRETRAINING, Path(PRUNED).name)["levels"], []
     for level, title in LEVELS.items():
         row = summary(TRAINING, f"{name_of(level)}_w3a3")
-        lines.append(f"{title:<12} {levels[level]['top1']:>10.2f} {row['top1']:>8.2f} {row['size_mb']:>8.4f} "
-                     f"{row.get('sparse_size_mb', row['size_mb']):>10.4f} {row.get('sparse_ratio', row['ratio']):>14.2f}x "
-                     f"{row['gbitops']:>9.4f} {row.get('gbitops_effective', row['gbitops']):>12.4f}")
+        found.append({"network": title, "dense_top1": levels[level]["top1"], "top1": row["top1"], "size_mb": row["size_mb"],
+                      "sparse_size_mb": row.get("sparse_size_mb", row["size_mb"]),
+                      "sparse_ratio": row.get("sparse_ratio", row["ratio"]), "gbitops": row["gbitops"],
+                      "gbitops_effective": row.get("gbitops_effective", row["gbitops"])})
+    return found
+
+
+def pruned_table(found):
+    lines = [f"{'network':<12} {'32 bits, %':>10} {'W3A3, %':>8} {'size MB':>8} {'sparse MB':>10} {'smaller in all':>15} "
+             f"{'BitOPs G':>9} {'effective G':>12}"]
+    for row in found:
+        before, after, size, sparse, ratio, bitops, effective = (float(value) for value in list(row.values())[1:])
+        lines.append(f"{row['network']:<12} {before:>10.2f} {after:>8.2f} {size:>8.4f} {sparse:>10.4f} {ratio:>14.2f}x "
+                     f"{bitops:>9.4f} {effective:>12.4f}")
     return "\n".join(lines)
+
+
+def record(found, name):
+    with open(ROOT / "measurements" / name, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, found[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
 
 
 def packed_size():
@@ -138,14 +162,17 @@ def packed_size():
 
 
 def main():
-    is_pruned = sys.argv[1:] == ["--pruned"]
-    if sys.argv[1:] and not is_pruned:
+    is_pruned = "--pruned" in sys.argv
+    if not {*sys.argv[1:]} <= {"--pruned", "--record"}:
         sys.exit(__doc__)
     begun = time.time()
     for step in pruned_steps() if is_pruned else steps():
         run(step)
+    found = pruned_rows() if is_pruned else rows()
+    if "--record" in sys.argv:
+        record(found, "demo_pruned.csv" if is_pruned else "demo.csv")
     print(f"\nResNet-20 on UCI digits (359 test images, 16x16), {time.time() - begun:.0f} s in all\n\n"
-          f"{pruned_table() if is_pruned else table()}\n")
+          f"{pruned_table(found) if is_pruned else table(found)}\n")
     if is_pruned:
         print(f"accuracy against sparsity: {PRETRAINING}/{PRUNED}/pruning.png")
     else:

@@ -1,5 +1,8 @@
 """Commands under test send nothing to wandb and use few threads."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["WANDB_MODE"] = "disabled"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for demo.py

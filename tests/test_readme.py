@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import demo
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLE = re.compile(r"^python (search\.py .*?indicators/.*?)^```$.*?^```$(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -41,6 +43,11 @@ def one_line(text):
                          ids=lambda row: row["what"][:40])
 def test_what_was_measured_stands_in_the_readme_as_it_was_measured(row):
     assert one_line(row["in_readme"]) in one_line(README) and row["command"]
+
+
+def test_the_table_of_the_demo_is_that_of_what_it_recorded():
+    rows = list(csv.DictReader((ROOT / "measurements" / "demo.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 3 and demo.table(rows) in README
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "experiments").glob("*.md")), ids=lambda page: page.stem)

@@ -8,7 +8,7 @@ from torch import nn
 
 from util.errors import SINGLE_VALUE, UserError, reason
 
-from .layer_table import Notes, generators_put_back, tensors_in
+from .layer_table import Notes, generators_put_back, shortened, tensors_in
 
 FEW_MACS = 10**8
 PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
@@ -48,21 +48,17 @@ def check_training(model, graph, input_size, num_classes):
         raise UserError(f"arch: in training the network gives {found} for two images, expected logits of shape "
                         f"[2, {num_classes}], alone or first among its outputs")
     if heads and not heads.intersection(graph.heads):
-        raise UserError(f"arch: in training the logits come from {_some(sorted(heads))}, in evaluation from "
-                        f"{_some(graph.heads)}; give the same, alone or first among the outputs")
+        raise UserError(f"arch: in training the logits come from {shortened(sorted(heads))}, in evaluation from "
+                        f"{shortened(graph.heads)}; give the same, alone or first among the outputs")
     missed = [name for name in (*graph.layers, *graph.batchnorms) if name not in reached]
     if missed:
-        raise UserError(f"arch: evaluation reaches {_some(missed)}, which training does not, so that nothing would train it; "
-                        "let both go the same way")
+        raise UserError(f"arch: evaluation reaches {shortened(missed)}, which training does not, so that nothing would "
+                        "train it; let both go the same way")
     modules = dict(model.named_modules())
     extra = [name for name in reached if name not in graph.layers and isinstance(modules[name], (nn.Conv2d, nn.Linear))]
     return "\n".join([*([f"in training the network gives a {kind}; it is trained on the first tensor in it"]
                         if kind != "Tensor" else []),
-                      *([f"reached in training only, and left in full precision: {_some(extra)}"] if extra else [])])
-
-
-def _some(names):
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                      *([f"reached in training only, and left in full precision: {shortened(extra)}"] if extra else [])])
 
 
 def _reached_in_training(model, graph, input_size):

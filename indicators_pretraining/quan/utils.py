@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from model.layer_table import QUANTIZABLE
+from model.layer_table import QUANTIZABLE, shortened
 from model.names import put_modules
 from util.config import AUTO, ExceptionConfig
 from util.errors import UserError, nearest
@@ -200,9 +200,8 @@ def check_all_reached(model):
     names = [name.removesuffix(".quan_a_fn") for name, quantizer in step_quantizers(model).items()
              if name.endswith(".quan_a_fn") and not (quantizer.is_reached or quantizer.is_initialized)]
     if names:
-        raise UserError(f"arch: no image of the first epoch reached {', '.join(names[:3])}"
-                        + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                        + "; name what only some images reach in quan.excepts, or let all go through it")
+        raise UserError(f"arch: no image of the first epoch reached {shortened(names)}; name what only some images reach in "
+                        "quan.excepts, or let all go through it")
 
 
 def init_weight_steps(model, masks, untrained=lambda name: True):

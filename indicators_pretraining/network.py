@@ -1,12 +1,11 @@
 """The networks of this stage: full-precision and pruned, or quantized for all candidates and described for later stages."""
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
 
 from model import load_weights
-from model.layer_table import Graph
+from model.layer_table import Graph, twin_of
 from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.training_pass import check_training
@@ -91,7 +90,7 @@ def build_network(config, num_classes, input_size, found, device):
     defaults = "" if found else describe_defaults(config)
     config, exceptions = name_exceptions(config, graph)
     signed = signs_of(found.content) if found else {}
-    plain = copy.deepcopy(model)
+    plain = twin_of(model)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits, signed))
     check_unchanged(plain, model, graph, input_size, config.eval)
     del plain
@@ -101,7 +100,7 @@ def build_network(config, num_classes, input_size, found, device):
         freeze_weights(model)
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
     description = describe_network(config, model, graph, num_classes, input_size, masks)
-    stem = SharedStem(model, find_stem(model, input_size), len(config.passes))
+    stem = SharedStem(model, [] if config.eval else find_stem(model, input_size), len(config.passes))
     to_device(model, device, graph)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())

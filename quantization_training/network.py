@@ -1,13 +1,12 @@
 """The network that is fine-tuned: built from a name, quantized at a policy's bits, with what it costs."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from model import create_model, load_weights
-from model.layer_table import Graph, trace
+from model.layer_table import Graph, trace, twin_of
 from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.names import is_below, second_names
@@ -98,7 +97,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     defaults = describe_defaults(config) if fresh else ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
-        plain = copy.deepcopy(model)
+        plain = twin_of(model)
         policy = quantize(model, graph, config, policy_file, checkpoint or joint, scaled_layers(graph, config, checkpoint))
         check_unchanged(plain, model, graph, input_size, config.eval)
         del plain

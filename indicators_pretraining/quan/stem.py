@@ -1,13 +1,12 @@
 """The modules at the beginning of a network that know nothing of bit-widths: computed once for all passes of a joint step."""
 
 import contextlib
-import copy
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from model.layer_table import is_quantizable, tensors_in
+from model.layer_table import is_quantizable, skip_batchnorms, tensors_in, twin_of
 from util.passes import autocast
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
@@ -54,7 +53,7 @@ def find_stem(model, input_size):
         a list in the order of computation. What lies between two of these modules is used by nothing else, and nothing
         changes the output of the last one in place. It is empty where a network cannot be followed in training.
     """
-    twin = copy.deepcopy(model).to("meta").train()  # in evaluation there is no dropout, say, that works in place
+    twin = twin_of(model).to("meta").train()  # in evaluation there is no dropout, say, that works in place
     for module in twin.modules():
         if isinstance(module, BATCHNORM):
             module.eval()  # it would ask for values
@@ -83,6 +82,7 @@ def find_stem(model, input_size):
 
     switched = {module for switch in twin.modules() if isinstance(switch, SwitchableBatchNorm) for module in switch.modules()}
     shareable = {module: name for name, module in twin.named_modules() if _is_shareable(module) and module not in switched}
+    skip_batchnorms(twin)
     met = set()
     for module in twin.modules():
         if module in shareable or isinstance(module, QuantizedLayer) or not any(True for _ in module.children()):

@@ -195,6 +195,15 @@ def test_what_cannot_be_told_apart_or_gives_no_logits_is_refused(model, message)
         trace(model, 2)
 
 
+@pytest.mark.parametrize(("batchnorm", "message"), [
+    (nn.BatchNorm2d(4), r"running_mean should contain 8 elements not 4"), (nn.BatchNorm1d(8), r"expected 2D or 3D input"),
+    (nn.BatchNorm2d(8, track_running_stats=False), r"more than 1 value per channel")])
+def test_a_batchnorm_that_does_not_fit_is_refused_as_torch_says_it(batchnorm, message):
+    network = nn.Sequential(nn.Conv2d(3, 8, 8), batchnorm, nn.Flatten(), nn.Linear(8, 10))
+    with pytest.raises(UserError, match=f"the network fails on an image of 8x8 .*{message}"):
+        trace(network, 8)
+
+
 def test_another_number_of_outputs_than_classes_is_refused():
     with pytest.raises(UserError, match="the network has 10 outputs, the data have 7 classes"):
         trace(create_model("resnet20", 10), 8, 7)

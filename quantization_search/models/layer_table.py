@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import math
 import os
 import random
 import traceback
+from collections import OrderedDict
 from dataclasses import dataclass, is_dataclass, replace
 
 import numpy as np
@@ -340,13 +342,35 @@ def generators_put_back(seed=0):
         np.random.set_state(states[1])
 
 
+def twin_of(model):
+    """A deep copy. Most of the time would go into empty dicts of hooks, which each module has many of."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    return copy.deepcopy(model, {id(value): type(value)() for value in attributes
+                                 if type(value) in (dict, OrderedDict) and not value})
+
+
+def skip_batchnorms(model):
+    """Let BatchNorms give a tensor like their input: of one without data, torch computes them slowly, in Python."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward is nn.BatchNorm2d.forward:
+            module.forward = functools.partial(_like_input, module)
+
+
+def _like_input(batchnorm, x):
+    fits = batchnorm.running_mean is not None and x.dim() > 1 and x.shape[1] == batchnorm.num_features
+    if not fits or batchnorm.training:
+        return type(batchnorm).forward(batchnorm, x)
+    batchnorm._check_input_dim(x)
+    return torch.empty_like(x)
+
+
 def _twin(model, device):
     """A copy in evaluation mode; a network that cannot be copied, or whose modules take no hooks, is refused."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(f"arch: {name or 'the network'} is compiled by torch.jit, which hides its layers; do without")
     try:
-        twin = copy.deepcopy(model)
+        twin = twin_of(model)
     except Exception as error:  # of the network's own attributes, which may be anything
         computed = [f"{name}.{key}" for name, module in model.named_modules() for key, value in vars(module).items()
                     if isinstance(value, torch.Tensor) and not value.is_leaf]
@@ -378,6 +402,8 @@ def _check_reached(model, graph, input_size):
 
 def _dry_pass(model, input_size, device):
     twin = _twin(model, device)
+    if device == "meta":
+        skip_batchnorms(twin)
     matrices = {name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2}
     notes, products = Notes(matrices), _Products()
     for name, module in twin.named_modules():
@@ -412,7 +438,7 @@ def _in_both_modes(model, input_size):
 
 def _real_pass(model, input_size, training, layout):
     """(What a forward pass of two images raises, None where nothing; whether it changed the images)."""
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     images = torch.linspace(-1, 1, 6 * input_size**2).view(2, 3, input_size, input_size)
     before, error = images.clone(), None
     try:

@@ -1,14 +1,13 @@
 """What a network does in training that it does not do in evaluation, found out before anything is trained."""
 
 import contextlib
-import copy
 
 import torch
 from torch import nn
 
 from util.errors import SINGLE_VALUE, UserError, reason
 
-from .layer_table import Notes, generators_put_back, shortened, tensors_in
+from .layer_table import Notes, generators_put_back, shortened, tensors_in, twin_of
 
 FEW_MACS = 10**8
 PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
@@ -78,7 +77,7 @@ def _reached_in_training(model, graph, input_size):
 
 
 def _pass(model, graph, input_size, device):
-    twin = copy.deepcopy(model).to(device, torch.float32).train()
+    twin = twin_of(model).to(device, torch.float32).train()
     reached, kinds = {}, []
     notes = Notes({name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2})
     for name, module in twin.named_modules():

@@ -2,6 +2,7 @@
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
 # make networks: what works, of torchvision's and timm's networks and odd ones, in hours; `FLAGS=--resume` goes on
 # make mutants: which changed lines no test notices, in hours     make bench: times of training and of the search
+# make record: measure anew what README.md and docs/ show, on a quiet machine after make clean, but for what takes hours
 # make sync: copy what the stages share     make clean: remove all results
 # make experiments: does the method work, on Fashion-MNIST, in hours       make experiments-quick: a small version in minutes
 # The virtual environment is made on first use, and made anew whenever a requirements file changes.
@@ -15,7 +16,7 @@ STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
-.PHONY: demo demo-pruned experiments experiments-quick test soak networks lint bench sync clean environment
+.PHONY: demo demo-pruned experiments experiments-quick test soak networks mutants lint bench record sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -71,6 +72,14 @@ lint: $(READY)
 bench: $(READY)
 	cd $(MASTER) && $(RUN) bench.py
 	cd quantization_search && $(RUN) bench.py
+
+record: $(READY)
+	$(RUN) demo.py --record
+	$(RUN) demo.py --pruned --record
+	LIMPQP_RECORD=1 $(RUN) -m pytest -q tests/test_own_network.py
+	cd $(MASTER) && $(RUN) bench.py --more --output ../measurements/bench_training_2_cores.csv
+	cd quantization_search && $(RUN) bench.py --output ../measurements/bench_search_2_cores.csv
+	$(RUN) -m measurements.pages
 
 sync:
 	rm -rf quantization_training/model quantization_training/quan quantization_training/util

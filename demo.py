@@ -2,7 +2,7 @@
 
 python demo.py             dense weights, indicators, search, fine-tuning
 python demo.py --pruned    dense, 50 % and 80 % sparse, each searched and fine-tuned
-with --record              also write what the README shows of it into measurements/demo.csv, or demo_pruned.csv
+with --record              also write it into measurements/, for the README; python -m measurements.pages puts it there
 """
 
 import csv
@@ -94,10 +94,10 @@ def name_of(level):
 
 
 def run(step):
-    """Run a step in its folder, unless its output is there already."""
+    """Run a step in its folder, unless its output is there already; returns whether it ran."""
     if (ROOT / step.folder / step.output).exists():
         print(f"\n== {step.title}: found {step.folder}/{step.output}")
-        return
+        return False
     print(f"\n== {step.title}\n$ cd {step.folder} && python {' '.join(step.command)}", flush=True)
     begun = time.time()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -105,6 +105,7 @@ def run(step):
     if done.returncode:
         sys.exit(f"the command above ended with status {done.returncode}; mend what it says and run the demo again")
     print(f"({time.time() - begun:.0f} s)")
+    return True
 
 
 def summary(folder, name):
@@ -148,17 +149,34 @@ def pruned_table(found):
     return "\n".join(lines)
 
 
-def record(found, name):
+def write_csv(name, found):
     with open(ROOT / "measurements" / name, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, found[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
 
 
-def packed_size():
+def note(name, value, unit, command):
+    """Put one figure into measurements/figures.csv, in the place of the one of that name."""
+    with open(ROOT / "measurements" / "figures.csv", newline="", encoding="utf-8") as file:
+        figures = {row["name"]: row for row in csv.DictReader(file)}
+    figures[name] = {"name": name, "value": value, "unit": unit, "command": command}
+    write_csv("figures.csv", list(figures.values()))
+
+
+def record(found, is_pruned, seconds):
+    """Write what the README shows; `seconds` is None where some of the results had been there before."""
+    command = "python demo.py --pruned --record" if is_pruned else "python demo.py --record"
+    write_csv("demo_pruned.csv" if is_pruned else "demo.csv", found)
+    if seconds is not None:
+        note("demo pruned" if is_pruned else "demo", round(seconds), "s", command)
+    if not is_pruned:
+        note("demo packed", packed_bytes(), "bytes", command)
+
+
+def packed_bytes():
     """What the packed file takes on the disk, all that the network needs in it."""
-    size = (ROOT / TRAINING / PACKED).stat().st_size
-    return f"the packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB) with BatchNorm, steps and header"
+    return (ROOT / TRAINING / PACKED).stat().st_size
 
 
 def main():
@@ -166,17 +184,17 @@ def main():
     if not {*sys.argv[1:]} <= {"--pruned", "--record"}:
         sys.exit(__doc__)
     begun = time.time()
-    for step in pruned_steps() if is_pruned else steps():
-        run(step)
-    found = pruned_rows() if is_pruned else rows()
+    have_run = [run(step) for step in (pruned_steps() if is_pruned else steps())]
+    found, seconds = pruned_rows() if is_pruned else rows(), time.time() - begun
     if "--record" in sys.argv:
-        record(found, "demo_pruned.csv" if is_pruned else "demo.csv")
-    print(f"\nResNet-20 on UCI digits (359 test images, 16x16), {time.time() - begun:.0f} s in all\n\n"
+        record(found, is_pruned, seconds if all(have_run) else None)
+    print(f"\nResNet-20 on UCI digits (359 test images, 16x16), {seconds:.0f} s in all\n\n"
           f"{pruned_table(found) if is_pruned else table(found)}\n")
     if is_pruned:
         print(f"accuracy against sparsity: {PRETRAINING}/{PRUNED}/pruning.png")
     else:
-        print(packed_size())
+        size = packed_bytes()
+        print(f"the packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB)")
         print(f"the policy: {SEARCH}/{POLICY}\nwhere the bits went: {SEARCH}/{PICTURE}")
     print("training curves: */results/*/curves.png\nmake clean removes all of it")
 

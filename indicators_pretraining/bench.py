@@ -1,6 +1,6 @@
 """What quantization costs in time and memory, next to the plain chain of operations and to the network without quantizers.
 
-python bench.py [--output results/bench.csv] [--only CASE ...] [--rounds N]
+python bench.py [--output results/bench.csv] [--more] [--only CASE ...] [--rounds N]
 
 Both sides of each comparison run in turn in one process, on buffers already touched; medians are printed, and ratios. The
 plain chain is what published LSQ code computes (divide, clamp, round with a straight-through gradient, multiply); the floor
@@ -481,12 +481,13 @@ def draw_growth(axes, kind, rows):
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--output", default="results/bench.csv", help="the table; the picture stands beside it")
+    parser.add_argument("--more", action="store_true", help=f"also {', '.join(MORE_CASES)}, on the CPU")
     parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *MORE_CASES, *GPU_CASES])}")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usual = CASES if device.type == "cpu" else GPU_CASES
     cases = CASES | MORE_CASES if device.type == "cpu" else GPU_CASES
+    usual = cases if options.more or device.type != "cpu" else CASES
     for name in options.only or ():
         if name not in cases:
             raise UserError(f"--only: found {name}, allowed on this machine is {', '.join(cases)}{nearest(name, cases)}")

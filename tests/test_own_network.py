@@ -5,10 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+
+import demo
 
 pytestmark = pytest.mark.xdist_group("own network")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,6 +19,7 @@ STAGES = ["indicators_pretraining", "quantization_search", "quantization_trainin
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("### A network of your own")[2].partition("\n## ")[0]
 SOURCE, SETTINGS, COMMANDS = re.findall(r"^```\w*\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
 SMALLER = "epochs: 1\nwarmup_epochs: 0\ndataloader: {data_fraction: 0.1, input_size: 8}\n"
+RECORD = bool(os.environ.get("LIMPQP_RECORD"))  # on all images, as the README says; what it says of the result is written down
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +30,23 @@ def walked(tmp_path_factory):
         shutil.copytree(ROOT / stage, place / stage, ignore=shutil.ignore_patterns("results", "__pycache__", "tests"))
     (home / "nets").mkdir()
     (home / "nets" / "my_network.py").write_text(SOURCE)
-    (home / "nets" / "my_network.yaml").write_text(SETTINGS + SMALLER)
+    (home / "nets" / "my_network.yaml").write_text(SETTINGS if RECORD else SETTINGS + SMALLER)
+    begun = time.time()
     done = subprocess.run(["bash", "-ec", 'python() { "$PYTHON" "$@"; }\n' + COMMANDS], cwd=place, capture_output=True,
-                          text=True, timeout=300, check=False,
+                          text=True, timeout=3000 if RECORD else 300, check=False,
                           env=os.environ | {"HOME": str(home), "PYTHON": sys.executable, "MPLCONFIGDIR": str(home)})
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert sorted(path.name for path in (home / "nets").iterdir()) == ["my_network.py", "my_network.yaml"]
+    if RECORD:
+        record(place / "quantization_training" / "results", time.time() - begun)
     return place, done.stdout
+
+
+def record(results, seconds):
+    dense, searched = (yaml.safe_load((results / name / "summary.yaml").read_text()) for name in ("mine", "mine_w3a3"))
+    for name, value, unit in (("", round(seconds), "s"), (" dense", dense["top1"], "% top-1"),
+                              (" searched", searched["top1"], "% top-1"), (" smaller", searched["ratio"], "times")):
+        demo.note(f"own network{name}", value, unit, "LIMPQP_RECORD=1 python -m pytest tests/test_own_network.py")
 
 
 def test_the_commands_of_the_readme_bring_a_network_of_ones_own_through_all_stages(walked):

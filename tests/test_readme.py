@@ -1,6 +1,6 @@
-"""The README's search commands, run on the files of the repository, print what it says they print."""
+"""The README and docs/ say what commands print and what was measured: searches are run here on the files of the repository,
+tables and figures are compared with the CSV files that the measuring commands wrote."""
 
-import csv
 import re
 import shlex
 import subprocess
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import demo
+from measurements import pages
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,28 +36,47 @@ def test_every_file_that_the_readme_names_is_there():
             assert list(ROOT.glob(f"*/{name}")), name
 
 
-def one_line(text):
-    return " ".join(text.split())
+@pytest.fixture(scope="module")
+def texts():
+    return {path: path.read_text(encoding="utf-8") for path in pages.PAGES}
 
 
-@pytest.mark.parametrize("row", list(csv.DictReader((ROOT / "measurements" / "readme.csv").read_text().splitlines())),
-                         ids=lambda row: row["what"][:40])
-def test_what_was_measured_stands_in_the_readme_as_it_was_measured(row):
-    assert one_line(row["in_readme"]) in one_line(README) and row["command"]
+def test_tables_and_figures_are_those_that_the_measuring_commands_wrote(texts):
+    assert pages.filled(texts) == texts, "python -m measurements.pages puts them there"
 
 
-def test_the_table_of_the_demo_is_that_of_what_it_recorded():
-    rows = list(csv.DictReader((ROOT / "measurements" / "demo.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(rows) == 3 and demo.table(rows) in README
+def test_a_digit_that_changes_anywhere_in_them_is_noticed(texts):
+    changed, parts = dict(texts), pages.parts()
+    for pattern, *_ in parts:
+        [(path, match)] = pages.found_in(changed, pattern)
+        for start, end in [match.span(number) for number in range(1, 1 + pattern.groups)] or [match.span()]:
+            place = start + re.search(r"\d(?=\D*$)", changed[path][start:end]).start()
+            other = str((int(changed[path][place]) + 1) % 10)
+            changed[path] = changed[path][:place] + other + changed[path][place + 1:]
+    differing = sum(one != other for path in texts for one, other in zip(texts[path], changed[path], strict=True))
+    assert differing == sum(pattern.groups or 1 for pattern, *_ in parts) > 100
+    assert pages.filled(changed) == texts
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "experiments").glob("*.md")), ids=lambda page: page.stem)
-def test_tables_that_the_readme_takes_from_an_experiment_are_those_of_its_page(page):
-    """A table right after a paragraph that links to the page of an experiment."""
-    shown = re.findall(rf"\]\(experiments/{page.stem}\.md\).*\n(?:.+\n)*\n((?:\|.*\n)+)", README)
-    for table in shown:
-        assert table.strip() in page.read_text(encoding="utf-8")
+def test_no_measured_figure_stands_in_the_pages_that_no_command_wrote(texts):
+    """What a search prints is compared above, which networks work in test_networks.py."""
+    for path, text in texts.items():
+        for pattern, *_ in pages.parts():
+            text = pattern.sub("", text)
+        text = re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
+        if path.name != "networks.md":
+            assert re.findall(r"[\d.,]+ ?(?:± \d|% top-1|(?:s|ms|seconds|minutes|hours|KB|MB|GB)\b)", text) == [], path.name
 
 
-def test_the_readme_shows_the_main_table():
-    assert re.search(r"\]\(experiments/policies\.md\).*\n(?:.+\n)*\n\| policy \|", README)
+def test_words_without_a_place_are_an_error(texts):
+    with pytest.raises(ValueError, match=re.escape("'`make demo` took {} seconds' stands 0 times")):
+        pages.filled({path: text.replace("`make demo` took", "it took") for path, text in texts.items()})
+
+
+def test_a_figure_takes_the_place_of_the_one_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (tmp_path / "measurements").mkdir()
+    (tmp_path / "measurements" / "figures.csv").write_text("name,value,unit,command\na,1,s,x\nb,2,s,y\n")
+    demo.note("a", 3, "s", "z")
+    demo.note("c", 4, "%", "w")
+    assert (tmp_path / "measurements" / "figures.csv").read_text() == "name,value,unit,command\na,3,s,z\nb,2,s,y\nc,4,%,w\n"

@@ -1,4 +1,4 @@
-"""Puts what was measured into README.md and docs/: every table, and every figure in a sentence, from the CSV file that the
+"""Puts what was measured into the pages: every table, and every figure in a sentence, from the CSV file that the
 measuring command wrote.
 
 python -m measurements.pages        after a command has written another CSV; tests/test_readme.py fails until then
@@ -15,12 +15,14 @@ import statistics
 import demo
 
 ROOT = demo.ROOT
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDICATORS = ROOT / "quantization_search" / "indicators"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), INDICATORS / "README.md"]
 FIGURE = r"[−\d][\d.,]*(?: ± [\d.]+)?"
 METHODS = {"rewinding": "rewinding", "iterative": "iterative", "one_shot": "one shot"}
 ON_DIGITS = {"vit_tiny_patch4_32_digits": "small ViT, 16x16 images", "mobilenet_v2_digits": "MobileNetV2, 32x32 images",
              "mobilenet_v2_digits_quan_act_all_positive_true":
                  "MobileNetV2, all inputs unsigned (`quan.act.all_positive=true`)"}
+SHIPPED = {"resnet50": "resnet50", "resnet18": "resnet18", "resnet20": "resnet20_fashion_mnist"}
 OURS = {"compiled": "", "not compiled": "quantizer without a compiler", "float32": "", "bfloat16": "the same in bfloat16"}
 
 
@@ -93,7 +95,7 @@ def policies_table(found):
 
 
 def pruning_table(found):
-    """The commands that the README gives, each with seeds 0, 1 and 2."""
+    """measurements/pruning_on_fashion_mnist.py"""
     by_level = {}
     for line in found:
         by_level.setdefault(line["level"], {})[line["method"]] = line
@@ -117,13 +119,33 @@ def digits_table(found):
     return markdown(["network", "dense, 32 bits", "uniform W4A4", "searched W4A4", "uniform W3A3", "searched W3A3"], lines)
 
 
+def shipped_table(found):
+    """Top-1 of the networks whose indicators lie in the repository, and what these indicators are like."""
+    lines = []
+    for network, name in SHIPPED.items():
+        shown = read_indicators(name)
+        by_bit = [steps for kind in ("weight", "act") for steps in shown[kind].values()]
+        total = sum(map(len, by_bit))
+        smaller = sum(steps[str(bit)] < steps[str(bit + 1)] for steps in by_bit for bit in range(2, 6))
+        bad = sum(step <= 0 for steps in by_bit for step in steps.values())
+        lines.append([network.replace("resnet", "ResNet-"), *(line["top1"] for line in found if line["network"] == network),
+                      f"{smaller or 'none'} of {total}", str(bad or "none")])
+    return markdown(["network", "dense", "6 bits", *"5432", "indicators smaller than with one bit more", "not positive"],
+                    lines)
+
+
+def read_indicators(name):
+    return pickle.loads((INDICATORS / f"importance_indicators_{name}.pkl").read_bytes())
+
+
 def tables():
     return [demo.table(rows("measurements/demo.csv")), demo.pruned_table(rows("measurements/demo_pruned.csv")),
             policies_table(rows("experiments/policies.csv")),
             search_table(rows("measurements/bench_search_2_cores.csv")),
             training_table(rows("measurements/bench_training_2_cores.csv")),
             pruning_table(rows("measurements/pruning_on_fashion_mnist.csv")),
-            digits_table(rows("measurements/networks_on_digits.csv"))]
+            digits_table(rows("measurements/networks_on_digits.csv")),
+            shipped_table(rows("measurements/shipped_indicators.csv"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,8 +193,7 @@ def rank_correlation(one, other):
 
 
 def steps_at_three_bits(kind):
-    indicators = ROOT / "quantization_search" / "indicators" / "importance_indicators_resnet20_fashion_mnist.pkl"
-    steps = [by_bit["3"] for by_bit in pickle.loads(indicators.read_bytes())[kind].values()]
+    steps = [by_bit["3"] for by_bit in read_indicators(SHIPPED["resnet20"])[kind].values()]
     return f"{min(steps):.2f}", f"{max(steps):.2f}"
 
 
@@ -341,7 +362,7 @@ def filled(texts):
     for pattern, words, measured in parts():
         found = found_in(texts, pattern)
         if len(found) != 1:
-            misplaced.append(f"{words!r} stands {len(found)} times in README.md and docs/, and needs one place")
+            misplaced.append(f"{words!r} stands {len(found)} times in the pages, and needs one place")
             continue
         [(path, match)] = found
         texts[path] = texts[path][:match.start()] + replaced(match, measured) + texts[path][match.end():]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A network on UCI digits: dense, then uniform and searched bits at the BitOPs of W4A4 and W3A3; one line of CSV for each.
+# A network on UCI digits: dense, then uniform and searched bits at the BitOPs of W4A4 and W3A3; its rows in
+# measurements/networks_on_digits.csv.
 #
 # measurements/networks_on_digits.sh ARCH INPUT_SIZE DENSE_EPOCHS [dotted.key=value ...]     (keys of joint training)
 # PYTHON names the interpreter. What is there already is not computed again.
@@ -29,10 +30,15 @@ for bits in 4 3; do
     (cd quantization_training && $python main.py ../measurements/digits.yaml "${common[@]}" name="${name}_searched$bits" \
         init_from="../indicators_pretraining/$joint" policy="$policy" epochs=10 lr=0.0005 "$@")
 done
-for run in "${arch}_digits_dense" "${name}_uniform4" "${name}_searched4" "${name}_uniform3" "${name}_searched3"; do
-    $python - "$run" "$name" <<'PYTHON'
-import sys, yaml
-facts = yaml.safe_load(open(f"quantization_training/results/{sys.argv[1]}/summary.yaml"))
-print("row", sys.argv[2], sys.argv[1], *(f"{facts[key]:.4f}" for key in ("top1", "size_mb", "ratio", "gbitops")), sep=",")
+$python - "$name" "${arch}_digits_dense" "${name}_uniform4" "${name}_searched4" "${name}_uniform3" "${name}_searched3" <<'PYTHON'
+import csv, sys, yaml
+table, name = "measurements/networks_on_digits.csv", sys.argv[1]
+with open(table, newline="", encoding="utf-8") as file:
+    columns, *rows = csv.reader(file)
+rows = [row for row in rows if row[0] != name]
+for run in sys.argv[2:]:
+    facts = yaml.safe_load(open(f"quantization_training/results/{run}/summary.yaml"))
+    rows.append([name, run, *(f"{facts[key]:.4f}" for key in ("top1", "size_mb", "ratio", "gbitops"))])
+with open(table, "w", newline="", encoding="utf-8") as file:
+    csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 PYTHON
-done

@@ -73,10 +73,14 @@ def test_words_without_a_place_are_an_error(texts):
         pages.filled({path: text.replace("`make demo` took", "it took") for path, text in texts.items()})
 
 
-def test_a_figure_takes_the_place_of_the_one_of_its_name(tmp_path, monkeypatch):
+def test_the_demo_records_its_table_and_its_time_where_all_of_it_ran(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "ROOT", tmp_path)
-    (tmp_path / "measurements").mkdir()
-    (tmp_path / "measurements" / "figures.csv").write_text("name,value,unit,command\na,1,s,x\nb,2,s,y\n")
-    demo.note("a", 3, "s", "z")
-    demo.note("c", 4, "%", "w")
-    assert (tmp_path / "measurements" / "figures.csv").read_text() == "name,value,unit,command\na,3,s,z\nb,2,s,y\nc,4,%,w\n"
+    figures, packed = tmp_path / "measurements" / "figures.csv", tmp_path / demo.TRAINING / demo.PACKED
+    for path, text in ((figures, "name,value,unit,command\ndemo,9,s,x\nother,2,s,y\n"), (packed, "12345")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    for seconds, written in ((None, "demo,9,s,x"), (7.2, "demo,7,s,python demo.py --record")):
+        demo.record([{"network": "dense", "top1": 1.5}], False, seconds)
+        assert figures.read_text().splitlines() == ["name,value,unit,command", written, "other,2,s,y",
+                                                    "demo packed,5,bytes,python demo.py --record"]
+    assert (tmp_path / "measurements" / "demo.csv").read_text() == "network,top1\ndense,1.5\n"

@@ -315,6 +315,17 @@ class Branches(nn.Module):
         return (self.one(x) + self.two(x)) / 2
 
 
+class Beside(nn.Module):
+    """A linear layer sees the image, beside a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.conv, self.last, self.head = nn.Linear(192, 4), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.flat(x.flatten(1)) + self.last(self.conv(x)).mean((2, 3)))
+
+
 class Residual(nn.Module):
     """Its answer is a sum that reaches back to the first convolution."""
 
@@ -338,6 +349,7 @@ class Padded(nn.Conv2d):
 def test_every_convolution_that_sees_the_image_and_every_layer_that_answers_is_an_exception():
     assert found(Branches(), 8)[0] == ["wide", "narrow", "norm", "one", "two"]
     assert found(Residual(), 8)[0] == ["stem", "last"]
+    assert found(Beside(), 8)[0] == ["conv", "head"]
 
 
 def test_a_convolution_that_stays_in_full_precision_leaves_nothing_else_to_be_first():

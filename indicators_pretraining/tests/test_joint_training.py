@@ -224,6 +224,8 @@ def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators
     main.main(["config.yaml", "--dry-run", *idle])
     said = capsys.readouterr().out
     assert re.findall("loss at (.*):", said) == ["4 bits"]
+    main.main(["config.yaml", "--dry-run", "random_pass=true", "target_bits=[4, 2]"])
+    assert re.findall("loss at (.*):", capsys.readouterr().out) == ["4 bits", "2 bits", "random bits"]
     lines = ["without effect here: gpu (a note), quan.act.bit (target_bits, or a policy, says the bits)\n",
              "without effect here: quan.excepts.*.bit of bn1 (a BatchNorm)\n"]
     assert all(line in said for line in lines)
@@ -312,6 +314,26 @@ def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+
+
+def test_candidates_are_validated_at_each_cycle_and_after_the_last_epoch(monkeypatch):
+    validated = []
+    monkeypatch.setattr(process, "validate", lambda *words: validated.append(words[3]) or (1.0, 2.0))
+    monkeypatch.setattr(process, "log_start", lambda *_: None)
+
+    class Loop:
+        def __init__(self, *arguments, **options):
+            self.validate = arguments[6]
+
+        def run(self, start, last):
+            self.scores = [self.validate(epoch) for epoch in range(last)]
+            assert self.scores == [None, (1.0, 2.0), None, (1.0, 2.0), (1.0, 2.0)]
+
+    monkeypatch.setattr(process, "Training", Loop)
+    network = SimpleNamespace(model=None, switch=SimpleNamespace(layers={}, bits=(4, 2)), remark="")
+    process.pretrain(network, SimpleNamespace(train=None, val=None), None, IndicatorsConfig(epochs=5, val_cycle=2), None, None,
+                     None)
+    assert validated == [2, 4, 5]
 
 
 @pytest.mark.parametrize("final_test", [True, False])

@@ -118,13 +118,15 @@ def test_a_network_that_needs_contiguous_memory_gets_it(kind):
         model.train(training)(images).sum().backward()
 
 
-@pytest.mark.parametrize("flat", [lambda x: x.flatten(1), lambda x: x.view(x.shape[0], x.shape[1], -1).flatten(1),
-                                  lambda x: x.reshape(-1, 64), lambda x: x.contiguous().view(-1, 64)])
+@pytest.mark.parametrize("flat", [
+    lambda x: x.flatten(1), lambda x: x.view(x.shape[0], x.shape[1], -1).flatten(1), lambda x: x.reshape(-1, 64),
+    lambda x: x.contiguous().view(-1, 64),
+    lambda x: F.conv2d(x.repeat(1, 4, 1, 1), torch.ones(16, 16, 1, 1, device=x.device), stride=2).flatten(1)])  # 16 channels
 def test_others_stay_channels_last(flat):
     model = Tutorial()
     model.flat = flat
     graph = trace(model, SIZE, 3)
-    assert not graph.contiguous and not graph.describe()
+    assert not graph.contiguous and not graph.describe_layout()
     assert to_device(model, CPU, graph).conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
 

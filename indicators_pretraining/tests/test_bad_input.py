@@ -13,6 +13,7 @@ import process
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError, user_errors_on_one_line
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
 name: run
 output_dir: out
@@ -178,7 +179,7 @@ def test_a_disk_that_gets_full_leaves_the_checkpoint_whole_and_says_what_is_need
         take_step(*arguments)
         if path.exists() and not before:
             before.append(path.read_bytes())
-            largest_file(2**20)
+            largest_file(2**18)
 
     monkeypatch.setattr(process, "joint_step", step_on_a_full_disk)
     with pytest.raises(SystemExit) as stop, user_errors_on_one_line():

@@ -12,6 +12,7 @@ from model import create_model
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import user_errors_on_one_line
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
 name: run
 output_dir: out
@@ -29,7 +30,6 @@ prune: {amount: 0.3, levels: 1}
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
-    monkeypatch.setattr("util.monitor.save_curves", lambda *arguments, **options: None)
     return tmp_path
 
 
@@ -88,7 +88,7 @@ def test_what_the_configuration_says(folder, capsys, changes, message):
 
 
 def test_an_amount_that_removes_nothing(folder, capsys):
-    assert "prune.amount: level 1 would remove none of the 267264 weights" in stopped(capsys, "prune.amount=0.000001")
+    assert "prune.amount: level 1 would remove none of the 73728 weights" in stopped(capsys, "prune.amount=0.000001")
 
 
 def test_a_list_that_ends_below_the_target(folder, capsys):
@@ -97,9 +97,9 @@ def test_a_list_that_ends_below_the_target(folder, capsys):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (["prune.target_sparsity=0.98"], "654 of 672 channels of all layers can go (0.9732)"),
+    (["prune.target_sparsity=0.98"], "218 of 224 channels of all layers can go (0.9732)"),
     (["prune.target_sparsity=0.97", "prune.scope=layer"], "15 of 16 channels of layer1.0.conv1 can go (0.9375)"),
-    (["prune.amount=0.98", "prune.method=one_shot", "prune.levels=1"], "654 of 672 channels of all layers can go (0.9732)")])
+    (["prune.amount=0.98", "prune.method=one_shot", "prune.levels=1"], "218 of 224 channels of all layers can go (0.9732)")])
 def test_a_target_that_needs_the_last_channel_of_a_layer(folder, capsys, changes, message):
     said = refused(capsys, "prune.type=structured", "prune.levels=", *changes)
     assert "prune.target_sparsity: found 0.9" in said and "but one channel of each layer stays; " + message in said
@@ -218,5 +218,5 @@ def test_a_dry_run_says_what_there_is_to_prune_and_writes_nothing(folder, capsys
     prune("--dry-run", "epochs=3", "prune.rewind_epoch=1", "target_bits=[7, 3]")
     said = capsys.readouterr().out
     assert "without effect here: target_bits (main.py reads it)" in said
-    assert "267,264 of 267,264 weights left to prune in 18 of 20 layers; 3 epochs per level, 2 of them" in said
+    assert "73,728 of 73,728 weights left to prune in 6 of 8 layers; 3 epochs per level, 2 of them" in said
     assert not pathlib.Path("out").exists()

@@ -8,6 +8,7 @@ import pytest
 
 import main
 
+pytestmark = pytest.mark.usefixtures("shallow")
 EPOCHS = int(os.environ.get("LIMPQP_EPOCHS", "15"))
 AT_ONCE = 3  # epochs before the run is ended and continued
 GROWTH = 24 * 2**20  # bytes

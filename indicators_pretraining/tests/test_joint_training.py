@@ -4,6 +4,7 @@ import csv
 import math
 import random
 import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+from test_resume import SMALL
 from torch import nn
 
 import importance_extractor
@@ -217,6 +219,7 @@ epochs: 1
 """
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
@@ -242,6 +245,7 @@ def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators
         main.main(["config.yaml", *idle, "epochs=2", "random_pass=true"])
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_run_from_before_the_random_pass_could_be_left_out_goes_on_with_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
@@ -269,17 +273,18 @@ def joined_gradients(parts, own_images, own_target):
 
 
 def one_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
+                                         timeout=timedelta(minutes=2))
     images, target = batch()
     result = joined_gradients(2, images[rank::2], target[rank::2])
-    network = build_network(IndicatorsConfig(arch="resnet20", seed=rank), 10, 16, None, torch.device("cpu"))
+    torch.manual_seed(rank)
+    network = build_network(IndicatorsConfig(arch=f"{folder}/small.py:make"), 10, 16, None, torch.device("cpu"))
     bn = nn.BatchNorm2d(2)
     bn.running_mean.fill_(rank)
     bn.running_var.fill_(3 + 2 * rank)
     distributed.average_batchnorm_statistics(bn)
     parts = {quantizer.batch_parts for name, quantizer in step_quantizers(network.model).items() if "quan_a_fn" in name}
-    weights = distributed.gather_objects({"conv": network.model.layer1[0].conv1.weight.detach().clone()})
+    weights = distributed.gather_objects({"conv": network.model[3].weight.detach().clone()})
     try:
         distributed.on_main(refuse)
         message = None
@@ -297,7 +302,11 @@ def refuse():
 
 
 def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
-    multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    (tmp_path / "small.py").write_text(SMALL)
+    other = multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=1, join=False)  # rank 0; this process is the other one
+    one_rank(1, str(tmp_path))
+    while not other.join():
+        pass
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     gradients, chosen, steps = joined_gradients(1, *batch())
     assert max(gradient.abs().max() for gradient in gradients.values()) == 1, "nothing is clipped: the test shows too little"

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_shallow
 from test_bad_input import complaint
 
 import importance_extractor
@@ -30,7 +31,7 @@ wandb: {mode: disabled}
 IMAGES = 60
 CPU = torch.device("cpu")
 TRAINED = "results/run/run_checkpoint.pth.tar"
-pytestmark = pytest.mark.xdist_group("losses")  # one process makes what all read
+pytestmark = [pytest.mark.usefixtures("shallow"), pytest.mark.xdist_group("losses")]  # one process makes what all read
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def folder(tmp_path_factory):
     """A folder with a configuration and the jointly trained network of its run."""
     path = tmp_path_factory.mktemp("losses")
     with pytest.MonkeyPatch.context() as patch:
+        make_shallow(patch)
         patch.chdir(path)
         (path / "config.yaml").write_text(CONFIG)
         main.main(["config.yaml"])
@@ -73,7 +75,7 @@ def test_the_file_holds_the_losses_with_one_quantizer_at_fewer_bits(capsys):
     load_state(network.model, load_checkpoint(TRAINED)["state_dict"], TRAINED)
     batches = list(create_loaders(config.dataloader, config.seed, 0, 1, CPU).calibration(IMAGES))
     images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    for layer in ("layer1.0.conv1", "layer2.0.conv2", "layer3.2.conv2"):
+    for layer in ("layer1.0.conv1", "layer2.0.conv2", "layer3.0.conv2"):
         for bit in (6, 4, 2):
             for kind, quantizer in (("weight", "quan_w_fn"), ("act", "quan_a_fn")):
                 wanted = loss_of(network, layer, quantizer, bit, images, target)

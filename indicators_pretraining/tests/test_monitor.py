@@ -485,48 +485,47 @@ def test_a_broken_disk_does_not_hide_the_error_that_stopped_the_run(tmp_path, ca
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# wandb itself, in processes of its own: it keeps settings for the life of a process
+# wandb itself, in a process of its own: it keeps settings until it is torn down
 
 PROGRAM = """
-import sys
+import os, sys
 from util import monitor, wandb_run
 from util.config import RunConfig, WandbConfig
 assert not {"wandb", "matplotlib"} & sys.modules.keys(), "imported without need"
 wandb_run.WANDB_INIT_TIMEOUT = 1
-with monitor.Monitor(sys.argv[1], RunConfig(name="run", wandb=WandbConfig(mode=sys.argv[2])), True,
-                     sys.argv[3] or None) as run:
-    run.epoch(1, "val", {"loss": 1.5}, bits=6)
+
+def train(folder, mode, wandb_id=None):
+    with monitor.Monitor(folder, RunConfig(name="run", wandb=WandbConfig(mode=mode)), True, wandb_id) as run:
+        run.epoch(1, "val", {"loss": 1.5}, bits=6)
+    print("ID", run.wandb_id)
+    sys.modules["wandb"].teardown()
+    return run.wandb_id
+
+train("run", "offline", train("run", "auto"))
+os.environ.update(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40)
+train("unreached", "auto")
 assert "matplotlib.pyplot" not in sys.modules, "global figures"
-print("ID", run.wandb_id)
 """
 
 
-def run_program(folder, mode, wandb_id="", **environment):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder), mode, wandb_id], cwd=STAGE, timeout=60,
-                          text=True, capture_output=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment})
+def test_wandb_offline_resumed_and_with_its_server_out_of_reach(tmp_path):
+    pytest.importorskip("wandb")
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, timeout=120, text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(STAGE)})
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    return done.stdout.splitlines()
-
-
-def test_offline_runs_lie_in_the_run_folder_and_a_resumed_one_is_a_second_segment(tmp_path):
-    pytest.importorskip("wandb")
-    out = run_program(tmp_path, "auto")
-    identity = out[-1].split()[1]
-    assert [line for line in out if "wandb" in line] == ["wandb keeps the run offline (no API key configured)",
-                                                         f"wandb: offline, run {identity}"]
-    again = run_program(tmp_path, "offline", identity)
-    assert again[-1] == f"ID {identity}"
-    segments = sorted((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    out, resumed, unreached = ([line for line in part.splitlines() if "wandb" in line or line.startswith(" ")]
+                               for part in done.stdout.split("ID")[:3])
+    identity = done.stdout.partition("ID ")[2].split()[0]
+    # An offline run lies in the run's folder; a resumed one is a second segment of it.
+    assert out == ["wandb keeps the run offline (no API key configured)", f"wandb: offline, run {identity}"]
+    assert resumed == [f" {identity}", f"wandb: offline, run {identity}"]
+    segments = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
     assert len(segments) == 2
     assert all(b"val/loss_6_bits" in segment.read_bytes() for segment in segments)
-
-
-def test_a_server_out_of_reach_does_not_stop_the_run(tmp_path):
-    pytest.importorskip("wandb")
-    out = run_program(tmp_path, "auto", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40)
-    told = [line for line in out if line.startswith("wandb")]
-    assert len(told) == 2
-    assert told[0].startswith("wandb does not start online: ")
-    assert told[1].startswith("wandb: offline, run ")
-    assert csv_lines(tmp_path)[-1] == "1,val,6,1.5,,,,"
+    # A server out of reach does not stop the run.
+    again, failed, told = unreached
+    assert again == f" {identity}"
+    assert failed.startswith("wandb does not start online: ")
+    assert told.startswith("wandb: offline, run ") and identity not in told
+    assert csv_lines(tmp_path / "unreached")[-1] == "1,val,6,1.5,,,,"

@@ -13,6 +13,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.optim import create_optimizer, learning_rate
 
+pytestmark = pytest.mark.usefixtures("shallow")
 LR, MOMENTUM, DECAY = 0.1, 0.9, 0.05
 CONFIG = """
 arch: resnet20

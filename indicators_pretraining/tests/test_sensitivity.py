@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import complaint
+from test_signs import BOTTLENECK
 from torch import nn
 
 import importance_extractor
@@ -18,6 +19,7 @@ from util.checkpoint import save_checkpoint
 from util.config import load_config
 from util.exchange import read_indicators
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
 arch: resnet20
 pre_trained: dense
@@ -104,7 +106,7 @@ def test_the_file_holds_the_errors_of_weights_and_inputs_of_the_trained_network(
     model = build_dense(config, 10, 8, None, torch.device("cpu")).model
     loader = sensitivity.create_loaders(config.dataloader, config.seed, 0, 1, torch.device("cpu")).calibration(IMAGES)
     images = torch.cat([images for images, _ in loader])
-    for name in ("layer1.0.conv1", "layer2.0.conv2", "layer3.2.conv2"):
+    for name in ("layer1.0.conv1", "layer2.0.conv2", "layer3.0.conv2"):
         weight, entering = model.get_submodule(name).weight.detach(), inputs_of(model, name, images)
         assert content["weight"][name] == pytest.approx(least_errors(weight, [6, 4, 2], True), rel=1e-9)
         assert content["act"][name] == pytest.approx(least_errors(entering, [6, 4, 2], False), rel=1e-4)
@@ -128,11 +130,9 @@ def test_the_file_is_as_the_extractor_writes_it(folder):
 
 
 def test_signs_are_found_in_the_inputs_or_as_the_configuration_says(folder):
-    words = ["arch=mobilenet_v2", "pre_trained=false", "dataloader.input_size=32"]
-    signs = {name: row["signed"]["act"] for name, row in measured(*words)["layers"].items()}
-    # The input of an expansion is the output of a linear bottleneck; the others see what a ReLU6 leaves.
-    expansions = {name for name in signs if name.endswith("conv.0.0") and name != "features.1.conv.0.0"}
-    assert {name for name, signed in signs.items() if signed} == expansions | {"features.18.0"}
+    (folder / "net.py").write_text(BOTTLENECK)
+    layers = measured("arch=net.py:make", "pre_trained=false")["layers"]
+    assert {name: row["signed"]["act"] for name, row in layers.items()} == {"2": True, "4": False}
     found = measured()
     for positive in (True, False):
         content = measured(f"quan.act.all_positive={str(positive).lower()}")
@@ -148,8 +148,8 @@ def test_of_many_values_a_bounded_number_is_drawn(folder, monkeypatch):
     content = measured()
     counts = {name: len(found.values) for name, found in inputs[0].items()}
     assert max(counts.values()) <= 20_000 and counts["layer1.0.conv1"] > 19_900
-    assert counts["layer3.2.conv2"] == 64 * 2 * 2 * IMAGES  # few enough to be taken as they are
-    assert content["act"]["layer3.2.conv2"] == everything["act"]["layer3.2.conv2"]
+    assert counts["layer3.0.conv2"] == 64 * 2 * 2 * IMAGES  # few enough to be taken as they are
+    assert content["act"]["layer3.0.conv2"] == everything["act"]["layer3.0.conv2"]
     for bit, error in everything["act"]["layer1.0.conv1"].items():
         drawn = content["act"]["layer1.0.conv1"][bit]
         assert drawn != error and drawn == pytest.approx(error, rel=0.1)

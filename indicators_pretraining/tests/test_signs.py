@@ -1,6 +1,7 @@
 """Whether activations are signed: decided from the first training batch of all ranks, kept in every file, never again."""
 
 import pickle
+from datetime import timedelta
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ dataloader: {dataset: digits, input_size: 32, batch_size: 8, data_fraction: 0.02
 wandb: {mode: disabled}
 epochs: 1
 lr: 0.001
+final_test: false
+"""
+BOTTLENECK = """
+from torch import nn
+
+
+def make(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 """
 
 
@@ -41,7 +51,8 @@ def test_the_first_training_batch_decides(lowest, signed):
 
 
 def one_rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
+                                         timeout=timedelta(minutes=2))
     quantizers = [LsqQuan([4], signed=None).train() for _ in range(3)]
     quantizers[0](torch.tensor([1.0, -1.0]) if rank else torch.tensor([1.0, 2.0]))
     quantizers[1](torch.tensor([1.0, 2.0]))
@@ -53,7 +64,10 @@ def one_rank(rank, folder):
 
 
 def test_a_negative_value_on_any_rank_makes_it_signed_on_all_and_zeros_are_those_of_all_ranks(tmp_path):
-    multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    other = multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=1, join=False)  # rank 0; this process is the other one
+    one_rank(1, str(tmp_path))
+    while not other.join():
+        pass
     wanted = [(True, 2 * 1.25 / 7**0.5), (False, 2 * 1.5 / 15**0.5), (True, 2 * 0.5 / 7**0.5)]
     for rank in range(2):
         before, *found = torch.load(tmp_path / f"{rank}.pt")
@@ -101,10 +115,12 @@ def test_forcing_it_afterwards_is_refused(trained):
 
 
 def test_true_and_false_force_it(tmp_path):
-    for forced in (True, False):
+    (tmp_path / "net.py").write_text(BOTTLENECK)
+    words = [f"arch={tmp_path}/net.py:make", "dataloader.input_size=8", f"output_dir={tmp_path}"]
+    for forced, wanted in (("auto", [True, False]), (True, [False, False]), (False, [True, True])):
         (tmp_path / "config.yaml").write_text(CONFIG + yaml.safe_dump({"quan": {"act": {"all_positive": forced}}}))
-        main.main([str(tmp_path / "config.yaml"), f"output_dir={tmp_path}", f"name=run_{forced}"])
+        main.main([str(tmp_path / "config.yaml"), *words, f"name=run_{forced}"])
         content = torch.load(tmp_path / f"run_{forced}" / f"run_{forced}_checkpoint.pth.tar", weights_only=True)
-        assert set(content["signed"].values()) == {not forced}
+        assert content["signed"] == dict(zip(["2", "4"], wanted, strict=True))
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+import yaml
 from test_resume import SMALL
 from torch import nn
 
@@ -238,6 +239,11 @@ def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators
     assert all(line in log and line in said for line in lines)
     rows = csv.DictReader((tmp_path / "results/indicators/metrics.csv").read_text().splitlines())
     assert {(row["split"], row["bits"]) for row in rows} == {("train", "4"), ("val", "4"), ("test", "4")}
+    summary = yaml.safe_load((tmp_path / "results/indicators/summary.yaml").read_text())
+    assert summary["best"] == {"epoch": 1, "candidates": summary["candidates"]} and summary["candidates"].keys() == {4}
+    main.main(["config.yaml", *idle, "eval=true"])
+    assert capsys.readouterr().out.splitlines()[-1].endswith(
+        f"best.pth.tar at 4 bits: {process.describe_figures(summary['candidates'][4])}")
     importance_extractor.main(["results/indicators/indicators_checkpoint.pth.tar", "--output", "i.pkl"])
     content = read_indicators("i.pkl")
     assert content["bits"] == [4] and all(row.keys() == {4} for kind in ("weight", "act") for row in content[kind].values())

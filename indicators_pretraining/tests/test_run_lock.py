@@ -3,8 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,10 +11,11 @@ import pytest
 import main
 import pruning
 from util import distributed, run_lock
-from util.errors import UserError
+from util.errors import UserError, user_errors_on_one_line
 from util.run_lock import alone_in
 
-pytestmark = pytest.mark.skipif(run_lock.fcntl is None, reason="this platform has no such locks")
+pytestmark = [pytest.mark.usefixtures("shallow"),
+              pytest.mark.skipif(run_lock.fcntl is None, reason="this platform has no such locks")]
 CONFIG = """
 arch: resnet20
 target_bits: [4, 2]
@@ -168,11 +167,10 @@ def test_commands_that_write_are_alone_in_their_folder_and_those_that_read_are_n
         assert content(folder) == before
 
 
-def test_the_second_start_is_one_line_and_exit_status_2(tmp_path):
+def test_the_second_start_is_one_line_and_exit_status_2(tmp_path, capsys, impatient):
     (tmp_path / "config.yaml").write_text(CONFIG)
-    with locked_by_another(tmp_path / "out" / "run") as process:
-        done = subprocess.run([sys.executable, main.__file__, str(tmp_path / "config.yaml"), "name=run",
-                               f"output_dir={tmp_path / 'out'}"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    with locked_by_another(tmp_path / "out" / "run") as process, pytest.raises(SystemExit) as stop, user_errors_on_one_line():
+        main.main([str(tmp_path / "config.yaml"), "name=run", f"output_dir={tmp_path / 'out'}"])
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'out' / 'run'}: another run is at work in this folder (process {process} on ")

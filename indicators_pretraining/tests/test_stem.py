@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import process
-from model.model import create_traced
+from model.model import OWN_MODELS, create_traced
 from quan.func import QuanConv2d
 from quan.quantizer import LsqQuan
 from quan.stem import SharedStem, find_stem
@@ -17,6 +17,26 @@ from util.config import ActQuantizerConfig, ExceptionConfig, QuanConfig
 from util.passes import Passes
 
 BITS = [4, 3, 2]
+EXCEPTS = ("conv1", "bn1", "fc")
+
+
+class Thin(nn.Module):
+    """The stem of a ResNet, one convolution beside a shortcut, and a classifier."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.conv2, self.bn2, self.fc = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.fc((self.bn2(self.conv2(x)) + x).relu().mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def thin(monkeypatch):
+    monkeypatch.setitem(OWN_MODELS, "thin", Thin)
 
 
 def joint_network(arch, excepts, size, seed=0, input_size=None):
@@ -28,9 +48,10 @@ def joint_network(arch, excepts, size, seed=0, input_size=None):
 
 
 @pytest.mark.parametrize("arch, excepts, size, expected", [
-    ("resnet18", ("conv1", "bn1", "fc"), 32, ["conv1", "bn1", "relu", "maxpool"]),
-    ("resnet18", ("conv1", "fc"), 32, ["conv1"]),  # its BatchNorm has a copy for each candidate
-    ("resnet18", (), 32, []),
+    ("resnet18", EXCEPTS, 32, ["conv1", "bn1", "relu", "maxpool"]),
+    ("thin", EXCEPTS, 32, ["conv1", "bn1", "relu", "maxpool"]),
+    ("thin", ("conv1", "fc"), 32, ["conv1"]),  # its BatchNorm has a copy for each candidate
+    ("thin", (), 32, []),
     ("mobilenetv1", ("stem.0", "stem.1"), 32, ["stem.0", "stem.1", "stem.2"])])
 def test_the_stem_ends_where_bit_widths_begin(arch, excepts, size, expected):
     model, _ = joint_network(arch, excepts, size)
@@ -122,11 +143,10 @@ def step_of(model, switch, stem, passes=2):
     return {name: parameter.grad for name, parameter in model.named_parameters()}, dict(model.named_buffers())
 
 
-@pytest.mark.parametrize("arch, excepts", [("resnet18", ("conv1", "bn1", "fc")), ("mobilenetv1", ("stem.0", "stem.1")),
-                                           ("resnet18", ())])
-def test_gradients_and_statistics_are_those_of_computing_it_in_each_pass(arch, excepts):
-    model, switch = joint_network(arch, excepts, 32)
-    twin, twin_switch = joint_network(arch, excepts, 32)
+@pytest.mark.parametrize("excepts", [EXCEPTS, ("conv1", "bn1"), ("conv1",), ()])
+def test_gradients_and_statistics_are_those_of_computing_it_in_each_pass(excepts):
+    model, switch = joint_network("thin", excepts, 32)
+    twin, twin_switch = joint_network("thin", excepts, 32)
     gradients, buffers = step_of(model, switch, SharedStem(model, find_stem(model, 32), len(BITS) + 1))
     wanted, wanted_buffers = step_of(twin, twin_switch, None)
     for name, gradient in wanted.items():
@@ -136,7 +156,7 @@ def test_gradients_and_statistics_are_those_of_computing_it_in_each_pass(arch, e
 
 
 def test_the_stem_is_computed_once_and_the_network_is_itself_again_afterwards():
-    model, switch = joint_network("resnet18", ("conv1", "bn1", "fc"), 32)
+    model, switch = joint_network("thin", EXCEPTS, 32)
     stem, calls = SharedStem(model, find_stem(model, 32), len(BITS) + 1), []
     model.conv1.register_forward_hook(lambda *_: calls.append(1))
     step_of(model, switch, stem, passes=1)
@@ -145,7 +165,7 @@ def test_the_stem_is_computed_once_and_the_network_is_itself_again_afterwards():
 
 
 def test_an_error_in_a_pass_leaves_the_network_as_it_was():
-    model, _ = joint_network("resnet18", ("conv1", "bn1", "fc"), 32)
+    model, _ = joint_network("thin", EXCEPTS, 32)
     stem = SharedStem(model, find_stem(model, 32), 4)
     with pytest.raises(ZeroDivisionError), stem.computed_once(torch.zeros(2, 3, 32, 32, dtype=torch.float64), "fp32"):
         raise ZeroDivisionError
@@ -153,7 +173,7 @@ def test_an_error_in_a_pass_leaves_the_network_as_it_was():
 
 
 def test_a_frozen_stem_passes_no_gradient():
-    model, switch = joint_network("resnet18", ("conv1", "bn1", "fc"), 32)
+    model, switch = joint_network("thin", EXCEPTS, 32)
     for module in (model.conv1, model.bn1):
         module.requires_grad_(False)
     before = copy.deepcopy(model.conv1.weight)

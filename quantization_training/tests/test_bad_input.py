@@ -10,6 +10,7 @@ from util.checkpoint import save_checkpoint
 from util.errors import user_errors_on_one_line
 from util.exchange import write_policy
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
 name: run
 output_dir: out

@@ -14,6 +14,7 @@ import process
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("shallow")
 RUN, LAST, BEST = "results/run", "results/run/run_checkpoint.pth.tar", "results/run/run_best.pth.tar"
 CONFIG = """
 name: run

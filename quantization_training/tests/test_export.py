@@ -22,10 +22,12 @@ import main
 import packed_file
 from folding import find_folds, fold_batchnorms
 from fuzzing import PLAIN_JUNK, changed_bytes, changed_value, inputs, outcome
+from model.model import create_traced
 from network import build_network
 from packed_file import KEY, NO_CHECKSUM, PackedLayer, read_packed, serialize
 from packed_network import as_checkpoint, load_any, rebuild
 from preprocessing import describe_preprocessing, read_image
+from quan.utils import name_exceptions, searchable_layers
 from schema import FinetuneConfig
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import ActQuantizerConfig, DataConfig, QuanConfig, QuantizerConfig, to_plain
@@ -73,7 +75,9 @@ def write_checkpoint(arch, size, sparsity=None, path=FILE, bits=None, **changes)
     torch.manual_seed(0)
     config = FinetuneConfig(**{"arch": arch, "weight_bits": 4, "act_bits": 4, **changes})
     if bits is None:
-        mixed = [2 + index % 7 for index in range(len(build_network(config, 10, size, None, CPU).facts["weight_bits"]))]
+        graph = create_traced(arch, 10, False, size)[1]
+        count = len(searchable_layers(graph, name_exceptions(config, graph)[0].quan.excepts))
+        mixed = [2 + index % 7 for index in range(count)]
         bits = {"weight_bits": mixed, "act_bits": mixed[::-1]}
     network = build_network(FinetuneConfig(**{**vars(config), **bits}), 10, size, None, CPU)
     network.model.train()(images(size, 8))
@@ -206,6 +210,7 @@ def trained(*overrides):
     return "results/run/run_checkpoint.pth.tar"
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_trained_network_is_evaluated_shown_and_classifies_from_its_packed_file(capsys):
     path = trained()
     export.main([path, "--output", PACKED, "--report", "report.html"])
@@ -238,9 +243,9 @@ def check_inspection():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONPATH": str(pathlib.Path(export.__file__).parent)})
     lines = done.stdout.splitlines()
-    assert next(line for line in lines if line.startswith("layer3.2.conv2")).split() == [
-        "layer3.2.conv2", "conv", "64x64x3x3", "3", "s", "4", "u",
-        f"{100 * read_packed(PACKED).layers['layer3.2.conv2'].zeros / 36864:.2f}", "13,824"]
+    assert next(line for line in lines if line.startswith("layer3.0.conv2")).split() == [
+        "layer3.0.conv2", "conv", "64x64x3x3", "3", "s", "4", "u",
+        f"{100 * read_packed(PACKED).layers['layer3.0.conv2'].zeros / 36864:.2f}", "13,824"]
     assert f"in all {os.path.getsize(PACKED):,}" in done.stdout
 
 
@@ -403,6 +408,7 @@ def test_a_file_holds_the_values_of_arrays_whatever_their_strides(kind):
         assert found[name].shape == tensor.shape and np.array_equal(found[name], tensor), name
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_file_that_answers_otherwise_is_not_left_behind_and_an_older_one_stays(capsys, monkeypatch):
     write_checkpoint("resnet20", 16)
     whole = export.serialize
@@ -421,6 +427,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind_and_an_older_one_stays
 # Folded BatchNorms.
 
 
+@pytest.mark.usefixtures("shallow")
 def test_folded_batchnorms_change_each_layer_by_rounding_only(capsys):
     network = write_checkpoint("resnet20", 16, 0.5)
     with torch.no_grad():
@@ -671,6 +678,7 @@ def change_layer(name, **changes):
     return change
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_header_that_fits_the_tensors_but_not_the_network_is_refused(capsys):
     write_checkpoint("resnet20", 16)
     exported()
@@ -726,6 +734,7 @@ def test_a_network_of_a_file_is_not_run_unasked(capsys):
     assert os.path.exists("was_run") and "a.png: " in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("shallow")
 def test_what_cannot_be_packed_is_said_in_one_line(capsys):
     write_checkpoint("resnet20", 16)
     content = load_checkpoint(FILE)

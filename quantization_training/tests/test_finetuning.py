@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pathlib
 import types
+from datetime import timedelta
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from util.exchange import read_policy, write_policy
 from util.metrics import evaluate
 from util.training import training_step
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CPU = torch.device("cpu")
 EXCEPTS = {name: ExceptionConfig() for name in ("conv1", "bn1", "fc")}
 QUAN = QuanConfig(act=QuantizerConfig(all_positive=True), excepts=EXCEPTS)
@@ -95,17 +97,17 @@ def test_a_policy_of_another_network_is_refused(tmp_path, change, message):
 
 
 def test_a_list_of_the_wrong_length_is_refused():
-    with pytest.raises(UserError, match="weight_bits: found 2 values, this network has 18 searchable layers"):
+    with pytest.raises(UserError, match="weight_bits: found 2 values, this network has 6 searchable layers"):
         network(weight_bits=[3, 3])
 
 
 def test_signs_come_from_the_policy(tmp_path):
     names = layer_names()
     path = str(tmp_path / "policy.yaml")
-    write_policy(path, {"layer_name": names, "weight_bits": [4] * 18, "act_bits": [4] * 18,
-                        "act_signed": [True] + [False] * 17})
+    write_policy(path, {"layer_name": names, "weight_bits": [4] * 6, "act_bits": [4] * 6,
+                        "act_signed": [True] + [False] * 5})
     tuned = network(policy=path, weight_bits=None, act_bits=None)
-    assert [tuned.model.get_submodule(name).quan_a_fn.signed for name in names] == [True] + [False] * 17
+    assert [tuned.model.get_submodule(name).quan_a_fn.signed for name in names] == [True] + [False] * 5
 
 
 def joint_checkpoint(path, seed=3):
@@ -129,8 +131,8 @@ def test_fine_tuning_starts_from_the_steps_and_batchnorms_of_the_chosen_bits(tmp
     path = str(tmp_path / "joint.pth.tar")
     state, graph, bits = joint_checkpoint(path)
     names = layer_names()
-    weight_bits = [bits[index % 3] for index in range(18)]
-    act_bits = [bits[(index + 1) % 3] for index in range(18)]
+    weight_bits = [bits[index % 3] for index in range(6)]
+    act_bits = [bits[(index + 1) % 3] for index in range(6)]
     model = network(weight_bits=weight_bits, act_bits=act_bits, init_from=path).model
     tuned = model.state_dict()
     for index, name in enumerate(names):
@@ -156,8 +158,8 @@ def test_inputs_that_a_policy_leaves_alone_start_without_the_steps_of_stage_1(tm
     path, policy = str(tmp_path / "joint.pth.tar"), str(tmp_path / "policy.yaml")
     state, *_ = joint_checkpoint(path)
     names = layer_names()
-    act_bits = [32 if index % 2 else 4 for index in range(18)]
-    write_policy(policy, {"arch": "resnet20", "layer_name": names, "weight_bits": [2] * 18, "act_bits": act_bits})
+    act_bits = [32 if index % 2 else 4 for index in range(6)]
+    write_policy(policy, {"arch": "resnet20", "layer_name": names, "weight_bits": [2] * 6, "act_bits": act_bits})
     tuned = network(policy=policy, weight_bits=None, act_bits=None, init_from=path)
     for name, bits in zip(names, act_bits, strict=True):
         layer = tuned.model.get_submodule(name)
@@ -211,7 +213,7 @@ def test_a_batchnorm_without_a_searched_layer_before_it_keeps_the_copy_of_the_wi
 def test_signs_of_the_checkpoint_go_before_those_of_the_policy(tmp_path):
     names, path, joint = layer_names(), str(tmp_path / "policy.yaml"), str(tmp_path / "joint.pth.tar")
     joint_checkpoint(joint)  # signed: layer2.0.conv1 alone
-    write_policy(path, {"layer_name": names, "weight_bits": [4] * 18, "act_bits": [4] * 18,
+    write_policy(path, {"layer_name": names, "weight_bits": [4] * 6, "act_bits": [4] * 6,
                         "act_signed": [name == "layer1.0.conv1" for name in names]})
     tuned = network(policy=path, weight_bits=None, act_bits=None, init_from=joint)
     assert [name for name in names if tuned.model.get_submodule(name).quan_a_fn.signed] == ["layer2.0.conv1"]
@@ -345,17 +347,22 @@ def small_step(parts, images, target):
 
 
 def one_rank(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2,
+                                         timeout=timedelta(minutes=2))
     images, target = batches(1)[0]
-    parts = {quantizer.batch_parts for name, quantizer in step_quantizers(network(accumulation=3).model).items()
-             if name.endswith("quan_a_fn")}
+    tuned = build_network(FinetuneConfig(arch=f"{folder}/net.py:two", weight_bits=3, act_bits=4, accumulation=3), 10, 8, None,
+                          CPU).model
+    parts = {quantizer.batch_parts for name, quantizer in step_quantizers(tuned).items() if name.endswith("quan_a_fn")}
     torch.save((small_step(2, images[rank::2], target[rank::2]), parts), f"{folder}/{rank}.pt")
     distributed.leave_process_group()
 
 
 def test_two_processes_take_the_step_of_one_on_the_joined_batch(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    (tmp_path / "net.py").write_text(HEADS)
+    other = torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=1, join=False)  # rank 0; this is the other one
+    one_rank(1, str(tmp_path))
+    while not other.join():
+        pass
     expected = small_step(1, *batches(1)[0])
     for rank in range(2):
         gradients, parts = torch.load(tmp_path / f"{rank}.pt", weights_only=False)

@@ -17,6 +17,7 @@ from util.errors import UserError
 from util.exchange import write_policy
 from util.optim import create_optimizer
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CPU, BITS = torch.device("cpu"), [6, 4, 2]
 YAML = """
 name: run
@@ -195,13 +196,13 @@ def test_steps_above_one_and_the_first_codes_normalised_weights_are_taken_as_tha
 
 
 def test_fine_tuning_starts_from_limpqs_joint_training(folder):
-    network, _, _ = started("init_from=joint", "act_bits=[" + ", ".join(["4"] * 17) + ", 2]")
+    network, _, _ = started("init_from=joint", "act_bits=[" + ", ".join(["4"] * 5) + ", 2]")
     tensors, state = network.model.state_dict(), stage_1()
-    for name in ("layer1.1.conv1", "layer3.2.conv1"):
+    for name in ("layer2.0.conv1", "layer3.0.conv1"):
         assert tensors[f"{name}.quan_w_fn.s"].tolist() == pytest.approx([0.2])
         assert torch.equal(tensors[f"{name.replace('conv', 'bn')}.running_var"],
                            state[f"module.{name.replace('conv', 'bn')}.bns.1.running_var"])
-    assert tensors["layer3.2.conv2.quan_a_fn.s"].tolist() == pytest.approx([0.4])
+    assert tensors["layer3.0.conv2.quan_a_fn.s"].tolist() == pytest.approx([0.4])
     assert torch.equal(tensors["bn1.bias"], state["module.bn1.bn.bias"])
     assert tensors["layer1.0.conv1.quan_w_fn.s"].item() == pytest.approx(1e-5)
     assert tensors["layer1.0.conv2.quan_a_fn.s"].item() == 1

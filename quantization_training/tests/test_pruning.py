@@ -21,6 +21,7 @@ from quan.utils import joint_modules, replace_module_by_names, step_quantizers
 from util.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
 
+pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
 name: run
 output_dir: out
@@ -36,14 +37,13 @@ weight_decay: 0.1
 momentum: 0.9
 calibration_images: 64
 """
-TOTAL = 267264  # weights of ResNet-20 but for its first convolution and its last layer
+TOTAL = 73728  # weights of the network but for its first convolution and its last layer
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
-    monkeypatch.setattr("util.monitor.save_curves", lambda *arguments, **options: None)
     return tmp_path
 
 
@@ -133,12 +133,12 @@ def test_what_is_removed_stays_zero_through_fine_tuning(folder, kind, change, so
         assert not weight[~mask].any()
         assert weight[mask].any() or not mask.any()
     quantized = quantized_weights(tuned)
-    assert len(quantized) == 20
+    assert len(quantized) == 8
     for layer, weight in quantized.items():
         if f"{layer}.weight" in masks:
             assert not weight[~masks[f"{layer}.weight"]].any()
     if kind == "structured":
-        assert removed(masks, kind) == 269 and any(mask.dim() == 1 for mask in masks.values())  # 0.4 of 672 channels
+        assert removed(masks, kind) == 90 and any(mask.dim() == 1 for mask in masks.values())  # 0.4 of 224 channels
 
 
 def test_a_network_in_full_precision_keeps_its_masks_too(folder):
@@ -230,7 +230,7 @@ def watched(monkeypatch):
 def test_sparsity_follows_the_schedule_and_meets_its_target_to_the_weight(folder, watched, kind):
     tuned = finetune("prune.target_sparsity=0.63", f"prune.type={kind}", "prune.frequency=1", "epochs=3",
                      "prune.start_epoch=0.5", "prune.end_epoch=2")
-    total = 672 if kind == "structured" else TOTAL
+    total = 224 if kind == "structured" else TOTAL
     assert len(watched) == 3 * 4
     before = {}
     for epoch, share, masks in watched:
@@ -310,9 +310,9 @@ def test_no_epoch_is_best_before_the_target_is_reached(folder, monkeypatch):
 def test_it_starts_from_the_sparsity_of_the_masks_it_was_given(folder, watched):
     masks = joint_checkpoint("start", share=0.4)
     tuned = finetune("init_from=start", "prune.target_sparsity=0.6", "prune.frequency=1", "prune.end_epoch=1")
-    assert removed(masks) == 106906 and tuned["initial_sparsity"] == pytest.approx(106906 / TOTAL)
+    assert removed(masks) == 29491 and tuned["initial_sparsity"] == pytest.approx(29491 / TOTAL)
     for epoch, share, found in watched:
-        due = 0.6 - (0.6 - 106906 / TOTAL) * (1 - min(epoch + share, 1)) ** 3
+        due = 0.6 - (0.6 - 29491 / TOTAL) * (1 - min(epoch + share, 1)) ** 3
         assert abs(removed(found) - due * TOTAL) <= 0.5 + 1e-6
         assert all(not (found[name] & ~mask).any() for name, mask in masks.items())
 
@@ -349,7 +349,7 @@ def test_a_target_below_what_is_removed_already(folder, capsys):
 
 
 @pytest.mark.parametrize(("scope", "target", "message"), [
-    ("global", 0.98, "found 0.98, but one channel of each layer stays; 654 of 672 channels of all layers can go (0.9732)"),
+    ("global", 0.98, "found 0.98, but one channel of each layer stays; 218 of 224 channels of all layers can go (0.9732)"),
     ("layer", 0.97, "found 0.97, but one channel of each layer stays; 15 of 16 channels of layer1.0.conv1 can go (0.9375)")])
 def test_a_target_that_needs_the_last_channel_of_a_layer(folder, capsys, scope, target, message):
     words = ["prune.type=structured", f"prune.scope={scope}", "fp_model=true", "weight_bits=", "act_bits=", "epochs=1"]

@@ -5,4 +5,5 @@ import sys
 from pathlib import Path
 
 os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for demo.py

@@ -4,11 +4,9 @@ PLACE holds images/ and networks.json, a list of [name, arch, input size] and, w
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"pretraining": "indicators_pretraining", "search": "quantization_search", "training": "quantization_training"}
 SETTINGS = """
 output_dir: {place}/{stage}
@@ -142,19 +140,15 @@ def main(stages, place):
     sys.path.insert(0, str(Path.cwd()))
     from util.errors import user_errors_on_one_line
 
+    if stages != "search":
+        import util.monitor
+
+        util.monitor.save_curves = lambda *_: None  # plots say nothing of a network and take a third of its time
     for network in json.loads((place / "networks.json").read_text()):
         print(f"== {network[0]}", flush=True)
         with user_errors_on_one_line():
             for stage in stages.split(","):
                 globals()[stage](place, *network)
-
-
-def child(stages, place):
-    """The same in a process that was forked for it: what it prints goes to PLACE/stdout and PLACE/stderr."""
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.chdir(ROOT / STAGES[stages.split(",")[0]])
-    main(stages, place)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 python killer.py STAGE_FOLDER SCRIPT KILLS SEED RUN_FOLDER WORD...
 
-Each attempt is a fork of this process, so that imports are paid once. The kills stop after KILLS of them. Prints as JSON
-how many attempts were killed, and how many of these while a checkpoint was being written.
+Each attempt is a fork of this process, so that imports are paid once. It is killed after a few changes of files in RUN_FOLDER
+and a part of the time between two of them, so that a slow machine makes no difference. The kills stop after KILLS of them.
+Prints as JSON how many attempts were killed, and how many of these while a checkpoint was being written.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import sys
 import time
 import traceback
 
-LONGEST_WAIT = 1.0  # seconds after the first sign of life, until a kill
+MOST_CHANGES = 6  # of files, until a kill
 LIMIT = 60  # seconds that one attempt may take in all
 
 
@@ -47,15 +48,19 @@ def is_writing(folder, since):
 
 def kill_when_due(child, folder, draw, in_write):
     """Kill a child after a random time, or in the middle of a write; return its status if it ends before, else None."""
-    begun, before, alive = time.time_ns(), stamp(folder), None
-    moment = 10**9 * draw.uniform(0, LONGEST_WAIT)
+    begun, before, moment = time.time_ns(), stamp(folder), None
+    changed, left = None, draw.randint(1, MOST_CHANGES)  # at least one: nothing is proven by killing what has not begun
     while time.time_ns() < begun + 10**9 * LIMIT:
         status = ended(child)
         if status is not None:
             return status
-        if alive is None and stamp(folder) != before:  # nothing is proven by killing what has not begun
-            alive = time.time_ns()
-        if alive is not None and (is_writing(folder, begun) if in_write else time.time_ns() > alive + moment):
+        now, files = time.time_ns(), stamp(folder)
+        if files != before:
+            before, left = files, left - 1
+            if left == 0:
+                moment = now + draw.random() * (now - (changed or now))
+            changed = now
+        if moment is not None and (is_writing(folder, begun) if in_write else now > moment):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return None

@@ -12,10 +12,10 @@ import argparse
 import csv
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import every_network
+import forked
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-PROCESSES = multiprocessing.get_context("forkserver")  # which has torch imported already
 TABLE, PAGE = ROOT / "measurements" / "networks.csv", ROOT / "docs" / "networks.md"
 ODD = "odd_networks.py"
 FOLDING_MAY_CHANGE = 0.01  # of what a layer answers, in bfloat16 too; errors add up in logits
@@ -94,23 +94,20 @@ def walk(name, size, limit):
 
 def run_stage(stages, place, limit):
     """(what went wrong in one line, or '', what was printed)."""
-    process = PROCESSES.Process(target=every_network.child, args=(stages, place))
-    process.start()
-    process.join(max(limit, 1))
-    if process.exitcode is None:
-        process.kill()
-        process.join()
+    try:
+        done = forked.run(ROOT / every_network.STAGES[stages.split(",")[0]], TESTS / "every_network.py", stages, place,
+                          limit=max(limit, 1))
+    except subprocess.TimeoutExpired:
         return f"{stages}: not ready in time", ""
-    out, err = ((place / name).read_text(errors="replace") for name in ("stdout", "stderr"))
-    printed = f"{out[-3000:]}\n{err[-5000:]}"
-    if not process.exitcode:
+    printed = f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    if not done.returncode:
         return "", printed
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    if process.exitcode == 2 and len(errors) == 1 and "Traceback" not in err:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    if done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr:
         return errors[0] if stages == "pretraining" else f"{stages}: {errors[0]}", printed
-    if process.exitcode < 0:
-        return f"{stages}: died of {signal.Signals(-process.exitcode).name}", printed
-    return f"{stages}: exit status {process.exitcode}, {(err.splitlines() or ['nothing'])[-1][:200]}", printed
+    if done.returncode < 0:
+        return f"{stages}: died of {signal.Signals(-done.returncode).name}", printed
+    return f"{stages}: exit status {done.returncode}, {(done.stderr.splitlines() or ['nothing'])[-1][:200]}", printed
 
 
 def judged(facts):
@@ -198,7 +195,7 @@ def main():
     parser.add_argument("--size", type=int, default=64, help="of the images of a network that is not in the list")
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="disabled")
-    PROCESSES.set_forkserver_preload(["torchvision.models", "timm", "matplotlib.pyplot"])
+    forked.PROCESSES.set_forkserver_preload([*forked.PRELOADED, "timm"])
     listed, rows = all_networks(), read_rows()
     chosen = {name: listed.get(name, options.size) for name in options.networks or listed}
     if importlib.util.find_spec("timm") is None and not options.networks:

@@ -4,12 +4,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -21,12 +22,32 @@ ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING, TRAINING = ROOT / "indicators_pretraining", ROOT / "quantization_training"
 KILLS = int(os.environ.get("LIMPQP_KILLS", "20"))  # over the three commands
 EPOCHS = max(4, KILLS // 4)
+NETWORK = """
+import time
+
+from torch import nn
+
+
+def make(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False),
+                         nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.Linear(24, num_classes))
+
+
+class Wait(nn.Module):
+    def forward(self, x):
+        time.sleep(0.03)
+        return x
+
+
+def slow(num_classes):  # leaves time for a signal inside an epoch, on any machine
+    return make(num_classes).append(Wait())
+"""
 COMMON = f"""
-arch: resnet20
-dataloader: {{dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.15, val_split: 0.1}}
+dataloader: {{dataset: digits, input_size: 8, batch_size: 32, data_fraction: 0.25, val_split: 0.1}}
 wandb: {{mode: disabled}}
 log: {{checkpoint_steps: 1}}
-quan: {{act: {{all_positive: true}}, excepts: {{conv1: , bn1: , fc: }}}}
+quan: {{act: {{all_positive: true}}, excepts: {{'0': , '1': , '10': }}}}
 epochs: {EPOCHS}
 lr: 0.05
 """
@@ -38,11 +59,16 @@ COMMANDS = {
 }
 
 
+def write_configuration(folder, factory, more):
+    """The path of a configuration file, for a network of four layers."""
+    (folder / "network.py").write_text(NETWORK)
+    (folder / "config.yaml").write_text(f"arch: {folder}/network.py:{factory}\n{COMMON}{more}")
+    return folder / "config.yaml"
+
+
 def kill(stage, script, folder, kills, seed, *words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "killer.py"), str(stage), script, str(kills), str(seed),
-                           str(folder), *words], capture_output=True, text=True,
-                          timeout=60 + 20 * EPOCHS + 60 * kills, check=False, env=environment)
+    done = forked.run(stage, ROOT / "tests" / "killer.py", stage, script, kills, seed, folder, *words,
+                      limit=60 + 20 * EPOCHS + 60 * kills)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["status"] == 0, done.stderr[-3000:]
@@ -52,8 +78,7 @@ def kill(stage, script, folder, kills, seed, *words):
 @pytest.mark.parametrize("title", COMMANDS)
 def test_a_run_that_is_killed_again_and_again_equals_an_undisturbed_one(title, tmp_path):
     stage, script, more, suffix, share = COMMANDS[title]
-    config = tmp_path / "config.yaml"
-    config.write_text(COMMON + more)
+    config = write_configuration(tmp_path, "make", more)
     folders = {name: tmp_path / f"{name}{suffix}" for name in ("undisturbed", "killed")}
     words = [str(config), f"output_dir={tmp_path}"]
     kill(stage, script, folders["undisturbed"], 0, 0, *words, "name=undisturbed")
@@ -68,12 +93,9 @@ def test_a_run_that_is_killed_again_and_again_equals_an_undisturbed_one(title, t
 # Two processes under torchrun.
 
 
-def torchrun(stage, script, *words):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3",
-                             f"--master_port={port}", f"{script}.py", *words], cwd=stage, text=True,
+def torchrun(stage, *words):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                             f"--master_port={forked.free_port()}", *words], cwd=stage, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -81,6 +103,12 @@ def children_of(process, script=""):
     """Process numbers of the children of a process, those that run a script where one is named."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(child) for child in children if script in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def below(number):
+    """Process numbers of the children of a process and of their children: loader workers are forks of a server."""
+    children = [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    return [*children, *(lower for child in children for lower in below(child))]
 
 
 def finish(process, status=0):
@@ -109,16 +137,17 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @pytest.mark.parametrize("title", COMMANDS if KILLS > 20 else list(COMMANDS)[:2])  # fine-tuning in make soak alone
 def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(title, tmp_path):
     stage, script, more, suffix, _ = COMMANDS[title]
-    config = tmp_path / "config.yaml"
-    config.write_text(COMMON + more)
-    words = [str(config), f"output_dir={tmp_path}", "epochs=2", "dataloader.data_fraction=0.4"]
+    config = write_configuration(tmp_path, "slow", more)
+    words = ["--max-restarts=3", f"{script}.py", str(config), f"output_dir={tmp_path}", "epochs=2",
+             "dataloader.data_fraction=0.4"]
     folders = [tmp_path / f"{name}{suffix}" for name in ("undisturbed", "killed")]
-    undisturbed = torchrun(stage, script, *words, "name=undisturbed")
+    undisturbed = forked.torchrun(stage, *words, "name=undisturbed", is_merged=True)
+    start = torchrun if title == "joint training" else partial(forked.torchrun, is_merged=True)
 
     files = ["level_0", "level_1"] if title == "pruning" else ["killed", "killed"]
     first, second = (folders[1] / f"{name}_checkpoint.pth.tar" for name in files)
     for _ in range(5):  # until it comes inside an epoch, where BatchNorm statistics differ between the two
-        stopped = torchrun(stage, script, *words, "name=killed")
+        stopped = start(stage, *words, "name=killed")
         wait_for_step(first, stopped)
         stopped.send_signal(signal.SIGTERM)
         said = stopped.communicate(timeout=60)[0]
@@ -129,9 +158,9 @@ def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(tit
     one, other = inside["batchnorms"]
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
-    restarted = torchrun(stage, script, *words, "name=killed")
+    restarted = start(stage, *words, "name=killed")
     wait_for_step(second, restarted)
-    os.kill(children_of(restarted, script)[1], signal.SIGKILL)
+    os.kill(children_of(restarted, script if start is torchrun else "")[1], signal.SIGKILL)
     said = finish(restarted)
     assert said.count("continuing after epoch") >= 2, said[-3000:]
     finish(undisturbed)
@@ -153,9 +182,9 @@ def write_images(folder):
                 Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
 
 
-def start(config, *words):
-    """Start fine-tuning as the leader of a process group of its own, as a shell or a batch system does."""
-    return subprocess.Popen([sys.executable, "main.py", str(config), *words], cwd=TRAINING, text=True, start_new_session=True,
+def python(folder, *words):
+    """Start a command as a shell or a batch system does, as the leader of a process group of its own."""
+    return subprocess.Popen([sys.executable, *words], cwd=folder, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -164,7 +193,7 @@ def to_group(process, number):
 
 
 def to_each(process, number):
-    """To every process, workers first, as a batch system does that knows no groups."""
+    """To the server of the workers and to the main process, one after the other."""
     for child in [*children_of(process), process.pid]:
         os.kill(child, number)
         time.sleep(0.02)
@@ -181,22 +210,27 @@ def is_there(number):
 @needs_proc
 def test_a_signal_that_reaches_loader_workers_too_ends_in_a_checkpoint_and_leaves_none_behind(tmp_path):
     write_images(tmp_path / "images")
-    config = tmp_path / "config.yaml"
-    config.write_text(COMMON + COMMANDS["fine-tuning"][2])
-    words = [f"output_dir={tmp_path}", "epochs=4", "dataloader.dataset=folder", f"dataloader.path={tmp_path / 'images'}",
-             "dataloader.input_size=16", "dataloader.batch_size=8", "dataloader.val_split=0", "dataloader.data_fraction=1",
-             "dataloader.workers=2", "calibration_images=16"]
-    undisturbed = start(config, *words, "name=undisturbed")
+    config = write_configuration(tmp_path, "slow", COMMANDS["fine-tuning"][2])
+    fork = partial(forked.Fork, is_leader=True, is_merged=True)
+    words = ["main.py", str(config), f"output_dir={tmp_path}", "epochs=4", "dataloader.dataset=folder",
+             f"dataloader.path={tmp_path / 'images'}", "dataloader.input_size=16", "dataloader.batch_size=8",
+             "dataloader.val_split=0", "dataloader.data_fraction=1", "dataloader.workers=2", "calibration_images=16"]
+    undisturbed = fork(TRAINING, *words, "name=undisturbed")
     checkpoint = tmp_path / "killed" / "killed_checkpoint.pth.tar"
-    for send, number in ((to_group, signal.SIGTERM), (to_group, signal.SIGINT), (to_each, signal.SIGTERM)):
-        stopped = start(config, *words, "name=killed")
+    for start, send, number in ((fork, to_group, signal.SIGTERM), (python, to_group, signal.SIGINT),
+                                (fork, to_each, signal.SIGTERM)):
+        stopped = start(TRAINING, *words, "name=killed")
         wait_for_step(checkpoint, stopped)
-        workers = children_of(stopped)
+        workers = below(stopped.pid)
         send(stopped, number)
         said = finish(stopped, 128 + number)
         assert said.splitlines()[-1].startswith(f"stopped by {signal.Signals(number).name}"), said[-3000:]
         assert said.endswith("the same command goes on from there\n") and "Traceback" not in said
-        assert len(workers) >= 2 and not any(map(is_there, workers))
-    finish(start(config, *words, "name=killed"))
+        assert workers  # their server at least: at the end of an epoch it is alone
+        limit = time.time() + 60
+        while any(map(is_there, workers)):  # they end when they notice that they are alone
+            assert time.time() < limit
+            time.sleep(0.02)
+    finish(fork(TRAINING, *words, "name=killed"))
     finish(undisturbed)
     assert_equal_folders(tmp_path / "undisturbed", tmp_path / "killed")

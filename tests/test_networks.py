@@ -6,17 +6,15 @@ import json
 import math
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
 from every_network import STAGES, write_images
 from networks import PAGE, all_networks, page, read_rows, walk
 
-pytestmark = pytest.mark.xdist_group("networks")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
 # name: (input size, searched layers, what is excepted)
 NETWORKS = {"resnet18": (32, 19, ["conv1", "fc"]), "resnet20": (16, 18, ["conv1", "fc"]),
@@ -28,18 +26,16 @@ NETWORKS = {"resnet18": (32, 19, ["conv1", "fc"]), "resnet20": (16, 18, ["conv1"
             "vit_tiny_patch4_32": (8, 24, ["conv_proj", "heads.head"]), "swin_t": (32, 51, ["features.0.0", "head"])}
 
 
-@pytest.fixture(scope="module")
-def walked(tmp_path_factory):
-    """(the folder of results, {stage: what it printed})"""
-    place, said = tmp_path_factory.mktemp("networks"), {}
+def walked(place, name):
+    """{stage: what it printed}"""
     write_images(place / "images")
-    (place / "networks.json").write_text(json.dumps([[name, name, size] for name, (size, *_) in NETWORKS.items()]))
+    (place / "networks.json").write_text(json.dumps([[name, name, NETWORKS[name][0]]]))
+    said = {}
     for stage, folder in STAGES.items():
-        done = subprocess.run([sys.executable, ROOT / "tests" / "every_network.py", stage, place], cwd=ROOT / folder,
-                              capture_output=True, text=True, timeout=300, check=False)
+        done = forked.run(ROOT / folder, ROOT / "tests" / "every_network.py", stage, place)
         assert done.returncode == 0, f"{stage}: {done.stdout[-1500:]}\n{done.stderr[-3000:]}"
-        said[stage] = dict(re.findall(r"^== (\w+)\n(.*?)(?=^== |\Z)", done.stdout, re.DOTALL | re.MULTILINE))
-    return place, said
+        said[stage] = done.stdout
+    return said
 
 
 def losses(folder, split):
@@ -48,30 +44,25 @@ def losses(folder, split):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_network_walks_all_stages(walked, name):
-    place, said = walked
+def test_a_network_walks_all_stages(name, tmp_path):
+    place, said = tmp_path, walked(tmp_path, name)
     _, searched, excepted = NETWORKS[name]
+    for stage in ("pretraining", "training"):
+        assert re.findall(r"^.*epoch 1 \[(\d/\d)\]", said[stage], re.MULTILINE) == ["1/2", "2/2"], stage
     joint = losses(place / "pretraining" / name, "train")
     assert joint.keys() == {"4", "2", "random"} and all(map(math.isfinite, joint.values()))
     assert len(set(joint.values())) == 3
     with open(place / f"{name}.pkl", "rb") as file:
         indicators = pickle.load(file)
     assert len(indicators["layer_name"]) == searched and list(indicators["fixed"]) == excepted
-    assert all(f"{layer} (" in said["pretraining"][name] for layer in excepted)
+    assert all(f"{layer} (" in said["pretraining"] for layer in excepted)
     policy = yaml.safe_load((place / f"{name}.yaml").read_text())
     assert set(policy["weight_bits"]) == {4, 2} and policy["act_signed"] == [True] * searched
     checkpoint = torch.load(place / "training" / name / f"{name}_checkpoint.pth.tar", weights_only=True)
     assert list(checkpoint["weight_bits"].values()) == policy["weight_bits"]
     summary = yaml.safe_load((place / "training" / name / "summary.yaml").read_text())
-    assert math.isfinite(summary["loss"]) and f"BitOPs {summary['gbitops']:.3f} G" in said["search"][name]
-    assert f"loss {summary['loss']:.4f}" in said["training"][name].splitlines()[-1]
-
-
-def test_two_steps_are_made_of_each(walked):
-    for stage in ("pretraining", "training"):
-        for name, printed in walked[1][stage].items():
-            assert re.findall(r"^.*epoch 1 \[(\d/\d)\]", printed, re.MULTILINE) == ["1/2", "2/2"], (stage, name)
-        assert list(walked[1][stage]) == list(NETWORKS)
+    assert math.isfinite(summary["loss"]) and f"BitOPs {summary['gbitops']:.3f} G" in said["search"]
+    assert f"loss {summary['loss']:.4f}" in said["training"].splitlines()[-1]
 
 
 def test_the_table_of_networks_is_made_of_its_rows_and_none_failed():

@@ -3,19 +3,21 @@
 import csv
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
 
+from comparing import as_bytes
+
 pytestmark = pytest.mark.xdist_group("pipeline")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
-SMALL = ["dataloader.input_size=8", "dataloader.batch_size=32", "dataloader.data_fraction=0.2", "epochs=1"]
+SMALL = ["dataloader.input_size=8", "dataloader.batch_size=32", "dataloader.data_fraction=0.1", "epochs=1"]
 DENSE = "results/resnet20_digits_dense/resnet20_digits_dense_checkpoint.pth.tar"
 JOINT = "results/resnet20_digits/resnet20_digits_checkpoint.pth.tar"
 BITS = ["6", "5", "4", "3", "2"]
@@ -23,16 +25,24 @@ BITS = ["6", "5", "4", "3", "2"]
 
 def command(folder, *words, expect=0):
     """Run `python WORDS` in a stage folder; return stdout, or stderr where a failure is expected."""
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == expect, f"{words}: status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return ended(forked.run(folder, *words), expect)
+
+
+def python(folder, *words):
+    """The same in a process of its own, imports and all."""
+    return ended(subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300,
+                                check=False))
+
+
+def ended(done, expect=0):
+    assert done.returncode == expect, f"{done.args}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stderr if expect else done.stdout
 
 
 def launch(folder, *words):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return command(folder, "-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={port}", *words)
+    launcher = forked.torchrun(folder, *words)
+    said = launcher.communicate(timeout=300)
+    return ended(subprocess.CompletedProcess(words, launcher.returncode, *said))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +119,56 @@ def test_evaluation_repeats_the_figures_of_training(walked, stages):
     assert f"top-1 {summary['top1']:.3f}" in walked["eval"] and f"loss {summary['loss']:.4f}" in walked["eval"]
 
 
+def as_limpqs(path, to):
+    """A checkpoint in LIMPQ's format: its names, which data parallelism leaves with a prefix, and nothing that says how."""
+    content = torch.load(path, weights_only=True)
+    state = {f"module.{name}": tensor for name, tensor in content["state_dict"].items()}
+    torch.save({"epoch": 1, "arch": "resnet20", "state_dict": state, "extras": {"top1": 9.0, "top5": 50.0}}, to)
+    return state
+
+
+def test_limpqs_files_walk_all_stages_to_the_same_bytes(walked, stages):
+    """The joint training of `walked` as LIMPQ would have saved it gives the same indicators, weights and figures."""
+    state = as_limpqs(stages["pretraining"] / JOINT, stages["pretraining"] / "results/limpq.pth.tar")
+    assert {"module.layer1.0.conv1.quan_w_fn.s", "module.layer1.0.conv1.quan_a_fn.init_state", "module.bn1.bn.weight",
+            "module.layer1.0.bn1.bns.4.running_var", "module.fc.bias"} <= state.keys()
+    command(stages["pretraining"], "importance_extractor.py", "results/limpq.pth.tar", "--b", *BITS,
+            "--output", "results/limpq.pkl")
+    tables = [pickle.loads((stages["pretraining"] / f"results/{name}.pkl").read_bytes()) for name in ("i", "limpq")]
+    assert all(tables[0][key] == tables[1][key] for key in ("weight", "act", "layer_name"))
+    command(stages["search"], "search.py", "--model", "resnet20", "--i", "../indicators_pretraining/results/limpq.pkl",
+            "--b", *BITS, "--wb", "3", "--ab", "3", "--cr", "10.59", "--bops", "True", "--output", "results/limpq.yaml")
+    for name, start in (("ours", JOINT), ("limpq", "results/limpq.pth.tar")):
+        command(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL, f"name={name}",
+                f"target_bits=[{', '.join(BITS)}]", "policy=../quantization_search/results/limpq.yaml",
+                f"init_from=../indicators_pretraining/{start}")
+    ours, limpqs = (torch.load(stages["training"] / f"results/{name}/{name}_checkpoint.pth.tar", weights_only=True)
+                    for name in ("ours", "limpq"))
+    policy = yaml.safe_load((stages["search"] / "results/limpq.yaml").read_text())
+    assert list(limpqs["weight_bits"].values()) == policy["weight_bits"] and len(set(policy["weight_bits"])) > 1
+    assert as_bytes(ours["state_dict"]) == as_bytes(limpqs["state_dict"])
+    summary = yaml.safe_load((stages["training"] / "results/limpq/summary.yaml").read_text())
+    figures = f"loss {summary['loss']:.4f}  top-1 {summary['top1']:.3f}"
+    # and a fine-tuned one, evaluated and packed by a configuration that holds what the file does not
+    state = as_limpqs(stages["training"] / "results/limpq/limpq_checkpoint.pth.tar",
+                      stages["training"] / "results/limpq.pth.tar")
+    assert "module.conv1.quan_w_fn.s" in state and "module.conv1.quan_a_fn.s" not in state
+    (stages["training"] / "limpq.yaml").write_text("policy: ../quantization_search/results/limpq.yaml\n" + "".join(
+        line for line in (stages["training"] / "finetune_resnet20_digits_w3a3.yaml").read_text().splitlines(keepends=True)
+        if not line.startswith(("policy:", "init_from:"))))
+    evaluate = ("main.py", "limpq.yaml", *SMALL[:2], "eval=true")
+    said = command(stages["training"], *evaluate, "resume.path=results/limpq.pth.tar")
+    assert figures in said.splitlines()[-1]
+    said = command(stages["training"], "export.py", "results/limpq.pth.tar", "--config", "limpq.yaml",
+                   "--output", "results/limpq.safetensors")
+    assert "bit for bit" in said
+    said = command(stages["training"], *evaluate, "resume.path=results/limpq.safetensors")
+    assert figures in said.splitlines()[-1]
+
+
 def test_the_packed_model_repeats_the_figures_of_its_checkpoint(walked, stages):
     path = "results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar"
-    said = command(stages["training"], "export.py", path, "--output", "results/model.safetensors")
+    said = python(stages["training"], "export.py", path, "--output", "results/model.safetensors")
     assert "bit for bit" in said
     said = command(stages["training"], "main.py", "eval_resnet20_digits_w3a3.yaml", *SMALL[:2],
                    "resume.path=results/model.safetensors")
@@ -136,7 +193,8 @@ def test_dry_runs_write_nothing(walked, stages):
 
 
 def test_two_processes_walk_stages_one_and_three(walked, stages):
-    launch(stages["pretraining"], "main.py", "config_resnet20_digits.yaml", *SMALL, "name=two")
+    python(stages["pretraining"], "-m", "torch.distributed.launch", "--nproc_per_node=2",
+           f"--master_port={forked.free_port()}", "main.py", "config_resnet20_digits.yaml", *SMALL, "name=two")
     launch(stages["training"], "main.py", "finetune_resnet20_digits_w3a3.yaml", *SMALL, "name=two")
     rows = metrics(stages["training"], "two")
     assert {row["split"] for row in rows} == {"train", "val", "test"}
@@ -148,7 +206,7 @@ def test_two_processes_walk_stages_one_and_three(walked, stages):
 
 def test_a_pruned_network_walks_all_stages(stages):
     small, prune = [*SMALL, "pre_trained=", "name=pruned"], ["prune.amount=0.4", "prune.levels=2"]
-    command(stages["pretraining"], "pruning.py", "config_resnet20_digits.yaml", *small, *prune)
+    python(stages["pretraining"], "pruning.py", "config_resnet20_digits.yaml", *small, *prune)
     command(stages["pretraining"], "main.py", "config_resnet20_digits.yaml", *small,
             "init_from=results/pruned_pruning/level_2_checkpoint.pth.tar")
     command(stages["pretraining"], "importance_extractor.py", "results/pruned/pruned_checkpoint.pth.tar",

@@ -35,6 +35,7 @@ def rates(times, **changes):
     ({"warmup_epochs": 0, "sched": "step", "decay_epochs": 3, "decay_rate": 0.5}, {0: 1, 2.99: 1, 3: 0.5, 5.99: 0.5, 6: 0.25,
                                                                                 9: 0.125}),
     ({"warmup_epochs": 0, "sched": "step", "decay_epochs": 1.5, "decay_rate": 0.5}, {1.49: 1, 1.5: 0.5, 3: 0.25, 9: 0.1}),
+    ({"warmup_epochs": 0, "sched": "multistep", "decay_epochs": [0.5, 3.0], "decay_rate": 0.5}, {0.4: 1, 0.5: 0.5, 3: 0.25}),
     ({"sched": "constant"}, {1: 0.6, 2: 1, 9.9: 1, 12: 1})])
 def test_the_learning_rate_is_that_of_the_schedule(changes, points):
     assert rates(points, **changes) == pytest.approx(list(points.values()), rel=1e-12)

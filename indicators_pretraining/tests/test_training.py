@@ -225,6 +225,10 @@ def test_what_is_not_finite_is_named_with_what_to_do(monkeypatch):
     with pytest.raises(UserError, match="the parameter weight is not finite after epoch 1; lower lr, or add warmup_epochs$"):
         loop.run(beginning(), 2)
     assert not done.saved
+    loop, _ = make_loop([(1.0, 1.0)] * 2, monkeypatch)
+    with pytest.raises(UserError, match=r"after epoch 2; .* \(a checkpoint from before is kept\)$"):
+        loop.validate = lambda epoch: spoil(loop) if epoch == 0 else None
+        loop.run(beginning(), 2)
     loop, _ = make_loop([(1.0, 1.0)] * 2, monkeypatch, epochs_before=1)
     spoil(loop)
     with pytest.raises(UserError, match=r"after epoch 2; .* \(a checkpoint from before is kept\)$"):

@@ -31,7 +31,7 @@ def create_optimizer(model, config):
 
 def check_schedule(config):
     """Refuse a schedule that cannot be followed. Messages begin with the key."""
-    if config.warmup_epochs >= config.epochs and config.warmup_epochs > 0:
+    if config.warmup_epochs >= config.epochs:
         raise UserError(f"warmup_epochs: found {config.warmup_epochs:g}, allowed is less than epochs ({config.epochs})")
     if config.min_lr > config.lr:
         raise UserError(f"min_lr: found {config.min_lr:g}, allowed is at most lr ({config.lr:g})")

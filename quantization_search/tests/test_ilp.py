@@ -251,3 +251,14 @@ def test_constraints_that_conflict_only_together_are_both_named():
     with pytest.raises(ilp.Infeasible) as caught:
         ilp.solve(problem)
     assert [(constraint.name, least) for constraint, least in caught.value.conflict] == [("first", 3), ("second", 4)]
+
+
+def test_the_least_of_a_largest_amount_is_that_at_which_all_others_hold_together():
+    """Of three layers one may take the first pair, beside `one`, and one the second, beside `other`."""
+    memory = ilp.Constraint("memory", [[1, 1, 5]] * 3, 2, "", 1, largest=True)
+    one, other = (ilp.Constraint(name, [use] * 3, 2, "", 1) for name, use in (("one", [2, 0, 0]), ("other", [0, 2, 0])))
+    problem = ilp.Problem(list("abc"), [[(2, 2), (3, 2), (4, 4)]] * 3, [[0, 0, 0]] * 3, [[0, 0, 0]] * 3, [],
+                          [memory, one, other])
+    with pytest.raises(ilp.Infeasible) as caught:
+        ilp.solve(problem)
+    assert {constraint.name: least for constraint, least in caught.value.conflict} == {"memory": 5, "one": 4, "other": 4}

@@ -1,4 +1,4 @@
-"""The README's network of the user's own: its files and its commands as they stand there, on a part of the images."""
+"""The user's own network of docs/networks_and_data.md: files and commands as they stand there, on a part of the images."""
 
 import os
 import re
@@ -16,10 +16,11 @@ import demo
 pytestmark = pytest.mark.xdist_group("own network")  # one process makes what all read
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("### A network of your own")[2].partition("\n## ")[0]
+PAGE = (ROOT / "docs" / "networks_and_data.md").read_text(encoding="utf-8")
+SECTION = PAGE.partition("## A network of your own")[2].partition("\n## ")[0]
 SOURCE, SETTINGS, COMMANDS = re.findall(r"^```\w*\n(.*?)^```$", SECTION, re.DOTALL | re.MULTILINE)
 SMALLER = "epochs: 1\nwarmup_epochs: 0\ndataloader: {data_fraction: 0.1, input_size: 8}\n"
-RECORD = bool(os.environ.get("LIMPQP_RECORD"))  # on all images, as the README says; what it says of the result is written down
+RECORD = bool(os.environ.get("LIMPQP_RECORD"))  # on all images, as the page says; what it says of the result is written down
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def record(results, seconds):
         demo.note(f"own network{name}", value, unit, "LIMPQP_RECORD=1 python -m pytest tests/test_own_network.py")
 
 
-def test_the_commands_of_the_readme_bring_a_network_of_ones_own_through_all_stages(walked):
+def test_the_commands_of_the_page_bring_a_network_of_ones_own_through_all_stages(walked):
     place, said = walked
     policy = yaml.safe_load((place / "quantization_search/results/policy_mine.yaml").read_text())
     assert policy["arch"] == "~/nets/my_network.py:make"

@@ -1,10 +1,11 @@
-"""The README and docs/ say what commands print and what was measured: searches are run here on the files of the repository,
-tables and figures are compared with the CSV files that the measuring commands wrote."""
+"""The README and docs/ say what commands exist, what they print and what was measured: every command is run by a test that is
+named here, or called untested; searches are run here; links, tables and figures are compared with files of the repository."""
 
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,173 @@ import demo
 from measurements import pages
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLE = re.compile(r"^python (search\.py .*?indicators/.*?)^```$.*?^```$(.*?)^```$", re.DOTALL | re.MULTILINE)
+STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMAND = re.compile(r"(python3?|torchrun|pip|make|bash|sh|\./\S+) ")
+
+# Each command of the pages, but those that a test reads there and runs, and the test that runs it, on smaller data.
+TESTED = {
+    "tests/test_pipeline.py::walked": [
+        "python main.py config_resnet20_digits.yaml",
+        "python importance_extractor.py results/resnet20_digits/resnet20_digits_checkpoint.pth.tar "
+        "--output results/resnet20_digits/importance_indicators_resnet20_digits.pkl",
+        "python search.py --model resnet20 "
+        "--i ../indicators_pretraining/results/resnet20_digits/importance_indicators_resnet20_digits.pkl "
+        "--b 6 5 4 3 2 --wb 3 --ab 3 --cr 10.59 --bops True --output results/policy_resnet20_digits_w3a3.yaml",
+        "python main.py finetune_resnet20_digits_w3a3.yaml",
+        "python main.py eval_resnet20_digits_w3a3.yaml"],
+    "tests/test_pipeline.py::test_the_packed_model_repeats_the_figures_of_its_checkpoint": [
+        "python export.py results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar "
+        "--output results/resnet20_digits_w3a3.safetensors",
+        "python export.py results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar "
+        "--output results/model.safetensors",
+        "python main.py eval_resnet20_digits_w3a3.yaml resume.path=results/model.safetensors"],
+    "tests/test_pipeline.py::test_a_pruned_network_walks_all_stages": ["python pruning.py prune_resnet20_digits.yaml"],
+    "tests/test_pipeline.py::test_two_processes_walk_stages_one_and_three": [
+        "python -m torch.distributed.launch --nproc_per_node=2 main.py CONFIG.yaml",
+        "torchrun --nproc_per_node=2 main.py CONFIG.yaml"],
+    "quantization_training/tests/test_export.py::check_inspection": ["python export.py --inspect results/model.safetensors"],
+    "quantization_training/tests/test_export.py::check_predictions": [
+        "python export.py --predict results/model.safetensors IMAGE.png"],
+    "quantization_training/tests/test_onnx.py::test_a_trained_network_gives_the_same_classes_and_each_layer_the_same_values": [
+        "python export.py results/model.safetensors --onnx results/model.onnx"],
+    "indicators_pretraining/tests/test_sensitivity.py::test_the_file_is_as_the_extractor_writes_it": [
+        "python sensitivity.py config_resnet20_digits.yaml --output results/sensitivity.pkl --images 1000"],
+    "indicators_pretraining/tests/test_loss_sensitivity.py::test_the_file_holds_the_losses_with_one_quantizer_at_fewer_bits": [
+        "python sensitivity.py config_resnet20_digits.yaml --of loss --output results/losses.pkl"],
+}
 
 
-def test_there_is_an_example():
-    assert EXAMPLE.search(README)
+def lines_of(block):
+    """The lines of a block, joined where they are continued, without comments, one for each command."""
+    joined = re.sub(r"\s*\\\n\s*", " ", block)
+    return [part for line in joined.splitlines() for part in re.sub(r"\s+# .*", "", line).strip().split(" && ") if part]
 
 
-@pytest.mark.parametrize(("command", "printed"), EXAMPLE.findall(README))
-def test_the_policy_in_the_readme_is_the_one_its_command_prints(command, printed, tmp_path):
-    words = shlex.split(command.replace("\\\n", " "))
-    words[words.index("--output") + 1] = str(tmp_path / "policy.yaml")
-    done = subprocess.run([sys.executable, *words], cwd=ROOT / "quantization_search", capture_output=True, text=True,
-                          check=True)
-    assert done.stdout.splitlines()[-2:] == printed.strip().splitlines()
+def blocks(text):
+    """[(the paragraph before it, what is inside)] of the blocks between lines of ```"""
+    found, paragraph = [], ""
+    for index, part in enumerate(re.split(r"^```.*\n", text, flags=re.MULTILINE)):
+        if index % 2:
+            found.append((paragraph, part))
+        else:
+            paragraph = part.strip().rpartition("\n\n")[2] or paragraph
+    return found
 
 
-def test_every_file_that_the_readme_names_is_there():
-    for name in re.findall(r"(?:main\.py |`)(\w+\.yaml)", README):
-        if not name.startswith(("CONFIG", "args", "summary", "policy")):
-            assert list(ROOT.glob(f"*/{name}")), name
+def commands(text):
+    """[(command, its folder or '', whether the paragraph before it says untested, the policy that the page says it prints)]"""
+    found = []
+    for (paragraph, block), (_, following) in pairwise([*blocks(text), ("", "")]):
+        lines, folder, printed = lines_of(block), "", following if following.startswith("searched") else ""
+        if any(COMMAND.match(line) for line in lines):
+            for line in lines:
+                if line.startswith("cd "):
+                    folder = line.rpartition("/")[2].removeprefix("cd ")
+                else:
+                    found.append((line, folder, "untested" in paragraph, printed))
+    return found
+
+
+def section(page, heading):
+    return TEXTS[page].partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+
+
+ALL = [(page, *found) for page, text in TEXTS.items() for found in commands(text)]
+OWN_COMMANDS = [command for command, *_ in commands(section("docs/networks_and_data.md", "## A network of your own"))]
+SEARCHES = {(command, printed) for _, command, _, _, printed in ALL if "search.py" in command and "--i indicators/" in command}
+
+
+def test_every_command_is_run_by_a_test_or_called_untested():
+    tested = {*OWN_COMMANDS, *(command for command, _ in SEARCHES), *(line for lines in TESTED.values() for line in lines)}
+    unknown = [(page, command) for page, command, _, is_untested, _ in ALL
+               if command not in tested and not is_untested and not command.startswith(("make ", "pip "))]
+    assert unknown == [], "name the test in TESTED, or write untested into the paragraph before the command"
+    assert tested <= {command for _, command, *_ in ALL}, "TESTED names a command that no page has"
+    assert len(OWN_COMMANDS) == 6 and sum(bool(printed) for _, printed in SEARCHES) == 4
+
+
+def test_commands_are_found_wherever_they_stand_and_a_paragraph_says_untested_for_its_own_blocks_only():
+    text = ("An untested one:\n\n```\ncd a && python x.py \\\n    --y  # z\n```\n\n```yaml\na: b\n```\n\n"
+            "Another.\n```\n$ ls\nmake all\n```\n")
+    assert commands(text) == [("python x.py --y", "a", True, ""), ("$ ls", "", False, ""), ("make all", "", False, "")]
+
+
+@pytest.mark.parametrize("test", TESTED)
+def test_the_test_that_is_named_is_there_and_runs_the_script_with_these_flags(test):
+    name, _, function = test.partition("::")
+    source = (ROOT / name).read_text(encoding="utf-8")
+    assert f"def {function}(" in source
+    for command in TESTED[test]:
+        words = re.findall(r"(?<= )--\w[\w-]*|\w+(?=\.py)|^torchrun", command)
+        assert words and [word for word in words if word not in source] == [], command
+
+
+def test_files_flags_and_targets_of_commands_exist():
+    """In those that are untested, too."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page, command, folder, *_ in ALL:
+        words, stages = command.split(), [folder] if folder else [*STAGES, "."]
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+        for word in words:
+            if re.fullmatch(r"\w+\.yaml|[\w/]+\.py|requirements\S*", word) and word != "CONFIG.yaml":
+                assert any((ROOT / stage / word).exists() for stage in stages) or (ROOT / word).exists(), (page, command)
+        after = command.partition(".py")[2] if words[0] == "python" else ""
+        sources = "".join(path.read_text(encoding="utf-8") for stage in stages for path in (ROOT / stage).glob("*.py"))
+        for flag in re.findall(r" (--\w[\w-]*)", after):
+            assert f'"{flag}"' in sources, (page, command)
+
+
+@pytest.mark.parametrize(("command", "printed"), sorted(SEARCHES))
+def test_a_search_runs_and_prints_the_policy_that_the_page_shows(command, printed, tmp_path):
+    stage = ROOT / "quantization_search"
+    (tmp_path / "indicators").symlink_to(stage / "indicators")
+    done = subprocess.run([sys.executable, stage / "search.py", *shlex.split(command)[2:]], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not printed or done.stdout.splitlines()[-2:] == printed.strip().splitlines()
+
+
+def test_the_demo_runs_the_commands_of_the_readme():
+    shown = {command for command, *_ in commands(TEXTS["README.md"])}
+    for step in demo.steps():
+        command = "python " + " ".join(step.command).partition(" --plot")[0]
+        assert command in shown or "uniform3" in command, command
+
+
+def test_every_file_that_the_pages_name_is_there():
+    for page, text in TEXTS.items():
+        for name in re.findall(r"(?:main\.py |`)(\w+\.yaml)", text):
+            if not name.startswith(("CONFIG", "args", "summary", "policy")):
+                assert list(ROOT.glob(f"*/{name}")), (page, name)
+
+
+def anchors(text):
+    """What links to the headings of a page end with."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*TEXTS, "quantization_search/indicators/README.md", "experiments/README.md"])
+def test_links_point_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if "://" not in target:
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_the_readme_is_short_and_lists_every_page():
+    assert TEXTS["README.md"].count("\n") <= 220
+    assert {page for page in TEXTS if page != "README.md"} <= set(re.findall(r"\((docs/\w+\.md)\)", TEXTS["README.md"]))
+
+
+def test_the_own_network_of_the_readme_is_that_of_the_page_that_a_test_reads():
+    shown = [command for command, *_ in commands(section("README.md", "## Your own network"))]
+    assert shown == OWN_COMMANDS[:len(shown)] and "search.py" in shown[-1]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +201,7 @@ def test_a_digit_that_changes_anywhere_in_them_is_noticed(texts):
             other = str((int(changed[path][place]) + 1) % 10)
             changed[path] = changed[path][:place] + other + changed[path][place + 1:]
     differing = sum(one != other for path in texts for one, other in zip(texts[path], changed[path], strict=True))
-    assert differing == sum(pattern.groups or 1 for pattern, *_ in parts) > 100
+    assert differing == sum(pattern.groups or 1 for pattern, *_ in parts) >= 20
     assert pages.filled(changed) == texts
 
 
@@ -64,13 +211,13 @@ def test_no_measured_figure_stands_in_the_pages_that_no_command_wrote(texts):
         for pattern, *_ in pages.parts():
             text = pattern.sub("", text)
         text = re.sub(r"^```.*?^```|`[^`]*`", "", text, flags=re.DOTALL | re.MULTILINE)
-        if path.name != "networks.md":
+        if path.name not in ("networks.md", "configuration.md"):  # both generated
             assert re.findall(r"[\d.,]+ ?(?:± \d|% top-1|(?:s|ms|seconds|minutes|hours|KB|MB|GB)\b)", text) == [], path.name
 
 
 def test_words_without_a_place_are_an_error(texts):
-    with pytest.raises(ValueError, match=re.escape("'`make demo` took {} seconds' stands 0 times")):
-        pages.filled({path: text.replace("`make demo` took", "it took") for path, text in texts.items()})
+    with pytest.raises(ValueError, match=re.escape("'The commands took {} seconds' stands 0 times")):
+        pages.filled({path: text.replace("The commands took", "They took") for path, text in texts.items()})
 
 
 def test_the_demo_records_its_table_and_its_time_where_all_of_it_ran(tmp_path, monkeypatch):

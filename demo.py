@@ -140,11 +140,11 @@ def pruned_rows():
 
 
 def pruned_table(found):
-    lines = [f"{'network':<12} {'32 bits, %':>10} {'W3A3, %':>8} {'size MB':>8} {'sparse MB':>10} {'smaller in all':>15} "
+    lines = [f"{'network':<12} {'32 bits, %':>10} {'W3A3, %':>8} {'size MB':>8} {'sparse MB':>10} {'total compression':>18} "
              f"{'BitOPs G':>9} {'effective G':>12}"]
     for row in found:
         before, after, size, sparse, ratio, bitops, effective = (float(value) for value in list(row.values())[1:])
-        lines.append(f"{row['network']:<12} {before:>10.2f} {after:>8.2f} {size:>8.4f} {sparse:>10.4f} {ratio:>14.2f}x "
+        lines.append(f"{row['network']:<12} {before:>10.2f} {after:>8.2f} {size:>8.4f} {sparse:>10.4f} {ratio:>17.2f}x "
                      f"{bitops:>9.4f} {effective:>12.4f}")
     return "\n".join(lines)
 
@@ -194,8 +194,8 @@ def main():
         print(f"accuracy against sparsity: {PRETRAINING}/{PRUNED}/pruning.png")
     else:
         size = packed_bytes()
-        print(f"the packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB)")
-        print(f"the policy: {SEARCH}/{POLICY}\nwhere the bits went: {SEARCH}/{PICTURE}")
+        print(f"the bit-packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB)")
+        print(f"the policy: {SEARCH}/{POLICY}\nits plot: {SEARCH}/{PICTURE}")
     print("training curves: */results/*/curves.png\nmake clean removes all of it")
 
 

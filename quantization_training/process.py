@@ -163,7 +163,7 @@ def describe_cost(cost, separator):
              f"BitOPs {cost['gbitops']:.3f} G ({cost['gbitops_exact']:.3f} G by exact output sizes)"]
     if "sparsity" in cost:
         parts += [f"{100 * cost['sparsity']:.2f} % sparse",
-                  f"sparse size {cost['sparse_size_mb']:.4f} MB ({cost['sparse_ratio']:.2f}x smaller in all)",
+                  f"sparse size {cost['sparse_size_mb']:.4f} MB ({cost['sparse_ratio']:.2f}x total compression)",
                   f"effective BitOPs {cost['gbitops_effective']:.3f} G ({cost['gbitops_effective_exact']:.3f} G by exact "
                   "output sizes)"]
     return separator.join(parts)

@@ -3,9 +3,9 @@
 python tests/networks.py [--resume] [--jobs N] [--limit SECONDS]   # all; writes measurements/networks.csv, docs/networks.md
 python tests/networks.py timm:resnet26t [--size 64]                # one of them, or any other, alone
 
-Each network has processes of its own, so that a crash is a row. It has passed where every stage ends well, the packed model
-answers as its checkpoint does, bit for bit, and each folded layer nearly so; it is refused where one line says so before
-anything is trained. `--resume` keeps the rows that are there.
+Each network has processes of its own, so that a crash is a row. It has passed where every stage ends well, the bit-packed
+model gives the logits of its checkpoint, bit for bit, and each folded layer nearly so; it is refused where one line says so
+before anything is trained. `--resume` keeps the rows that are there.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TABLE, PAGE = ROOT / "measurements" / "networks.csv", ROOT / "docs" / "networks.md"
 ODD = "odd_networks.py"
-FOLDING_MAY_CHANGE = 0.01  # of what a layer answers, in bfloat16 too; errors add up in logits
+FOLDING_MAY_CHANGE = 0.01  # of a layer's output, in bfloat16 too; errors add up in logits
 COLUMNS = ("network", "size", "result", "line", "layers", "weights", "left_share", "left", "products_share", "folded",
            "layer_change", "logit_change",
            "seconds")
@@ -116,9 +116,9 @@ def judged(facts):
     kinds = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in facts["left"])
     row["left"] = ", ".join(list(kinds)[:3]) + (f" and {len(kinds) - 3} more" if len(kinds) > 3 else "")
     if not facts["is_equal"]:
-        row.update(result="failed", line="the packed model answers otherwise than its checkpoint")
+        row.update(result="failed", line="the bit-packed model gives other logits than its checkpoint")
     elif not facts["layer_change"] <= FOLDING_MAY_CHANGE:
-        row.update(result="failed", line=f"folding changes what a layer answers by {facts['layer_change']:.3g} of the largest")
+        row.update(result="failed", line=f"folding changes a layer's output by {facts['layer_change']:.3g} of the largest")
     return row
 
 
@@ -146,18 +146,19 @@ def page(rows):
     """The table to read."""
     counts = {result: sum(row["result"] == result for row in rows) for result in ("passed", "refused", "failed")}
     lines = ["# Which networks work", "",
-             "Made by `make networks` (`tests/networks.py`) from [measurements/networks.csv](../measurements/networks.csv); "
+             "This page lists which networks pass all stages, and what of each stays in full precision.",
+             "It is made by `make networks` (`tests/networks.py`) from [its rows](../measurements/networks.csv); "
              "`python tests/networks.py NAME` runs one row.",
-             "Each network, with random weights, was jointly pre-trained for two steps on eight small images, its indicators "
-             "extracted, its bits searched,",
-             "it was fine-tuned for two steps, evaluated, and packed, without and with `--fold-bn`. The packed model answers "
-             "as the checkpoint, bit for bit.", "",
+             "Each network, with random weights, was jointly trained for two steps on eight small images, its indicators were "
+             "extracted, its bits searched;",
+             "then it was fine-tuned for two steps, evaluated, and exported, without and with `--fold-bn`. The "
+             "bit-packed model gives the logits of the checkpoint, bit for bit.", "",
              ", ".join(f"{count} {result}" for result, count in counts.items()) + ".", ""]
     for title, kind in (("torchvision and this project", ""), ("timm", "timm:"), (f"tests/{ODD}", ODD)):
         chosen = [row for row in rows if kind_of(row) == kind]
         lines += [f"## {title}", "",
-                  "| network | images | result | layers | weights | left in full precision | products, of all MACs | folded: "
-                  "BatchNorms, largest change of an output, of a logit | seconds |",
+                  "| network | images | result | layers | weights | left in full precision | attention's share of MACs | "
+                  "folded: BatchNorms, largest change of a layer's output, of a logit | seconds |",
                   "|---|---|---|---|---|---|---|---|---|", *map(line_of, chosen), ""]
     return "\n".join(lines)
 

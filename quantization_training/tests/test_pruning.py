@@ -186,7 +186,7 @@ def test_the_summary_counts_what_is_left(folder, capsys):
         call.macs_exact * left[name] / call.params * bits[name][0] * bits[name][1]
         for name, call in graph.layers.items()) / 1e9)
     said = capsys.readouterr().out
-    assert f"{100 * found['sparsity']:.2f} % sparse" in said and f"({found['sparse_ratio']:.2f}x smaller in all)" in said
+    assert f"{100 * found['sparsity']:.2f} % sparse" in said and f"({found['sparse_ratio']:.2f}x total compression)" in said
     main.main(["config.yaml", "eval=true"])
     assert f"{100 * found['sparsity']:.2f} % sparse" in capsys.readouterr().out
     finetune("epochs=1", name="dense")

@@ -1,6 +1,7 @@
 """The README and docs/ say what commands exist, what they print and what was measured: every command is run by a test that is
 named here, or called untested; searches are run here; links, tables and figures are compared with files of the repository."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -78,7 +79,7 @@ def commands(text):
             for line in lines:
                 if line.startswith("cd "):
                     folder = line.rpartition("/")[2].removeprefix("cd ")
-                else:
+                elif not line.startswith(("export ", "source ")):
                     found.append((line, folder, "untested" in paragraph, printed))
     return found
 
@@ -89,11 +90,13 @@ def section(page, heading):
 
 ALL = [(page, *found) for page, text in TEXTS.items() for found in commands(text)]
 OWN_COMMANDS = [command for command, *_ in commands(section("docs/networks_and_data.md", "## A network of your own"))]
+SET_UP = section("README.md", "## Set-up")
 SEARCHES = {(command, printed) for _, command, _, _, printed in ALL if "search.py" in command and "--i indicators/" in command}
 
 
 def test_every_command_is_run_by_a_test_or_called_untested():
-    tested = {*OWN_COMMANDS, *(command for command, _ in SEARCHES), *(line for lines in TESTED.values() for line in lines)}
+    tested = {*OWN_COMMANDS, *(command for command, *_ in commands(SET_UP)), *(command for command, _ in SEARCHES),
+              *(command for listed in TESTED.values() for command in listed)}
     unknown = [(page, command) for page, command, _, is_untested, _ in ALL
                if command not in tested and not is_untested and not command.startswith("pip ")]
     assert unknown == [], "name the test in TESTED, or write untested into the paragraph before the command"
@@ -140,6 +143,23 @@ def test_a_search_runs_and_prints_the_policy_that_the_page_shows(command, printe
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not printed or done.stdout.splitlines()[-2:] == printed.strip().splitlines()
+
+
+def test_the_set_up_makes_an_environment_and_enters_it(tmp_path):
+    """Without what takes minutes: pip is one that says what it is asked for."""
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "pip.py").write_text("import sys\nprint('pip', *sys.argv[1:])")
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\ncase $2 in venv) set -- "$@" --without-pip; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    [(_, block)] = blocks(SET_UP)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "VENV"))}
+    done = subprocess.run(["bash", "-ec", block + "command -v python"], cwd=tmp_path, capture_output=True, text=True,
+                          check=False, env=kept | {"PYTHON": str(python), "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^pip install .*-r requirements.txt -r requirements-dev.txt$", done.stdout, re.MULTILINE)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / ".venv/bin/python")
 
 
 def test_the_page_on_the_search_has_every_flag():

@@ -14,6 +14,7 @@ READY := $(VENV)/.installed-$(HASH)
 RUN := $(abspath $(VENV))/bin/python
 STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
+LAYERS := util model sparsity quan engine
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py
 
 .PHONY: demo demo-pruned experiments experiments-quick test soak networks mutants lint bench record sync clean environment
@@ -82,10 +83,10 @@ record: $(READY)
 	$(RUN) -m measurements.pages
 
 sync:
-	rm -rf quantization_training/model quantization_training/quan quantization_training/util
+	cd quantization_training && rm -rf $(LAYERS)
 	rm -rf quantization_search/models quantization_search/util
 	find $(MASTER) -name __pycache__ -prune -exec rm -rf {} +
-	cp -r $(MASTER)/model $(MASTER)/quan $(MASTER)/util quantization_training/
+	cd $(MASTER) && cp -r $(LAYERS) ../quantization_training/
 	cp -r $(MASTER)/model quantization_search/models
 	mkdir quantization_search/util
 	cp $(MASTER)/tests/fuzzing.py quantization_search/tests/

@@ -18,7 +18,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent
 PRETRAINING, SEARCH, TRAINING = "indicators_pretraining", "quantization_search", "quantization_training"
 POLICY = "results/policy_resnet20_digits_w3a3.yaml"
-PICTURE = "results/policy_resnet20_digits_w3a3.png"
+PLOT = "results/policy_resnet20_digits_w3a3.png"
 TUNED = "results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar"
 PACKED = "results/resnet20_digits_w3a3.safetensors"
 ROWS = {"dense, 32 bits": "resnet20_digits_dense", "uniform W3A3": "resnet20_digits_uniform3",
@@ -60,7 +60,7 @@ def steps():
         training("train ResNet-20 in full precision", TRAINING, "resnet20_digits_dense", "config_resnet20_digits.yaml"),
         training("pre-train the importance indicators", PRETRAINING, "resnet20_digits", "config_resnet20_digits.yaml"),
         extraction("extract them", "resnet20_digits", indicators),
-        search("search a policy at the cost of uniform W3A3", indicators, POLICY, "--plot", PICTURE),
+        search("search a policy at the cost of uniform W3A3", indicators, POLICY, "--plot", PLOT),
         training("fine-tune at the searched policy", TRAINING, "resnet20_digits_w3a3",
                  "finetune_resnet20_digits_w3a3.yaml"),
         training("fine-tune at uniform 3 bits", TRAINING, "resnet20_digits_uniform3",
@@ -195,7 +195,7 @@ def main():
     else:
         size = packed_bytes()
         print(f"the bit-packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB)")
-        print(f"the policy: {SEARCH}/{POLICY}\nits plot: {SEARCH}/{PICTURE}")
+        print(f"the policy: {SEARCH}/{POLICY}\nits plot: {SEARCH}/{PLOT}")
     print("training curves: */results/*/curves.png\nmake clean removes all of it")
 
 

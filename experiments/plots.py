@@ -1,4 +1,4 @@
-"""The picture of a table: a point per run, a bar at their mean."""
+"""The plot of a table: a point per run, a bar at their mean."""
 
 import matplotlib
 

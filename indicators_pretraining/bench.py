@@ -21,28 +21,22 @@ import torch
 from torch import nn
 
 import process
+from engine.loop import training_step
+from engine.metrics import Metrics
+from engine.passes import Passes, keep_freed_memory, to_device
+from engine.plots import new_figure, save_figure
 from model import create_model
 from model.layer_table import trace
+from quan.bit_switch import BitSwitch
+from quan.config import ExceptionConfig, QuanConfig
 from quan.quantizer import LsqQuan, Quantizer, kernel, lsq
 from quan.stem import SharedStem, find_stem
-from quan.utils import (
-    BitSwitch,
-    joint_modules,
-    policy_modules,
-    replace_module_by_names,
-    searchable_layers,
-    weights_quantized_once,
-)
+from quan.utils import joint_modules, policy_modules, replace_module_by_names, searchable_layers, weights_quantized_once
 from util import distributed
 from util.command import Parser
-from util.config import ExceptionConfig, QuanConfig
 from util.data_loader import CROP_PADDING, CropAndFlip, normalise
 from util.errors import UserError, nearest, user_errors_on_one_line
 from util.exchange import write_atomically
-from util.metrics import Metrics
-from util.passes import Passes, keep_freed_memory, to_device
-from util.plots import new_figure, save_figure
-from util.training import training_step
 
 BITS = (6, 5, 4, 3, 2)
 EXCEPTS = {"mobilenetv1": ("stem.0", "stem.1", "fc")}
@@ -155,8 +149,8 @@ class ChainQuan(Quantizer):
         self.inner.select(bit)
 
     def forward(self, x):
-        self.inner.meet(x)
-        return plain_chain(x, *self.inner.terms(x))
+        self.inner.observe(x)
+        return plain_chain(x, *self.inner.quantization_parameters(x))
 
 
 def use_plain_chain(model):
@@ -480,7 +474,7 @@ def draw_growth(axes, kind, rows):
 
 def main(arguments=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("--output", default="results/bench.csv", help="the table; the picture stands beside it")
+    parser.add_argument("--output", default="results/bench.csv", help="the table; the plot stands beside it")
     parser.add_argument("--more", action="store_true", help=f"also {', '.join(MORE_CASES)}, on the CPU")
     parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *MORE_CASES, *GPU_CASES])}")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")

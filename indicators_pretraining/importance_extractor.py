@@ -5,8 +5,8 @@ python importance_extractor.py CHECKPOINT [CHECKPOINT ...] --output FILE.pkl
 
 import os
 
-from model.masks import is_mask
-from util.checkpoint import is_foreign, load_checkpoint, signs_of
+from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
+from sparsity.masks import is_mask
 from util.command import Parser
 from util.config import check_bits, describe, differing_keys, flatten
 from util.errors import UserError, user_errors_on_one_line
@@ -23,7 +23,7 @@ def extract(checkpoint, source, bits=None):
     """Read the trained step sizes of a jointly trained network.
 
     Args:
-        checkpoint: as util.checkpoint.load_checkpoint gives it.
+        checkpoint: as engine.checkpoint.load_checkpoint gives it.
         source: its path, for messages.
         bits: candidate bit-widths of a checkpoint that does not say them itself.
 
@@ -132,7 +132,7 @@ def extract_all(paths, bits=None):
         if not checkpoint.get("bits"):
             raise UserError(f"{path}: does not say its candidate bit-widths, which each of several checkpoints has to")
         contents[path] = extract(checkpoint, path)
-        facts[path] = {**contents[path], "signed": signs_of(checkpoint)}
+        facts[path] = {**contents[path], "signed": signedness_of(checkpoint)}
         check_same_network(facts[paths[0]], facts[path], paths[0], path)
     return combine(contents)
 

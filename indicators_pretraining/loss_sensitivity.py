@@ -1,11 +1,12 @@
 """How much a jointly trained network loses where a single weight or input has fewer bits."""
 
+from engine.metrics import evaluate
+from engine.resume import find_run, restore
+from engine.run_folder import RunFolder
 from importance_extractor import CARRIED, trained
 from network import build_network
-from util.checkpoint import RunFolder, find_run, restore
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError
-from util.metrics import evaluate
 
 
 def measure(config, images, device):
@@ -23,7 +24,7 @@ def measure(config, images, device):
     restore(found, network.model, None, network.config)
     loader = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True).calibration(images)
     print("\n".join(filter(None, [network.remark, f"{found.path}: losses over {loader.images} training images"])))
-    facts = {**network.facts, "arch": config.arch}
+    facts = {**network.metadata, "arch": config.arch}
     made = trained(found.content["config"]) if found.content.get("config") else {}
     return {**losses(network.model, network.switch, list(loader)), "layer_name": list(network.switch.layers),
             **{key: facts[key] for key in CARRIED}, "trained": made}
@@ -39,18 +40,18 @@ def losses(model, switch, batches):
 
     Returns:
         {"weight": {layer: {bit: loss}}, "act": the same}: the mean cross-entropy with the weight, or the input, of that layer
-        at `bit` bits and everything else at the widest candidate, the BatchNorm after it too: its copy for `bit` has the
+        at `bit` bits and everything else at the highest candidate, the BatchNorm after it too: its copy for `bit` has the
         statistics of a network whose every layer is at `bit` bits.
     """
-    widest = max(switch.bits)
-    switch.uniform(widest)
+    highest = max(switch.bits)
+    switch.uniform(highest)
     best = evaluate(model, batches)["loss"]
 
     def loss(name, bit, kind):
-        if bit == widest:
+        if bit == highest:
             return best
-        switch.uniform(widest)
-        switch.layers[name].select(*((bit, widest) if kind == "weight" else (widest, bit)))
+        switch.uniform(highest)
+        switch.layers[name].select(*((bit, highest) if kind == "weight" else (highest, bit)))
         found = evaluate(model, batches)["loss"]
         if not found > 0:
             raise UserError(f"{name}: the loss with its {kind} at {bit} bits is {found}, expected a positive number")

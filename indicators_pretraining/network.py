@@ -4,16 +4,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from engine.checkpoint import is_foreign, load_checkpoint, masks_of, signedness_of
+from engine.passes import Passes, to_device
+from engine.resume import check_arch
+from engine.schema import describe_defaults
 from model import load_weights
 from model.layer_table import Graph, twin_of
-from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.training_pass import check_training
+from quan.bit_switch import BitSwitch
 from quan.stem import SharedStem, find_stem
 from quan.transfer import clamp_as_limpq
 from quan.unchanged import check_unchanged
 from quan.utils import (
-    BitSwitch,
     freeze_weights,
     init_weight_steps,
     joint_modules,
@@ -21,14 +24,13 @@ from quan.utils import (
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
-    signs_in_use,
+    signedness_in_use,
 )
 from schema import IndicatorsConfig
+from sparsity.masks import PrunedParameters, weights_left
 from util import distributed
-from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, signs_of
-from util.config import describe_defaults, describe_idle
+from util.config import describe_idle
 from util.errors import UserError
-from util.passes import Passes, to_device
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class JointNetwork:
     config: IndicatorsConfig
 
     @property
-    def facts(self):
+    def metadata(self):
         """What travels in the checkpoint: the description, with the signs of activations as they are decided by now."""
-        signed = signs_in_use(self.model)
-        return {**self.description, "layers": with_signs(self.description["layers"], signed), "signed": signed}
+        signed = signedness_in_use(self.model)
+        return {**self.description, "layers": with_signedness(self.description["layers"], signed), "signed": signed}
 
 
 def build_dense(config, num_classes, input_size, found, device):
@@ -76,7 +78,7 @@ def build_network(config, num_classes, input_size, found, device):
     Args:
         config: the IndicatorsConfig.
         num_classes, input_size: of the data.
-        found: the Found checkpoint that is going to be loaded into it, or None; initial weights are then not needed.
+        found: the ResumeCheckpoint that is going to be loaded into it, or None; initial weights are then not needed.
         device: where the network is to live.
 
     Raises:
@@ -84,12 +86,12 @@ def build_network(config, num_classes, input_size, found, device):
     """
     if config.eval and found.content.get("bits", config.target_bits) != config.target_bits:
         raise UserError(f"target_bits: found {config.target_bits}, but {found.path} was trained at {found.content['bits']}")
-    clamped = clamp_steps_from_elsewhere(found, config)
+    clamped = clamp_external_steps(found, config)
     model, graph, masks = create_initial(config, num_classes, input_size, found)
     training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     defaults = "" if found else describe_defaults(config)
     config, exceptions = name_exceptions(config, graph)
-    signed = signs_of(found.content) if found else {}
+    signed = signedness_of(found.content) if found else {}
     plain = twin_of(model)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits, signed))
     check_unchanged(plain, model, graph, input_size, config.eval)
@@ -111,7 +113,7 @@ def build_network(config, num_classes, input_size, found, device):
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 
 
-def clamp_steps_from_elsewhere(found, config):
+def clamp_external_steps(found, config):
     """Take the step sizes of LIMPQ's checkpoint as its forward pass does; a line about those it concerns, or ''."""
     if found is None or not is_foreign(found.content):
         return ""
@@ -139,7 +141,7 @@ def create_initial(config, num_classes, input_size, found):
     return model, graph, masks_of(content, model, source)
 
 
-def with_signs(layers, signed):
+def with_signedness(layers, signed):
     """The table of layers with the signs of their weights and activations; signed: {layer: whether its activations are},
     where that is decided."""
     return {name: {**row, "signed": {"weight": True, "act": signed.get(name, False)}} for name, row in layers.items()}
@@ -151,5 +153,5 @@ def describe_network(config, model, graph, num_classes, input_size, masks):
     rows = {name: {**call.as_row(), "sparsity": 1 - left[name] / call.params} for name, call in graph.layers.items()}
     layers = {name: rows.pop(name) for name in searchable_layers(graph, config.quan.excepts)}
     return {"bits": list(config.target_bits), "num_classes": num_classes, "input_size": input_size,
-            "layers": layers, "fixed": rows, "products": dict(graph.products), "batchnorms": dict(graph.batchnorms),
+            "layers": layers, "fixed": rows, "products": dict(graph.non_layer_macs), "batchnorms": dict(graph.batchnorms),
             "masks": masks}

@@ -4,15 +4,16 @@ import numpy as np
 import torch.nn.functional as F
 from torch import nn
 
+from engine.loop import Hooks, Training
+from engine.metrics import Metrics, evaluate
+from engine.monitor import log_start
+from engine.passes import Passes
+from engine.resume import evaluate_best
+from engine.run_folder import describe_evaluated
 from quan.utils import keep_steps_positive
 from schema import RANDOM
 from util import distributed
-from util.checkpoint import describe_evaluated, evaluate_best
-from util.metrics import Metrics, evaluate
-from util.monitor import log_start
-from util.passes import Passes
 from util.sampling import Stream, generator
-from util.training import Training
 
 
 def random_policy(layers, bits, seed, epoch, step):
@@ -30,14 +31,14 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
         images, target: a batch, [batch, 3, height, width] and [batch].
         criterion: loss of (logits, target).
         chosen: {layer: bit} for the last pass, or None.
-        in_place_distillation: passes after the widest learn from its answers instead of from the labels: by plain
-            cross-entropy, so that one that gives the same answers has nothing to learn.
+        in_place_distillation: passes after the highest learn from its soft_targets instead of from the labels: by plain
+            cross-entropy, so that one that gives the same soft_targets has nothing to learn.
         metrics: {bit or "random": Metrics} to add to.
         passes: the Passes of the model; None stands for plain ones.
     """
     passes = passes or Passes(model)
-    widest, answers = max(switch.bits), None
-    first, last = [widest] if in_place_distillation else [], [] if chosen is None else [RANDOM]
+    highest, soft_targets = max(switch.bits), None
+    first, last = [highest] if in_place_distillation else [], [] if chosen is None else [RANDOM]
     with passes.entered(images) as entering:
         for candidate in [*first, *(bit for bit in switch.bits if bit not in first), *last]:
             if candidate == RANDOM:
@@ -45,12 +46,12 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
             else:
                 switch.uniform(candidate)
             logits = passes.logits(entering)
-            loss = criterion(logits, target) if answers is None else F.cross_entropy(logits, answers)
+            loss = criterion(logits, target) if soft_targets is None else F.cross_entropy(logits, soft_targets)
             loss.backward()
             if metrics is not None:
                 metrics[candidate].update(logits.detach(), target, loss.detach())
-            if in_place_distillation and candidate == widest:
-                answers = logits.detach().softmax(1)
+            if in_place_distillation and candidate == highest:
+                soft_targets = logits.detach().softmax(1)
 
 
 def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_place_distillation=False, metrics=None,
@@ -73,7 +74,7 @@ def evaluate_candidates(model, switch, loader):
     return figures
 
 
-def criterion_of(config):
+def joint_criterion(config):
     return nn.CrossEntropyLoss(label_smoothing=config.smoothing)
 
 
@@ -82,10 +83,10 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
 
     Args:
         network: the JointNetwork.
-        start: the Start of this run.
+        start: the ResumeState of this run.
     """
     model, switch, last = network.model, network.switch, config.last_epoch
-    criterion, layers = criterion_of(config), list(network.switch.layers)
+    criterion, layers = joint_criterion(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
 
     def take_step(batches, epoch, step, metrics):
@@ -100,10 +101,10 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         return None
 
     def write(state, is_best):
-        distributed.on_main(folder.save, {**state, **network.facts}, is_best, config.log.keep_checkpoints)
+        distributed.on_main(folder.save, {**state, **network.metadata}, is_best, config.log.keep_checkpoints)
 
-    Training(model, optimizer, loaders.train, config, monitor, take_step, validate_where_due, write,
-             labels=config.passes, shown=max(switch.bits)).run(start, last)
+    hooks = Hooks(take_step, validate_where_due, write, config.passes, max(switch.bits))
+    Training(model, optimizer, loaders.train, config, monitor, hooks).run(start, last)
 
 
 def validate(model, switch, loader, epoch, monitor):
@@ -152,11 +153,11 @@ def describe_figures(row):
 def dry_run(network, loaders, optimizer, config):
     """Compute one batch and report sizes; nothing is written."""
     network.model.train()
-    switch, facts = network.switch, network.facts
+    switch, facts = network.switch, network.metadata
     images, target = next(iter(loaders.train))
     metrics = {candidate: Metrics(images.device) for candidate in config.passes}
     chosen = random_policy(list(switch.layers), switch.bits, config.seed, 0, 0) if config.random_pass else None
-    joint_step(network.model, switch, images, target, criterion_of(config), optimizer, chosen,
+    joint_step(network.model, switch, images, target, joint_criterion(config), optimizer, chosen,
                config.in_place_distillation, metrics, network.passes)
     layers, size = [*facts["layers"].values(), *facts["fixed"].values()], facts["input_size"]
     report = [f"{config.arch}: {len(facts['layers'])} searchable layers, {len(facts['fixed'])} fixed; "

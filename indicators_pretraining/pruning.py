@@ -7,21 +7,21 @@ python -m torch.distributed.launch --nproc_per_node=N pruning.py CONFIG.yaml
 from dataclasses import replace
 
 import rewinding
+from engine.interruption import signals_noted
+from engine.monitor import log_start, open_monitor
+from engine.optim import create_optimizer
+from engine.passes import prepare
+from engine.resume import recorded_threads, restore
+from engine.run_lock import alone_in
 from model.training_pass import check_training
 from network import build_dense
-from rewinding import Plan, Pruning, PruningFolder
+from rewinding import LevelSchedule, Pruning, PruningFolder
 from schema import PruningConfig
 from util import distributed
-from util.checkpoint import recorded_threads, restore
 from util.command import parse_training_arguments
 from util.config import describe_idle, load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
-from util.interruption import signals_noted
-from util.monitor import log_start, open_monitor
-from util.optim import create_optimizer
-from util.passes import prepare
-from util.run_lock import alone_in
 
 
 def main(arguments=None):
@@ -44,7 +44,7 @@ def run(config, device, is_dry_run):
     start = restore(found, network.model, optimizer, config, rewinding.harmless(found, config),
                     schedule_may_change=False)
     network.pruned.hold(optimizer)
-    plan = Plan(network, config.prune)
+    plan = LevelSchedule(network, config.prune)
     plan.check(rewinding.level_of(found), network.pruned.masks)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
                              distributed.barrier, distributed.is_local_main())

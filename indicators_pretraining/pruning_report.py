@@ -1,4 +1,4 @@
-"""What pruning came to: a row for each level, as CSV, as a picture of accuracy against sparsity, and as a summary."""
+"""What pruning came to: a row for each level, as CSV, as a plot of accuracy against sparsity, and as a summary."""
 
 import csv
 import io
@@ -6,12 +6,12 @@ import os
 
 import yaml
 
-from model.masks import weights_left
+from engine.plots import new_figure, save_figure
+from engine.run_folder import read_summary
 from quan.cost import full_precision_cost, nonzero_macs
+from sparsity.masks import weights_left
 from util import distributed
-from util.checkpoint import read_summary
 from util.exchange import write_atomically
-from util.plots import new_figure, save_figure
 
 COLUMNS = ("level", "removed", "sparsity", "loss", "top1", "top5", "size_mb", "sparse_size_mb", "sparse_ratio", "macs",
            "nonzero_macs")

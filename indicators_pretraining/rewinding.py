@@ -11,25 +11,17 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 
 import pruning_report
-from model.masks import Prunable, sums_of
+from engine.checkpoint import load_checkpoint, masks_of, save_checkpoint
+from engine.loop import Hooks, Training, training_step
+from engine.metrics import Metrics, evaluate
+from engine.resume import ResumeCheckpoint, check_arch, check_continues
+from engine.run_folder import RunFolder
+from engine.training_state import ResumeState, load_training_state, training_state
 from model.weights import load_state
+from sparsity.ranking import Prunable, sums_of
 from util import distributed
-from util.checkpoint import (
-    Found,
-    RunFolder,
-    Start,
-    check_arch,
-    check_continues,
-    load_checkpoint,
-    load_training_state,
-    masks_of,
-    save_checkpoint,
-    training_state,
-)
 from util.config import describe_idle, flatten
 from util.errors import UserError
-from util.metrics import Metrics, evaluate
-from util.training import Training, training_step
 
 LEVEL_FILE = re.compile(r"level_(\d+)_checkpoint\.pth\.tar")
 HARMLESS = ("quan.", "target_bits", "in_place_distillation", "random_pass", "weight_bits", "act_bits",
@@ -69,7 +61,7 @@ class PruningFolder:
         return max(numbers, default=None)
 
     def find(self, config):
-        """The Found checkpoint of the newest level, or None where the run starts afresh."""
+        """The ResumeCheckpoint of the newest level, or None where the run starts afresh."""
         number = distributed.on_main(self.newest_level)
         return None if number is None else self.load(number, config)
 
@@ -79,7 +71,7 @@ class PruningFolder:
         check_arch(content, config.arch, path)
         if content.get("level") != number:
             raise UserError(f"{path}: is not the checkpoint of level {number}")
-        return Found(path, content, lean=False)
+        return ResumeCheckpoint(path, content, lean=False)
 
 
 def harmless(found, config):
@@ -125,7 +117,7 @@ class Pruning:
 
     Args:
         network: the DenseNetwork.
-        plan: its Plan.
+        plan: its LevelSchedule.
         loaders, optimizer, config, monitor: as in every training; config is a PruningConfig made for levels.
         folder: the PruningFolder.
     """
@@ -140,8 +132,8 @@ class Pruning:
         """Train every level that is not finished.
 
         Args:
-            found: the Found checkpoint of the newest level, which is loaded already, or None.
-            start: its Start.
+            found: the ResumeCheckpoint of the newest level, which is loaded already, or None.
+            start: its ResumeState.
         """
         level = level_of(found)
         self.find_rows(found)
@@ -157,7 +149,7 @@ class Pruning:
         pruning_report.summarise(self.folder.summary, self.config, self.rows)
 
     def begin(self, level, masks):
-        """Load the early state back, unless the method goes on without, and apply the new masks; return the Start."""
+        """Load the early state back, unless the method goes on without, and apply the new masks; return the ResumeState."""
         if self.config.prune.method != "iterative":
             self.rewind()
         self.pruned.set(masks)
@@ -166,7 +158,7 @@ class Pruning:
         empty = [name for name in self.plan.layers if not masks[f"{name}.weight"].any()]
         if empty:
             self.monitor.log(f"no weight is left in {', '.join(empty)}")
-        return Start(self.config.prune.rewind_epoch)
+        return ResumeState(self.config.prune.rewind_epoch)
 
     def rewind(self):
         """Load weights, BatchNorm, optimizer and random states as they were after rewind_epoch epochs."""
@@ -180,7 +172,7 @@ class Pruning:
 
     def train(self, level, start):
         """Train a level to its last epoch, with a checkpoint after each; a finished one is left as it is."""
-        rewind_epoch, criterion = self.config.prune.rewind_epoch, criterion_of(self.config)
+        rewind_epoch, criterion = self.config.prune.rewind_epoch, full_precision_criterion(self.config)
 
         def take_step(batches, epoch, step, metrics):
             training_step(self.model, batches, criterion, self.optimizer, metrics[None], self.passes)
@@ -193,9 +185,10 @@ class Pruning:
         if level == start.epoch == rewind_epoch == 0 and start.inside is None:
             self.write(self.folder.rewind, training_state(self.model, self.optimizer, 0, start.best, self.config,
                                                           self.monitor), level)
-        Training(self.model, self.optimizer, self.loaders.train, self.config, self.monitor, take_step,
-                 lambda epoch: self.validate(level, epoch), write,
-                 epochs_before=epochs_before(level, self.config)).run(start, self.config.last_epoch)
+        hooks = Hooks(take_step, lambda epoch: self.validate(level, epoch), write,
+                      epochs_before=epochs_before(level, self.config))
+        Training(self.model, self.optimizer, self.loaders.train, self.config, self.monitor, hooks).run(start,
+                                                                                                       self.config.last_epoch)
 
     def validate(self, level, epoch):
         """Validate where it is due and log it; return top-1 and top-5, or None."""
@@ -247,12 +240,12 @@ class Pruning:
         self.report(level)
 
 
-def criterion_of(config):
+def full_precision_criterion(config):
     """Label-smoothed cross-entropy of (logits, images, target)."""
     return lambda logits, images, target: F.cross_entropy(logits, target, label_smoothing=config.smoothing)
 
 
-class Plan(Prunable):
+class LevelSchedule(Prunable):
     """What each level removes, of which layers, and when it is enough.
 
     Args:
@@ -322,7 +315,7 @@ def dry_run(network, plan, loaders, optimizer, config, level):
     """Compute one step and report sizes and the levels after `level`; nothing is written."""
     network.model.train()
     metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
-    training_step(network.model, batches, criterion_of(config), optimizer, metrics, network.passes)
+    training_step(network.model, batches, full_precision_criterion(config), optimizer, metrics, network.passes)
     loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
     epochs, ahead = config.last_epoch, plan.forecast(level, network.pruned.masks)
     report = [f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "

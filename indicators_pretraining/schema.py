@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-from util.config import RunConfig, bounded
+from engine.optim import check_schedule
+from engine.schema import RunConfig
+from util.config import bounded
 from util.errors import UserError
-from util.optim import check_schedule
 
 RANDOM = "random"  # stands for a bit-width drawn for each layer
 

@@ -6,14 +6,16 @@ They are mean squared quantization errors, of the weight and of the input of eac
 step size with which the error is least. There is one step size per tensor, whatever quan.weight.per_channel says.
 
 With --of loss, they are losses of the jointly trained network in resume.path (or in the folder of the run), each with one
-weight or one input at the bit-width and everything else at the widest candidate.
+weight or one input at the bit-width and everything else at the highest bit-width.
 """
 
 import torch
 
 import loss_sensitivity
+from engine.metrics import evaluation_mode
+from engine.passes import prepare
 from importance_extractor import CARRIED, check_output, write
-from network import build_dense, describe_network, with_signs
+from network import build_dense, describe_network, with_signedness
 from quan.utils import check_exceptions, name_exceptions
 from quantization_error import least_errors
 from schema import IndicatorsConfig
@@ -23,8 +25,6 @@ from util.config import AUTO, load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError, user_errors_on_one_line
 from util.exchange import split_arch
-from util.metrics import evaluation_mode
-from util.passes import prepare
 
 IMAGES = 1000
 MOST_VALUES = 2**20  # of the input of a layer; where there are more, they are drawn at random
@@ -77,7 +77,7 @@ def measure(config, images, device):
     inputs = watch_inputs(model, facts["layers"], loader, config.seed)
     positive = config.quan.act.all_positive
     signed = {name: inputs[name].is_negative if positive == AUTO else not positive for name in facts["layers"]}
-    facts["layers"] = with_signs(facts["layers"], signed)
+    facts["layers"] = with_signedness(facts["layers"], signed)
     bits, quan = config.target_bits, config.quan
     weight = {name: least_errors(weight_of(model, name), bits, True, quan.weight.symmetric) for name in signed}
     act = {name: least_errors(inputs[name].values, bits, signed[name], quan.act.symmetric) for name in signed}

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 sys.path.insert(0, ".")
+from engine.loop import training_step
+from engine.metrics import Metrics, evaluate
+from engine.schema import DataConfig
 from network import build_network
 from process import joint_step, random_policy
 from quan.utils import BATCHNORM
 from schema import IndicatorsConfig
-from util.config import DataConfig
 from util.data_loader import create_loaders
-from util.metrics import Metrics, evaluate
-from util.training import training_step
 
 BITS, CPU, POLICIES, EPOCHS, TUNED, LR = [6, 4, 3, 2], torch.device("cpu"), 20, 10, 2, 0.05
 WAYS = ("moved", "held", "re-estimated")

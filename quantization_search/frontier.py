@@ -37,7 +37,7 @@ def run_sweep(config, study):
     write_table(config, rows, [key, *COLUMNS, *(SPARSE_COLUMNS if study.network.sparse else ())])
     if config.plot:
         draw(config, study, key, found)
-        print(f"picture written to {config.plot}")
+        print(f"plot written to {config.plot}")
     print(f"{len(found)} of {len(rows)} points " + (
         "have a policy drawn at random" if config.baseline == "random" else
         f"can be kept, {sum(row['status'] == 'optimal' for row in found)} of them proven to be optimal"))

@@ -53,14 +53,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Network:
+class SearchSpace:
     """rows: {name: Row} of the layers to be searched, in network order; fixed: {name: Row} of those at 8 bits. products:
     MACs of matrix products that are no layer's, those of attention, which are in full precision and in no BitOPs."""
 
     arch: str
     rows: dict
     fixed: dict
-    products: int = 0
+    non_layer_macs: int = 0
 
     def all_rows(self):
         return [*self.rows.values(), *self.fixed.values()]
@@ -101,7 +101,7 @@ def find_network(path, indicators, model=None):
     if "layers" in indicators and others:
         raise UserError(f"{path}: layers: {next(iter(others))} has no indicators{nearest(next(iter(others)), names)}")
     _check_ends(path, rows, others)
-    return Network(arch, {name: rows[name] for name in names}, fixed | others, _checked_products(path, indicators))
+    return SearchSpace(arch, {name: rows[name] for name in names}, fixed | others, _checked_products(path, indicators))
 
 
 def _rename(indicators, rows):

@@ -1,4 +1,4 @@
-"""The pictures of a search: a policy layer by layer beside its indicators, and the trade-off curve of a sweep."""
+"""The plots of a search: a policy layer by layer beside its indicators, and the trade-off curve of a sweep."""
 
 import io
 import math
@@ -14,7 +14,7 @@ KINDS = {"weight": "weights", "act": "activations"}
 
 # Lengths in inches.
 PER_LAYER = 0.24
-NARROWEST, WIDEST = 10, 30  # of the whole picture
+NARROWEST, WIDEST = 10, 30  # of the whole plot
 BESIDE = 2.6  # taken by the axis on the left and the legends on the right
 PER_NAME = 0.13  # a layer's name, upright, in the small print
 PER_CANDIDATE, LOWEST_MAP = 0.26, 0.55
@@ -33,11 +33,11 @@ MAP_DECADES = 4  # the heat map's colours reach this far below the largest indic
 STYLE = {"hatch.linewidth": 0.7, "svg.hashsalt": "limpqp", "svg.fonttype": "path"}  # the salt: the same ids every time
 
 
-def picture_format(path):
+def plot_format(path):
     """'png' or 'svg', by the ending of the path; any other ending is a UserError."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in FORMATS:
-        raise UserError(f"{path}: a picture is written as PNG or SVG; expected a name that ends in .png or .svg")
+        raise UserError(f"{path}: a plot is written as PNG or SVG; expected a name that ends in .png or .svg")
     return FORMATS[ending]
 
 
@@ -54,13 +54,13 @@ def save_policy_plot(path, arch, names, weight_bits, act_bits, candidates, size_
         size_shares, bitops_shares: {name: share of the whole network, from 0 to 1}.
         indicators: {'weight': {name: {bit: value}}, 'act': likewise}; fixed layers have none.
         erased: {'weight': {name: [bit]}, 'act': likewise}, the indicators that break the order.
-        title: what stands above the picture.
+        title: what stands above the plot.
         fixed: names of the layers that were not searched.
 
     Raises:
         UserError: for another ending, or where the file cannot be written.
     """
-    kind = picture_format(path)
+    kind = plot_format(path)
     figure = policy_figure(arch, names, weight_bits, act_bits, candidates, size_shares, bitops_shares, indicators,
                            erased, title, fixed)
     write_atomically(path, rendered(figure, kind))
@@ -74,12 +74,12 @@ def save_frontier_plot(path, rows, x_label, y_label, title):
         rows: one dict for each point: the numbers x and y, and label, a text or ''. A label is left out where it would
             cover another one or the curve.
         x_label, y_label: what the axes show, with units.
-        title: what stands above the picture.
+        title: what stands above the plot.
 
     Raises:
         UserError: for another ending, or where the file cannot be written.
     """
-    kind = picture_format(path)
+    kind = plot_format(path)
     write_atomically(path, rendered(frontier_figure(rows, x_label, y_label, title), kind))
 
 
@@ -89,13 +89,13 @@ def rendered(figure, kind):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    picture = io.BytesIO()
+    plot = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         if kind == "png":
-            FigureCanvasAgg(figure).print_png(picture)
+            FigureCanvasAgg(figure).print_png(plot)
         else:
-            FigureCanvasSVG(figure).print_svg(picture, metadata={"Date": None})
-    return picture.getvalue()
+            FigureCanvasSVG(figure).print_svg(plot, metadata={"Date": None})
+    return plot.getvalue()
 
 
 def new_figure(width, height, title):
@@ -133,7 +133,7 @@ def policy_figure(arch, names, weight_bits, act_bits, candidates, size_shares, b
 
 
 def colour_bits(bits):
-    """Give each bit-width a colour, dark for wide and bright for narrow; {bit: colour}, widest first."""
+    """Give each bit-width a colour, dark for wide and bright for narrow; {bit: colour}, highest first."""
     from matplotlib import colormaps
 
     ordered = sorted(bits, reverse=True)
@@ -195,7 +195,7 @@ def draw_indicators(axes, names, candidates, table, erased, kind, cell):
     """A heat map of indicators, candidates over layers; the erased ones and those not positive are marked.
 
     Args:
-        candidates: in ascending order, so that the widest stands on top.
+        candidates: in ascending order, so that the highest stands on top.
         table: {name: {bit: value}}. erased: {name: [bit]}.
         cell: the shorter side of a cell, in inches.
     """

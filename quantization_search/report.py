@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from baselines import LEAST_USE
 from ilp import BITOPS_PER_G, BITS_PER_MB, FIXED_BITS, FULL_PRECISION_BITS, erased
-from network import Network
+from network import SearchSpace
 from util.config import describe
 
 RULES = {"erase": "and are taken only where nothing else fits", "keep": "and are kept as they are",
@@ -35,7 +35,7 @@ class Share:
 class Costs:
     """Size and BitOPs of a whole network under a policy, the fixed layers at 8 x 8 bits included, in exact integers."""
 
-    network: Network
+    network: SearchSpace
     solution: object
 
     def assigned(self):
@@ -141,8 +141,8 @@ def print_solution(problem, solution, costs, solver=None):
         if costs.network.sparse:
             print(f"effective BitOPs {costs.effective_bitops(count) / BITOPS_PER_G:.3f} G ({count} MACs whose weight is not "
                   "zero), fixed layers included")
-    if costs.network.products:
-        print(f"products outside of the layers: {costs.network.products / BITOPS_PER_G:.3f} G MACs in full precision, "
+    if costs.network.non_layer_macs:
+        print(f"products outside of the layers: {costs.network.non_layer_macs / BITOPS_PER_G:.3f} G MACs in full precision, "
               "in no BitOPs")
     print("mean bits over the searched layers: weights {:.3f}, activations {:.3f}".format(*costs.mean_bits()))
     for constraint in problem.constraints:

@@ -24,7 +24,7 @@ def main(arguments=None):
 
 
 def run(config):
-    """Search, print the report and, where asked, write the policy file and the picture; or all of it for a sweep."""
+    """Search, print the report and, where asked, write the policy file and the plot; or all of it for a sweep."""
     check_outputs(config)
     check_solver(config.solver)
     study = Study.read(config)
@@ -53,7 +53,7 @@ def search(config, study):
         print(f"policy written to {config.output}")
     if config.plot:
         draw(config, study, costs)
-        print(f"picture written to {config.plot}")
+        print(f"plot written to {config.plot}")
     print(f"searched weight bit-widths {solution.weight_bits}")
     print(f"searched act bit-widths {solution.act_bits}")
 
@@ -67,7 +67,7 @@ def shadow_prices(problem, config):
 
 
 def draw(config, study, costs):
-    """The picture of the policy and its indicators."""
+    """The plot of the policy and its indicators."""
     from plots import save_policy_plot
 
     layers, bits = {layer.name: layer for layer in study.layers}, study.bits

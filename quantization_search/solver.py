@@ -109,7 +109,7 @@ def _settle(program, solver, gain, deadline):
     program.drop_impossible()
     program.drop_dominated()
     program.price(_multipliers(program))
-    known = program.sweep(math.inf, width=BEAM_WIDTH)
+    known = program.dynamic_program(math.inf, width=BEAM_WIDTH)
     if known is not None:
         program.drop_worse_than(known)
         if solver is None and (gain < CLEAR_GAIN or program.allowance(known, gain) < 0):
@@ -241,7 +241,7 @@ class _Program:
         while tried < 1:
             part = min(1.0, tried * growth)
             try:
-                best = self.sweep(part * allowance, min(left, limit * LARGEST_SHARE), deadline=deadline)
+                best = self.dynamic_program(part * allowance, min(left, limit * LARGEST_SHARE), deadline=deadline)
             except _TooLong:
                 growth, left = math.sqrt(growth), left - self.work
                 if left <= 0 or growth < LEAST_GROWTH or time.monotonic() > deadline:
@@ -263,7 +263,7 @@ class _Program:
         whole = abs(cost + self.base_cost)
         return max(0.0, cost - max(bound, self.lower_bound - self.rounding)) / whole if whole else None
 
-    def sweep(self, allowance, limit=math.inf, width=None, deadline=math.inf):
+    def dynamic_program(self, allowance, limit=math.inf, width=None, deadline=math.inf):
         """Visit all policies within the allowance, layer by layer, and return the first in the order of keys.
 
         Two partial policies that have used the same amounts have the same futures, so only the better one is followed.
@@ -334,7 +334,7 @@ class _Program:
         return [packed >> shift & mask for shift, mask in self.fields]
 
     def _steps(self, width, allowance):
-        """The layers in the order of the sweep, widest choice first, each with its options and the limits after it.
+        """The layers in the order of the sweep, most choices first, each with its options and the limits after it.
 
         Options beyond the allowance stay out, which also tightens the limits.
         """

@@ -7,7 +7,7 @@ import ilp
 import report
 from baselines import NoneDrawn, draw, mirrored
 from budgets import check_sparsity, find_allowed, find_groups, make_constraints
-from network import Network, find_network
+from network import SearchSpace, find_network
 from util.config import check_bits
 from util.errors import UserError
 from util.exchange import read_indicators
@@ -18,7 +18,7 @@ class Study:
     """What does not change from one budget to the next: network, candidates (descending), layers, and what the indicators
     file says of how it was made."""
 
-    network: Network
+    network: SearchSpace
     bits: list
     layers: list
     trained: object = None

@@ -62,7 +62,7 @@ def parse(arguments):
 
 
 def export(options):
-    """Write a packed model, and ONNX, from a checkpoint; compare their answers with its own; print what they take."""
+    """Write a packed model, and ONNX, from a checkpoint; compare their outputs with its own; print what they take."""
     from packed_network import as_checkpoint, load_any, rebuild, with_configuration
 
     path = options.files[0]
@@ -84,7 +84,7 @@ def export(options):
         packed = parse_packed(data, options.output)
         again = rebuild(as_checkpoint(packed), options.output, options.arch).model
         comparison = compare(before, network.model, again, images, folds)
-        write_atomically(options.output, data)  # only now: what answers otherwise is never a file
+        write_atomically(options.output, data)  # only now: a model with other outputs is never a file
         print(describe_export(packed, comparison))
         if options.report:
             report(packed, options.report, path, content)
@@ -127,7 +127,7 @@ def write_onnx(network, path, images):
     before, after = logits_of(network.model, images), answers_of_onnxruntime(data, images)
     change = difference(before, after)
     if not is_rounding(change, before, network.model, images):
-        raise UserError(f"--onnx: onnxruntime answers otherwise than PyTorch (by up to {change:g}); nothing was written")
+        raise UserError(f"--onnx: onnxruntime gives other outputs than PyTorch (by up to {change:g}); nothing was written")
     write_atomically(path, data)
     types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
     print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
@@ -163,10 +163,10 @@ def random_images(size):
 
 
 def logits_of(model, images):
-    """What a network answers to images, which it may overwrite, with the same random numbers where it draws any."""
+    """The outputs of a network for images, which it may overwrite, with the same random numbers where it draws any."""
     import torch
 
-    from util.metrics import evaluation_mode
+    from engine.metrics import evaluation_mode
 
     with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -184,8 +184,8 @@ def compare(before, model, again, images, folds):
     after = logits_of(again, images)
     change = difference(before, after)
     if difference(logits_of(model, images), after) or (change and not is_rounding(change, before, model, images)):
-        raise UserError(f"the packed model answers otherwise than the checkpoint (by up to {change:g}), and was not written; "
-                        "this should not happen, please report it")
+        raise UserError(f"the packed model gives other outputs than the checkpoint (by up to {change:g}), and was not "
+                        "written; this should not happen, please report it")
     if change == 0:
         return f"logits of {len(before)} random images: equal to the checkpoint's, bit for bit{folded}"
     return f"logits of {len(before)} random images: the checkpoint's to {change:.1e}{folded}"

@@ -1,6 +1,6 @@
 """Gradual magnitude pruning during training (Zhu & Gupta, arXiv 1710.01878)."""
 
-from model.masks import Prunable, sums_of
+from sparsity.ranking import Prunable, sums_of
 from util import distributed
 
 
@@ -22,7 +22,7 @@ def create_pruning(network, config, found):
     """The GradualPruning that a configuration asks for, or None.
 
     Args:
-        found: the Found checkpoint that the run goes on from, which knows the sparsity it began with, or None.
+        found: the ResumeCheckpoint that the run goes on from, which knows the sparsity it began with, or None.
     """
     if config.prune.target_sparsity is None or config.eval:
         return None

@@ -7,21 +7,22 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 from dataclasses import replace
 
 import process
+from engine.interruption import signals_noted
+from engine.monitor import open_monitor
+from engine.optim import create_optimizer
+from engine.passes import prepare
+from engine.resume import find_run, recorded_threads, restore
+from engine.run_folder import RunFolder, announce_finished, is_finished
+from engine.run_lock import alone_in
 from gradual import create_pruning
 from network import build_network, create_teacher
 from packed_network import fit_packed, load_any
 from schema import FinetuneConfig
 from util import distributed
-from util.checkpoint import RunFolder, announce_finished, find_run, is_finished, recorded_threads, restore
 from util.command import parse_training_arguments
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import user_errors_on_one_line
-from util.interruption import signals_noted
-from util.monitor import open_monitor
-from util.optim import create_optimizer
-from util.passes import prepare
-from util.run_lock import alone_in
 
 
 def main(arguments=None):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from util.checkpoint import read_summary
-from util.metrics_file import read_metrics
-from util.plots import save_curves
+from engine.metrics_file import read_metrics
+from engine.plots import save_curves
+from engine.run_folder import read_summary
 
 WEIGHT_COLOUR, INPUT_COLOUR = "#3b6ea8", "#d08c3c"
-ROW_HEIGHT = 0.21  # inches of the picture for each layer
+ROW_HEIGHT = 0.21  # inches of the plot for each layer
 STYLE = """
 :root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #1d232b; background: #fff; }
 body { max-width: 64rem; margin: 0 auto; padding: 1rem; }
@@ -48,9 +48,9 @@ def write_report(packed, sizes, promised, checkpoint, content):
         summary = best if isinstance(best, dict) and best.get("epoch") == content.get("epoch") else {}
     title = f"{packed.header['arch']}, packed"
     parts = [
-        facts(packed, promised, sizes, summary), section("Where the bits went", picture(policy_figure(packed.layers))),
+        facts(packed, promised, sizes, summary), section("Where the bits went", plot(policy_figure(packed.layers))),
         section("Layers", layer_table(packed.layers)),
-        section("What the file takes", size_table(sizes, packed.size, promised)), section("Training", training_picture(rows)),
+        section("What the file takes", size_table(sizes, packed.size, promised)), section("Training", training_plot(rows)),
         section("How it was made", commands(checkpoint, packed.path) + configuration(content["config"]))]
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n<body>\n'
@@ -132,7 +132,7 @@ def policy_figure(layers):
     return figure
 
 
-def picture(figure):
+def plot(figure):
     """A figure as an image inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
@@ -145,7 +145,7 @@ def image(data, words):
     return f'<div class="wide"><img alt="{html.escape(words)}" src="data:image/png;base64,{encoded}"></div>'
 
 
-def training_picture(rows):
+def training_plot(rows):
     """Loss and accuracy over the epochs, '' where the run left none."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "curves.png")

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
+from engine.passes import Passes, to_device
+from engine.resume import check_arch
+from engine.schema import describe_defaults
 from model import create_model, load_weights
 from model.layer_table import Graph, trace, twin_of
-from model.masks import PrunedParameters, weights_left
 from model.model import create_traced
 from model.names import is_below, second_names
 from model.training_pass import check_training
@@ -26,16 +29,15 @@ from quan.utils import (
     replace_module_by_names,
     searchable_layers,
     set_batch_parts,
-    signs_in_use,
+    signedness_in_use,
     step_quantizers,
 )
 from schema import FinetuneConfig
+from sparsity.masks import PrunedParameters, weights_left
 from util import distributed
-from util.checkpoint import check_arch, is_foreign, load_checkpoint, masks_of, may_lack, signs_of
-from util.config import describe_defaults, describe_idle
+from util.config import describe_idle
 from util.errors import UserError, nearest
 from util.exchange import read_policy
-from util.passes import Passes, to_device
 
 IMAGENET_CLASSES = 1000
 LEAST_VARIATION = 0.1  # standard deviation of a weight in units of its mean magnitude, which is 1.25 for normal ones
@@ -57,11 +59,11 @@ class PolicyNetwork:
     config: FinetuneConfig
 
     @property
-    def facts(self):
+    def metadata(self):
         """What travels in the checkpoint, besides the masks: the description, and the signs of activations as they are
         decided by now."""
         is_quantized = "weight_bits" in self.description
-        return {**self.description, **({"signed": signs_in_use(self.model)} if is_quantized else {})}
+        return {**self.description, **({"signed": signedness_in_use(self.model)} if is_quantized else {})}
 
     @property
     def cost(self):
@@ -144,7 +146,7 @@ def quantize(model, graph, config, policy_file, checkpoint, scaled):
     """
     names = searchable_layers(graph, config.quan.excepts)
     policy = resolve_policy(config, names, policy_file, checkpoint)
-    signed = signs_of(checkpoint or {}) or policy.signed
+    signed = signedness_of(checkpoint or {}) or policy.signed
     modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, scaled)
     replace_module_by_names(model, modules)
     return policy
@@ -266,7 +268,7 @@ def check_same_bits(checkpoint, description):
 
 
 def create_teacher(config, num_classes, device, input_size):
-    """The full-precision network to learn from, which only gives answers; None where none is configured."""
+    """The full-precision network to learn from, which only gives soft targets; None where none is configured."""
     teacher = config.distillation.teacher
     if teacher is None or config.eval:
         return None

@@ -51,7 +51,7 @@ class OnnxQuantizer(nn.Module):
 
     def __init__(self, quantizer):
         super().__init__()
-        qn, qp = quantizer.integers
+        qn, qp = quantizer.quantization_range
         self.dtype = torch.int8 if quantizer.signed else torch.uint8
         limits = torch.iinfo(self.dtype)
         self.is_narrow = (-qn, qp) != (limits.min, limits.max)

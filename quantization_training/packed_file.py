@@ -158,7 +158,7 @@ def parse_packed(data, path):
               for name, row in header["layers"].items()}
     _check_tensors(layers, tensors, path)
     values = sum(layer.count for layer in layers.values()) + sum(tensor.size for tensor in tensors.values())
-    if header["num_classes"] > values:  # what gives the answer need not be a packed layer, nor one layer
+    if header["num_classes"] > values:  # what gives the output need not be a packed layer, nor one layer
         raise UserError(f"{path}: num_classes: found {header['num_classes']}, the file holds {values} values in all")
     return PackedFile(str(path), header, layers, tensors, len(data))
 

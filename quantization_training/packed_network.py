@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.checkpoint import check_plain, is_foreign, load_checkpoint
+from engine.resume import check_arch, warn_of_signedness
 from folding import make_room
 from model.weights import load_state
 from network import build_network
@@ -16,7 +18,6 @@ from quan.quantizer import LsqQuan
 from quan.transfer import normalised_weights
 from quan.utils import BATCHNORM
 from schema import FinetuneConfig
-from util.checkpoint import check_arch, check_plain, is_foreign, load_checkpoint, warn_of_signs
 from util.config import Origin, build, load_config, to_plain
 from util.datasets import describe_data
 from util.errors import UserError, nearest
@@ -53,8 +54,8 @@ def pack_network(network, source):
         acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
         layers[name] = PackedLayer(
             call.kind, tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
-            acts and bool(acts.signed), name in network.facts["weight_bits"], integers.size - int(np.count_nonzero(integers)),
-            kept)
+            acts and bool(acts.signed), name in network.metadata["weight_bits"],
+            integers.size - int(np.count_nonzero(integers)), kept)
         tensors.update(zip((f"{name}.weight", f"{name}.weight{MAP}"), parts, strict=False))
         del state[f"{name}.weight"]
     tensors.update({name: _as_array(tensor) for name, tensor in state.items()})
@@ -93,7 +94,7 @@ def integer_weights(layer, where):
         UserError: beginning with `where`, where a weight or a step size is no finite number, or a step size is zero.
     """
     quantizer, weight = layer.quan_w_fn, layer.weight.detach()
-    step = quantizer.terms(weight)[0].detach()
+    step = quantizer.quantization_parameters(weight)[0].detach()
     if not step.isfinite().all() or not step.all():
         raise UserError(f"{where}: a step size is zero or no finite number; train it again")
     if not torch.stack(weight.aminmax()).isfinite().all():
@@ -264,8 +265,8 @@ def with_configuration(content, path, config_path, arch=None):
         network = build_network(config, num_classes, input_size, content, CPU)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix('resume.path: ')}") from None
-    warn_of_signs(content, config, path)
-    return {**content, **network.facts, "arch": config.arch, "config": to_plain(network.config)}
+    warn_of_signedness(content, config, path)
+    return {**content, **network.metadata, "arch": config.arch, "config": to_plain(network.config)}
 
 
 def recorded_config(content, path, arch=None):
@@ -300,4 +301,4 @@ def header_of(network, content, preprocessing, class_names, folds, shared):
     return {"arch": content["arch"], "num_classes": content["num_classes"], "input_size": content["input_size"],
             "class_names": class_names, "preprocessing": preprocessing,
             "config": {"sat": plain["sat"], "quan": plain["quan"]}, "cost": network.cost, "folded": folds, "shared": shared,
-            "scaled": network.facts["scaled"]}
+            "scaled": network.metadata["scaled"]}

@@ -8,7 +8,7 @@ import torchvision
 from torchvision import transforms
 
 from util.data_loader import RESIZE_RATIO, normalise
-from util.datasets import FACTS, FASHION_PADDING, grey_mean_and_std, read_digits, read_rgb
+from util.datasets import DATASETS, FASHION_PADDING, grey_mean_and_std, read_digits, read_rgb
 
 GREY = ("digits", "fashion_mnist")
 CLASS_NAMES = {
@@ -27,7 +27,7 @@ def describe_preprocessing(config, input_size):
         {mean, std: of pixels from 0 to 1, per channel; resize: 'crop' (the shorter side, then the middle) or 'square'
         (the whole image); padding: black pixels on each side; grey: whether colours are taken away}.
     """
-    facts = FACTS[config.dataset]
+    facts = DATASETS[config.dataset]
     mean, std = (facts.mean, facts.std) if facts.mean else grey_mean_and_std(read_digits(input_size)[0].images)
     return {"mean": list(config.mean or mean), "std": list(config.std or std),
             "resize": "crop" if config.dataset in ("imagenet", "folder") else "square",

@@ -5,14 +5,15 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from engine.interruption import watched
+from engine.loop import Hooks, Training, grouped, training_step
+from engine.metrics import Metrics, evaluate, evaluation_mode
+from engine.monitor import log_start
+from engine.resume import evaluate_best
+from engine.run_folder import describe_evaluated
 from quan.utils import BATCHNORM, weights_quantized_once
 from util import distributed
-from util.checkpoint import describe_evaluated, evaluate_best
 from util.errors import UserError
-from util.interruption import watched
-from util.metrics import Metrics, evaluate, evaluation_mode
-from util.monitor import log_start
-from util.training import Training, grouped, training_step
 
 ALWAYS_VALIDATED = 15  # the last epochs, each of which is validated
 
@@ -94,7 +95,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
 
     Args:
         network: the PolicyNetwork.
-        start: the Start of this run.
+        start: the ResumeState of this run.
         pruning: a GradualPruning, or None; no epoch is the best one before its target is reached.
     """
     model, steps = network.model, len(loaders.train) // config.accumulation
@@ -110,11 +111,11 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
         return scores if pruning is None or pruning.is_complete(epoch + 1) else None
 
     def write(state, is_best):
-        distributed.on_main(folder.save, {**state, **network.facts, "masks": network.pruned.masks}, is_best,
+        distributed.on_main(folder.save, {**state, **network.metadata, "masks": network.pruned.masks}, is_best,
                             config.log.keep_checkpoints)
 
-    Training(model, optimizer, loaders.train, config, monitor, take_step, validate_where_due, write,
-             batches_per_step=config.accumulation).run(start, config.last_epoch)
+    hooks = Hooks(take_step, validate_where_due, write, batches_per_step=config.accumulation)
+    Training(model, optimizer, loaders.train, config, monitor, hooks).run(start, config.last_epoch)
 
 
 def validate(model, loaders, config, epoch, monitor):
@@ -197,7 +198,7 @@ def dry_run(network, loaders, criterion, optimizer, config):
     training_step(network.model, batches, criterion, optimizer, metrics, network.passes)
     cost, parameters = network.cost, sum(p.numel() for p in network.model.parameters())
     if distributed.is_main():
-        print(f"{config.arch}: {len(network.facts.get('weight_bits', {}))} searched layers, {parameters / 1e6:.3f} M "
+        print(f"{config.arch}: {len(network.metadata.get('weight_bits', {}))} searched layers, {parameters / 1e6:.3f} M "
               f"parameters; {describe_cost(cost, ', ')}\n"
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
               f"{loaders.val.images} validation and {loaders.test.images} test images\n"

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from util.config import RunConfig, bounded
+from engine.optim import check_schedule
+from engine.schema import RunConfig
+from util.config import bounded
 from util.errors import UserError
 from util.exchange import BITS_OF, is_bit
-from util.optim import check_schedule
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def packing(place, name, arch, size, *_):
         layers = change_by_folding(models[0], models[2], folds, images)
         right, packed, folded = (model(images.clone()) for model in models)
     counted, left = sum(call.params for call in graph.layers.values()), sum(graph.uncounted.values())
-    products, macs = (sum(graph.products.values()), sum(call.macs_exact for call in graph.layers.values()))
+    products, macs = (sum(graph.non_layer_macs.values()), sum(call.macs_exact for call in graph.layers.values()))
     (place / f"{name}.json").write_text(json.dumps({
         "is_equal": torch.equal(right, packed), "folded": len(folds) if "folded" in files else "refused",
         "layer_change": layers,
@@ -141,9 +141,9 @@ def main(stages, place):
     from util.errors import user_errors_on_one_line
 
     if stages != "search":
-        import util.monitor
+        import engine.monitor
 
-        util.monitor.save_curves = lambda *_: None  # plots say nothing of a network and take a third of its time
+        engine.monitor.save_curves = lambda *_: None  # plots say nothing of a network and take a third of its time
     for network in json.loads((place / "networks.json").read_text()):
         print(f"== {network[0]}", flush=True)
         with user_errors_on_one_line():

@@ -1,18 +1,23 @@
 """Does a test notice a changed line? Random one-line changes of the method's files, each tried against the tests.
 
-python tests/mutants.py [--count 100] [--seed 0] [--processes 2] [--only TEXT]
+python tests/mutants.py [--count 100] [--seed 0] [--processes 2] [--only TEXT] [--again]
 
 Rows of measurements/mutants.csv that are there are not tried again, so a run that was stopped goes on; delete rows to try them
 anew. Where a change makes no difference, write `equivalent` into `outcome` and the reason into `by`. A change of a text, of an
-annotation, of an error or of what is printed is none. Tests run in forks of a process that has imported torch already.
+annotation, of an error or of what is printed is none. A change is tried against those tests that reach its line, the quickest
+first, in forks of a process that has imported torch already.
 """
+# ruff: noqa: F401  what takes long to import is imported once, for all forks
 
 import argparse
 import ast
 import copy
 import csv
+import itertools
 import multiprocessing
+import operator
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -21,9 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import hypothesis  # noqa: F401  imported here, once for all forks
+os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", WANDB_MODE="disabled")
+import hypothesis
+import matplotlib.pyplot
 import pytest
-import torch  # noqa: F401
+import torch._dynamo
+import torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV, COLUMNS = ROOT / "measurements" / "mutants.csv", ["file", "line", "before", "after", "outcome", "by"]
@@ -31,13 +39,15 @@ CSV, COLUMNS = ROOT / "measurements" / "mutants.csv", ["file", "line", "before",
 FIRST, SEARCH, LAST = "indicators_pretraining/", "quantization_search/", "quantization_training/"
 TARGETS = {
     FIRST + "process.py": "training training_pass joint_training resume",
-    FIRST + "util/training.py": "training resume pruning",
-    FIRST + "util/optim.py": "training optimizers joint_training", FIRST + "model/masks.py": "masks pruning graph",
-    FIRST + "model/layer_table.py": "graph arch attention layout names", LAST + "quan/transfer.py": "finetuning limpq",
-    FIRST + "importance_extractor.py": "exchange joint_training sensitivity", SEARCH + "ilp.py": "ilp budgets search sparse",
-    LAST + "process.py": "finetuning resume pruning", LAST + "packing.py": "packing export",
-    LAST + "packed_network.py": "packing export onnx", LAST + "packed_file.py": "packing export onnx"}
-LIMIT = int(os.environ.get("LIMPQP_MUTANT_SECONDS", "600"))  # for the tests of one mutant
+    FIRST + "engine/loop.py": "training resume pruning", FIRST + "engine/optim.py": "training optimizers joint_training",
+    FIRST + "sparsity/ranking.py": "masks pruning graph", FIRST + "sparsity/masks.py": "masks pruning graph",
+    FIRST + "model/layer_table.py": "graph arch attention layout names",
+    FIRST + "importance_extractor.py": "exchange names foreign joint_training sensitivity",
+    SEARCH + "ilp.py": "ilp budgets search sparse", LAST + "quan/transfer.py": "finetuning limpq",
+    LAST + "process.py": "finetuning evaluation resume pruning shipped",
+    LAST + "packing.py": "packing export", LAST + "packed_network.py": "packing limpq export onnx",
+    LAST + "packed_file.py": "packing export onnx"}
+LIMIT = int(os.environ.get("LIMPQP_MUTANT_SECONDS", "300"))  # for the tests of one mutant
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
            ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
            ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
@@ -70,7 +80,7 @@ def changed(node):
             new.args[:2] = new.args[1::-1]
         case ast.Expr(value=ast.Call()) | ast.AugAssign():
             new = ast.Pass()
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr()) if ast.unparse(node.value) != "None":
             new.value = ast.Constant(None)
         case _:
             return []
@@ -120,52 +130,88 @@ def sample(count, seed, only):
     return turns[:count]
 
 
-def run_tests(place, file, names):
-    """The name of the first failing test of a stage in `place`, 'time' where they take too long, '' where all pass."""
-    stage, report = place / file.partition("/")[0], place / "failed"
-    report.write_text("died")
+class Plugin:
+    """Notes the first failure. With `lines`, {test: [seconds, the lines of a file that it reaches]}, it fills that in; with
+    `chosen`, which is the same, it runs the tests that reach a line alone, the quickest first, or all where importing does."""
+
+    def __init__(self, path, lines=None, chosen=None, line=None):
+        self.path, self.lines, self.chosen, self.line = str(path), lines, chosen, line
+        self.failed, self.now, self.began = "", [0.0, set()], time.time()
+
+    def pytest_collection_modifyitems(self, items):
+        if self.lines is not None:
+            self.lines[""] = self.now
+        if self.chosen is not None and self.line not in self.chosen[""][1]:
+            items[:] = [item for item in items if self.line in self.chosen.get(item.nodeid, (0, ()))[1]]
+            items.sort(key=lambda item: self.chosen[item.nodeid][0])
+
+    def pytest_runtest_setup(self, item):
+        if self.lines is not None:
+            self.now, self.began = self.lines.setdefault(item.nodeid, [0.0, set()]), time.time()
+            sys.settrace(self.trace)
+
+    def pytest_runtest_teardown(self):
+        self.now[0] = time.time() - self.began
+
+    def pytest_runtest_logreport(self, report):
+        self.failed = self.failed or (report.nodeid if report.failed else "")
+
+    def trace(self, frame, event, argument):
+        """A trace function of Python: notes the lines of one file."""
+        if frame.f_code.co_filename != self.path:
+            return None
+        self.now[1].add(frame.f_lineno)
+        return self.trace
+
+
+def run_tests(place, file, lines=None, line=None):
+    """Run the tests of a file in a fork, those that reach `line`, if given: the name of the first that fails, 'time' where
+    they take too long, '' where all pass. Without a line: (the same, what Plugin finds out of each test)."""
+    stage, report = place / file.partition("/")[0], place / "report"
+    report.write_bytes(pickle.dumps("died"))
+    names = [f"tests/test_{name}.py" for name in TARGETS[file].split()]
     child = os.fork()
     if child == 0:
         os.setsid()
         os.chdir(stage)
-        sys.dont_write_bytecode = True
-        os.environ.update(PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", WANDB_MODE="disabled")
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
-
-        class Note:
-            failed = ""
-
-            def pytest_runtest_logreport(self, report):
-                self.failed = self.failed or (report.nodeid if report.failed else "")
-        note = Note()
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names], plugins=[note])
-        report.write_text(note.failed or ("" if status == 0 else "collection"))
+        plugin = Plugin(place / file, *([None, lines, line] if line else [{}]))
+        if not line:
+            sys.settrace(plugin.trace)
+        words = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *names]
+        status = pytest.main(words if line else words[1:], plugins=[plugin])
+        failed = plugin.failed or ("" if status in (0, 5) else "collection")
+        report.write_bytes(pickle.dumps(failed if line else (failed, plugin.lines)))
         os._exit(0)
-    end = time.time() + LIMIT
+    end = time.time() + (LIMIT if line else 10 * LIMIT)
     while os.waitpid(child, os.WNOHANG) == (0, 0):
         if time.time() > end:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return "time"
-        time.sleep(0.1)
-    return report.read_text()
+            return "time" if line else ("time", {})
+        time.sleep(0.05)
+    return pickle.loads(report.read_bytes())
 
 
 def work(tasks):
     """Try mutants in a copy of the repository; add a row to the table for each."""
     with tempfile.TemporaryDirectory() as place:
-        place = Path(place) / "copy"
+        place = Path(place).resolve() / "copy"
         shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "results", "__pycache__"))
-        for file, line, before, after, source in tasks:
+        for file, of_file in itertools.groupby(tasks, key=operator.itemgetter(0)):
+            failed, lines = run_tests(place, file)
+            if failed:
+                sys.exit(f"{file}: {failed} fails without a change")
             original = (place / file).read_text(encoding="utf-8")
-            (place / file).write_text(source, encoding="utf-8")
-            failed = run_tests(place, file, [f"tests/test_{name}.py" for name in TARGETS[file].split()])
+            for _, line, before, after, source in of_file:
+                (place / file).write_text(source, encoding="utf-8")
+                failed = run_tests(place, file, lines, line)
+                row = dict(zip(COLUMNS, (file, line, before, after, "killed" if failed else "survived", failed), strict=True))
+                with open(CSV, "a", newline="", encoding="utf-8") as table:
+                    csv.DictWriter(table, COLUMNS).writerow(row)
+                print(f"{row['outcome']:8} {file}:{line}: {before}  ->  {after}  {failed}", flush=True)
             (place / file).write_text(original, encoding="utf-8")
-            row = dict(zip(COLUMNS, (file, line, before, after, "killed" if failed else "survived", failed), strict=True))
-            with open(CSV, "a", newline="", encoding="utf-8") as table:
-                csv.DictWriter(table, COLUMNS).writerow(row)
-            print(f"{row['outcome']:8} {file}:{line}: {before}  ->  {after}  {failed}", flush=True)
 
 
 def main():
@@ -173,14 +219,25 @@ def main():
     for name, default in (("count", 120), ("seed", 0), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", default="", help="a part of the path of a file")
+    parser.add_argument("--again", action="store_true", help="try those that survived again, as they are after new tests")
     options = parser.parse_args()
     if not CSV.exists():
         CSV.write_text(",".join(COLUMNS) + "\n")
     key = lambda row: (row[0], row[2], row[3])  # noqa: E731  not by the line, which moves
-    there = {(row["file"], row["before"], row["after"]) for row in csv.DictReader(CSV.open(encoding="utf-8"))}
-    tasks = [task for task in sample(options.count, options.seed, options.only) if key(task) not in there]
-    workers = [multiprocessing.Process(target=work, args=[tasks[number::options.processes]])
-               for number in range(options.processes)]
+    there = {(row["file"], row["before"], row["after"]): row for row in csv.DictReader(CSV.open(encoding="utf-8"))}
+    if options.again:
+        tasks = [task for file in TARGETS for task in mutants_of(file)
+                 if there.get(key(task), {}).get("outcome") == "survived"]
+        with open(CSV, "w", newline="", encoding="utf-8") as table:
+            writer = csv.DictWriter(table, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in there.values() if row["outcome"] != "survived")
+    else:
+        tasks = [task for task in sample(options.count, options.seed, options.only) if key(task) not in there]
+    files = sorted({task[0] for task in tasks})
+    workers = [multiprocessing.Process(target=work, args=[sorted(
+        (task for task in tasks if task[0] in files[number::options.processes]), key=operator.itemgetter(0))])
+        for number in range(options.processes)]
     for worker in workers:
         worker.start()
     for worker in workers:

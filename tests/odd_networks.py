@@ -107,7 +107,7 @@ def tokens_by_permute(num_classes):
 
 @odd
 def one_dimension(num_classes):
-    """1-D convolutions over the rows of a picture: they stay in full precision."""
+    """1-D convolutions over the rows of a plot: they stay in full precision."""
     return Through(lambda m, x: m.head(m.more(F.relu(m.second(F.relu(m.first(m.stem(x).flatten(2))))).mean(2))),
                    stem=block(3, 8, stride=2), first=nn.Conv1d(8, 16, 5, padding=2), second=nn.Conv1d(16, 16, 3, groups=4),
                    more=nn.Linear(16, 16),

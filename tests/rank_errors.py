@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "indicators_pretrai
 
 import torch
 
+from engine.loop import Training
+from engine.metrics import Metrics
 from util import distributed
 from util.errors import UserError, user_errors_on_one_line
-from util.metrics import Metrics
-from util.training import Training
 
 
 def fail(kind):

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = ROOT / "indicators_pretraining"
 SEARCH_UTIL = ["__init__.py", "command.py", "config.py", "errors.py", "exchange.py"]
-COPIES = {"quantization_training/model": "model", "quantization_training/quan": "quan",
-          "quantization_training/util": "util", "quantization_search/models": "model"}
+COPIES = {**{f"quantization_training/{layer}": layer for layer in ("util", "model", "sparsity", "quan", "engine")},
+          "quantization_search/models": "model"}
 TEST_HELPERS = {"fuzzing.py": ["quantization_search/tests", "quantization_training/tests"],
                 "comparing.py": ["quantization_training/tests", "tests"], "shipped.py": ["quantization_training/tests"]}
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]

@@ -63,11 +63,11 @@ class Graph:
     layers: {name: LayerCall} in the order in which they are first called. batchnorms: {name: the one layer before it,
     or None}. uncounted: {name: elements} of matrices that belong to neither, such as position embeddings, attention that
     cannot be taken apart, and layers that no forward pass reaches; they are not quantized, and count in neither size nor
-    MACs. products: {module: MACs} of matrix products outside of the layers, such as the two of attention, Q K^T and the
-    one with V; they are not quantized, and count in no BitOPs. output_shape: of what the network answers for one image.
-    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the answer, one too.
+    MACs. non_layer_macs: {module: MACs} of matrix products outside of the layers, such as the two of attention, Q K^T and the
+    one with V; they are not quantized, and count in no BitOPs. output_shape: of what the network gives for one image.
+    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the output, one too.
     left: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized. heads:
-    what gives the answer, quantizable or not: names of modules, and of parameters that belong to the network itself.
+    what gives the output, quantizable or not: names of modules, and of parameters that belong to the network itself.
     indirect: BatchNorms between which and the layer before them something happens. input_size: of the image.
     contiguous: why the network has to be computed in contiguous memory, '' where convolutions can be channels last.
     changes_images: whether its forward pass changes the images in place.
@@ -76,7 +76,7 @@ class Graph:
     layers: dict
     batchnorms: dict
     uncounted: dict
-    products: dict
+    non_layer_macs: dict
     output_shape: tuple
     first: tuple
     classifiers: tuple
@@ -101,13 +101,13 @@ class Graph:
         return (f"left in full precision, counted neither in size nor in BitOPs: {sum(self.uncounted.values()):,} weights "
                 f"({shortened(list(self.uncounted))})")
 
-    def describe_products(self):
+    def describe_non_layer_macs(self):
         """A line about matrix products outside of the layers, or '' where there are none."""
-        if not self.products:
+        if not self.non_layer_macs:
             return ""
         layers = sum(call.macs_exact for call in self.layers.values())
         return ("products outside of the layers, as attention has them, in full precision and counted in no BitOPs: "
-                f"{sum(self.products.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
+                f"{sum(self.non_layer_macs.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
 
     def describe_layout(self):
         """A line about the memory layout where it is not the usual one, or ''."""
@@ -116,7 +116,7 @@ class Graph:
 
     def describe(self):
         """These lines, those that there are."""
-        return "\n".join(filter(None, [self.describe_left(), self.describe_uncounted(), self.describe_products(),
+        return "\n".join(filter(None, [self.describe_left(), self.describe_uncounted(), self.describe_non_layer_macs(),
                                        self.describe_layout()]))
 
 
@@ -410,11 +410,11 @@ def _dry_pass(model, input_size, device):
         products.watch(name, module, is_quantizable(module))
         notes.watch(name, module)
     with torch.no_grad(), notes.lineage, products:
-        answer = twin(torch.zeros(1, 3, input_size, input_size, device=device))
+        output = twin(torch.zeros(1, 3, input_size, input_size, device=device))
     uncounted = {name: parameter.numel() for name, parameter in matrices.items()
                  if name.rpartition(".")[0] not in notes.calls}
-    shape = tuple(answer.shape) if isinstance(answer, torch.Tensor) else type(answer).__name__
-    classifiers, heads = notes.ends(answer)
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    classifiers, heads = notes.ends(output)
     return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers, notes.left, heads,
                  tuple(notes.indirect), input_size, products.contiguous)
 
@@ -519,10 +519,10 @@ class Notes:
         found = [name for name in self.calls if not self.sources[name]]
         return tuple(name for name in found if self.calls[name].kind == "conv") or tuple(found)
 
-    def ends(self, answer):
-        """(classifiers, heads) of a Graph: what the answer was computed from and what feeds no layer; else the layer that is
+    def ends(self, output):
+        """(classifiers, heads) of a Graph: what the output was computed from and what feeds no layer; else the layer that is
         called last."""
-        makers = self.lineage.of(answer, "makers") - self.lineage.feeding or set(list(self.calls)[-1:])
+        makers = self.lineage.of(output, "makers") - self.lineage.feeding or set(list(self.calls)[-1:])
         heads = [name if name in self.calls or name in self.left else name.rpartition(".")[0] or name for name in makers]
         return tuple(name for name in self.calls if name in makers), tuple(sorted(set(heads)))
 

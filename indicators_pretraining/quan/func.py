@@ -9,7 +9,7 @@ from torch import nn
 
 from .fused import quantized_operation
 from .quantizer import LsqQuan
-from .quantizer.lsq import at_place
+from .quantizer.lsq import at_index
 
 
 def _take_over(layer, original, quan_w_fn, quan_a_fn):
@@ -39,27 +39,27 @@ class QuantizedLayer:
     """What quantized layers share: two quantizers that are switched together, and a weight that can be kept quantized.
 
     Attributes:
-        kept_weight: the quantized weight, while weights_quantized_once is in force and the layer has been computed.
+        cached_weight: the quantized weight, while weights_quantized_once is in force and the layer has been computed.
     """
 
-    keeps_weight = False
-    kept_weight = None
+    caches_weight = False
+    cached_weight = None
 
     def select(self, bit, act_bit=None):
         """The weight at `bit` bits, and the input at `act_bit`, where that is given, else at the same."""
         self.quan_w_fn.select(bit)
         self.quan_a_fn.select(act_bit or bit)
 
-    def keep_weight(self, keeps):
+    def cache_weight(self, keeps):
         """Begin, or end, to quantize the weight only once."""
-        self.keeps_weight, self.kept_weight = keeps, None
+        self.caches_weight, self.cached_weight = keeps, None
 
     def quantized_weight(self):
-        if not self.keeps_weight or torch.is_grad_enabled():
+        if not self.caches_weight or torch.is_grad_enabled():
             return self.quan_w_fn(self.weight)
-        if self.kept_weight is None:
-            self.kept_weight = self.quan_w_fn(self.weight)
-        return self.kept_weight
+        if self.cached_weight is None:
+            self.cached_weight = self.quan_w_fn(self.weight)
+        return self.cached_weight
 
     @property
     def learns_both(self):
@@ -132,7 +132,7 @@ class SwitchableBatchNorm(nn.Module):
         self.bits = tuple(bits)
         self.bns = nn.ModuleList(copy.deepcopy(bn) for _ in self.bits)
         self.index = 0
-        self.place = None  # the index as a tensor [1], for a compiled network
+        self.bit_index = None  # the index as a tensor [1], for a compiled network
 
     def __getattr__(self, name):
         """What a forward pass may ask of a BatchNorm, such as `weight` or `eps`, is that of the selected copy."""
@@ -152,17 +152,17 @@ class SwitchableBatchNorm(nn.Module):
         self.index = self.bits.index(bit)
 
     def forward(self, x):
-        if torch.compiler.is_compiling() and self.place is not None:
-            return self._forward_at_place(x)
+        if torch.compiler.is_compiling() and self.bit_index is not None:
+            return self._forward_at_bit_index(x)
         return self.bns[self.index](x)
 
-    def _forward_at_place(self, x):
+    def _forward_at_bit_index(self, x):
         """The same in training, with the copy chosen by a tensor, so that one compiled function serves all of them."""
-        weight, bias, mean, var = (at_place(torch.stack([getattr(bn, name) for bn in self.bns]), self.place)
+        weight, bias, mean, var = (at_index(torch.stack([getattr(bn, name) for bn in self.bns]), self.bit_index)
                                    for name in ("weight", "bias", "running_mean", "running_var"))
         out = nn.functional.batch_norm(x, mean, var, weight, bias, True, self.bns[0].momentum, self.bns[0].eps)
         for index, bn in enumerate(self.bns):
-            is_chosen = (self.place == index)[0]
+            is_chosen = (self.bit_index == index)[0]
             bn.running_mean.copy_(torch.where(is_chosen, mean, bn.running_mean))
             bn.running_var.copy_(torch.where(is_chosen, var, bn.running_var))
             bn.num_batches_tracked += is_chosen

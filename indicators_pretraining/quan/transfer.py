@@ -12,7 +12,7 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
     """The state_dict of a jointly trained network, reduced to the bits that a policy chose.
 
     A layer keeps its step sizes at its own bits; a BatchNorm keeps the copy for the weight bits of the layer before it,
-    or for the widest candidate where there is no such layer.
+    or for the highest bit-width where there is no such layer.
 
     Args:
         checkpoint: a stage-1 checkpoint, with bits, batchnorms and state_dict.

@@ -15,7 +15,7 @@ settings.load_profile("repeatable")
 def no_curves(request, monkeypatch):
     """Curves take a third of the time of a small run, half of one that prunes; the tests that look at them draw them."""
     if request.module.__name__ != "test_monitor":
-        monkeypatch.setattr("util.monitor.save_curves", lambda *_: None)
+        monkeypatch.setattr("engine.monitor.save_curves", lambda *_: None)
     if request.function.__name__ != "test_the_report_says_what_the_checkpoints_hold":
         monkeypatch.setattr("pruning_report.draw", lambda *_: None)
 

@@ -10,11 +10,11 @@ from torchvision.models import VisionTransformer
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from model import create_model, load_weights
-from model.attention import SelfAttention, take_apart
+from model.attention import SelfAttention, decompose_attention
 from model.layer_table import trace
+from quan.config import ActQuantizerConfig, QuanConfig
 from quan.func import QuanLinear
 from quan.utils import joint_modules, replace_module_by_names
-from util.config import ActQuantizerConfig, QuanConfig
 from util.errors import UserError
 
 CLOSE = {torch.float32: {"atol": 1e-6, "rtol": 1e-5}, torch.float64: {"atol": 1e-12, "rtol": 1e-12}}
@@ -32,7 +32,7 @@ class Holder(nn.Module):
 
 def apart(module):
     """The module taken apart, with parameters of its own."""
-    return take_apart(Holder(copy.deepcopy(module))).inner
+    return decompose_attention(Holder(copy.deepcopy(module))).inner
 
 
 def gradients(outputs, module, *inputs):
@@ -138,13 +138,13 @@ class Between(nn.Module):
 def test_attention_between_two_inputs_is_left_in_full_precision_and_named():
     torch.manual_seed(0)
     original = Between(multihead(torch.float32, batch_first=True))
-    ours, x = take_apart(copy.deepcopy(original)), torch.randn(2, 3, 8, 8)
+    ours, x = decompose_attention(copy.deepcopy(original)), torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(ours(x), original(x), **CLOSE[torch.float32])
     graph = trace(ours, 8, 4)
     assert list(graph.layers) == ["patches", "within.in_proj", "within.out_proj", "between.out_proj", "fc"]
     assert "between.in_proj.weight" in graph.uncounted and "between.in_proj.weight" in graph.describe()
     with pytest.raises(UserError, match="the attention within is used within one input and between two"):
-        trace(take_apart(Between(multihead(torch.float32, batch_first=True), both=True)), 8)
+        trace(decompose_attention(Between(multihead(torch.float32, batch_first=True), both=True)), 8)
 
 
 class Derived(nn.MultiheadAttention):
@@ -156,7 +156,7 @@ class Derived(nn.MultiheadAttention):
     nn.MultiheadAttention(12, 3, add_zero_attn=True), Derived(12, 3)])
 def test_what_cannot_be_taken_apart_is_left_as_it_is(module):
     model = Holder(module)
-    assert take_apart(model).inner is module
+    assert decompose_attention(model).inner is module
 
 
 WINDOWS = [([4, 4], [0, 0], (8, 8)), ([4, 4], [2, 2], (8, 8)), ([4, 4], [2, 2], (7, 9)), ([4, 3], [2, 1], (9, 7)),
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
 def test_torchs_own_transformer_layers_use_their_quantizers_in_evaluation_too():
     torch.manual_seed(0)
     original = Encoder().eval()
-    model, x = take_apart(copy.deepcopy(original)), torch.randn(2, 3, 8, 8)
+    model, x = decompose_attention(copy.deepcopy(original)), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(model(x), original(x), atol=1e-6, rtol=1e-5)
     graph = trace(model, 8, 4)

@@ -10,7 +10,7 @@ from torch import nn
 import importance_extractor
 import main
 import process
-from util.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError, user_errors_on_one_line
 
 pytestmark = pytest.mark.usefixtures("shallow")

@@ -8,8 +8,8 @@ from test_bad_input import complaint
 
 import main
 import pruning
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from model import create_model
-from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import user_errors_on_one_line
 
 pytestmark = pytest.mark.usefixtures("shallow")

@@ -11,12 +11,15 @@ import pytest
 import torch
 from torchvision.models import resnet50
 
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.run_folder import RunFolder, find_checkpoint
+from engine.schema import ResumeConfig
 from model.weights import load_state
 from network import build_network
 from process import joint_step
+from quan.config import ExceptionConfig, QuanConfig
 from schema import IndicatorsConfig
-from util.checkpoint import RunFolder, find_checkpoint, load_checkpoint, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, ResumeConfig, to_plain
+from util.config import to_plain
 from util.distributed import random_states, set_random_states
 from util.errors import UserError
 from util.exchange import write_atomically
@@ -68,7 +71,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
     joint_step(network.model, network.switch, images, target, torch.nn.CrossEntropyLoss(), optimizer, chosen)
     path = str(tmp_path / "a_checkpoint.pth.tar")
     save_checkpoint(path, {"state_dict": network.model.state_dict(), "optimizer": optimizer.state_dict(),
-                           "random_states": random_states(), **network.facts})
+                           "random_states": random_states(), **network.metadata})
     expected = torch.rand(3)
     checkpoint = load_checkpoint(path)
     other = small(seed=1)

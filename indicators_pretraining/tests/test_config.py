@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.schema import describe_defaults
 from schema import IndicatorsConfig, PruningConfig
 from util.command import split_configuration
 from util.config import (
@@ -17,7 +18,6 @@ from util.config import (
     bounded,
     build,
     decode_yaml,
-    describe_defaults,
     describe_idle,
     differing_keys,
     load_config,

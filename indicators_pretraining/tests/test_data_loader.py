@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from engine.schema import DataConfig
 from util import datasets
-from util.config import DataConfig
 from util.data_loader import (
     FileBatches,
     SideStream,

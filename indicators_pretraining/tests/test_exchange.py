@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import importance_extractor
+from engine.checkpoint import save_checkpoint
 from importance_extractor import extract, extract_all, not_growing
-from util.checkpoint import save_checkpoint
 from util.errors import UserError
 from util.exchange import read_indicators, read_policy, write_indicators, write_policy
 

@@ -11,12 +11,13 @@ from torch import nn
 
 import importance_extractor
 import main
+from engine.checkpoint import is_foreign, load_checkpoint
+from engine.resume import ResumeCheckpoint, restore
 from model import create_model
 from model.weights import load_weights
 from network import build_network
+from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from schema import IndicatorsConfig
-from util.checkpoint import Found, is_foreign, load_checkpoint, restore
-from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from util.errors import UserError
 from util.exchange import read_indicators
 
@@ -158,7 +159,7 @@ def test_a_step_size_that_is_no_number_is_refused_all_the_same():
 def test_evaluation_takes_step_sizes_at_the_ends_of_their_range_as_limpqs_forward_does(capsys):
     state = limpqs()
     settings = config(eval=True)
-    found = Found("c", load_checkpoint("c"), True)
+    found = ResumeCheckpoint("c", load_checkpoint("c"), True)
     network = build_network(settings, 10, 8, found, torch.device("cpu"))
     restore(found, network.model, None, settings)
     said = capsys.readouterr().out
@@ -169,7 +170,7 @@ def test_evaluation_takes_step_sizes_at_the_ends_of_their_range_as_limpqs_forwar
 
 def test_step_sizes_of_our_own_are_never_clamped():
     state = limpqs()
-    found = Found("c", {"version": 2, "arch": "resnet20", "state_dict": state, "bits": [4, 2]}, True)
+    found = ResumeCheckpoint("c", {"version": 2, "arch": "resnet20", "state_dict": state, "bits": [4, 2]}, True)
     network = build_network(config(eval=True), 10, 8, found, torch.device("cpu"))
     restore(found, network.model, None, config(eval=True))
     assert network.model.layer1[0].conv2.quan_a_fn.s[0] == 2.5

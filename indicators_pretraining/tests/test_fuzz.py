@@ -12,6 +12,13 @@ from torch import nn
 
 import importance_extractor
 import model
+from engine.archive import pack
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.optim import create_optimizer
+from engine.resume import find_run, restore
+from engine.run_folder import RunFolder
+from engine.schema import ResumeConfig
+from engine.training_state import ResumeState, training_state
 from fuzzing import (
     CANARY,
     PLAIN_JUNK,
@@ -25,13 +32,11 @@ from fuzzing import (
 )
 from network import build_network
 from process import joint_step
+from quan.config import ExceptionConfig, QuanConfig
 from schema import IndicatorsConfig, PruningConfig
-from util.archive import pack
-from util.checkpoint import RunFolder, Start, find_run, load_checkpoint, restore, save_checkpoint, training_state
-from util.config import ExceptionConfig, QuanConfig, ResumeConfig, load_config
+from util.config import load_config
 from util.errors import UserError
 from util.exchange import read_indicators
-from util.optim import create_optimizer
 
 CPU, PATH = torch.device("cpu"), "c.pth.tar"
 TENSORS = (
@@ -103,7 +108,7 @@ def checkpoint():
     images, target, chosen = torch.randn(4, 3, 8, 8), torch.arange(4), dict.fromkeys(network.switch.layers, 2)
     joint_step(network.model, network.switch, images, target, nn.CrossEntropyLoss(), optimizer, chosen)
     masks = {"2.weight": torch.ones(3, 2, 1, 1, dtype=torch.bool), "3.bias": torch.tensor([True, False, True])}
-    return {**training_state(network.model, optimizer, 1, (10.0, 50.0), config, Hidden()), **network.facts, "masks": masks}
+    return {**training_state(network.model, optimizer, 1, (10.0, 50.0), config, Hidden()), **network.metadata, "masks": masks}
 
 
 def start():
@@ -129,7 +134,7 @@ def test_any_change_of_our_checkpoint_is_refused(checkpoint):
     save_checkpoint(PATH, checkpoint)
     with open(PATH, "rb") as file:
         whole = file.read()
-    assert isinstance(outcome(start, [PATH], "whole"), Start)
+    assert isinstance(outcome(start, [PATH], "whole"), ResumeState)
     for number, rng in inputs(40):
         write(changed_bytes(rng, whole))
         assert isinstance(outcome(lambda: load_checkpoint(PATH), [PATH], number), UserError), number
@@ -180,7 +185,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_wrong_entries_or_refuses_it(checkp
         data = with_junk(rng, checkpoint)
         if data is not None:
             write(data)
-            assert isinstance(outcome(start, [PATH], number), (Start, UserError)), number
+            assert isinstance(outcome(start, [PATH], number), (ResumeState, UserError)), number
 
 
 EXTRACTED = ("arch", "state_dict", "bits", "layers", "fixed", "input_size")

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import create_model
 from model.layer_table import trace
 from model.names import second_names
+from quan.config import ActQuantizerConfig, ExceptedQuantizerConfig, ExceptionConfig, QuanConfig
 from quan.func import QuanConv2d, QuanLinear
 from quan.utils import joint_modules, name_exceptions, policy_modules, replace_module_by_names
 from schema import IndicatorsConfig
-from util.config import ActQuantizerConfig, ExceptedQuantizerConfig, ExceptionConfig, QuanConfig
 from util.errors import UserError
 
 SIZES = {"resnet18": 64, "resnet20": 32, "resnet50": 64, "mobilenetv1": 64, "mobilenet_v2": 64, "efficientnet_b0": 64,
@@ -56,9 +56,9 @@ def test_macs_and_elements_of_every_built_in_network_are_those_of_an_independent
     model = create_model(arch, 10, input_size=size)
     graph = trace(model, size, 10)
     macs, elements = counted(model, size)
-    assert sum(call.macs_exact for call in graph.layers.values()) + sum(graph.products.values()) == macs
+    assert sum(call.macs_exact for call in graph.layers.values()) + sum(graph.non_layer_macs.values()) == macs
     assert {name: call.act_elements for name, call in graph.layers.items()} == elements
-    assert bool(graph.products) == arch.startswith(("vit", "swin"))
+    assert bool(graph.non_layer_macs) == arch.startswith(("vit", "swin"))
 
 
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -100,8 +100,8 @@ class Fused(nn.Module):
 def test_products_outside_of_layers_are_counted_by_the_module_they_happen_in():
     graph = trace(Products(), 8)
     one = 16 * 16 * 8  # sixteen patches, eight channels
-    assert graph.products == {"": 4 * one + 8 * 6, "fused": 2 * one}
-    assert sum(graph.products.values()) + 16 * 12 * 8 + 6 * 3 == counted(Products(), 8)[0]
+    assert graph.non_layer_macs == {"": 4 * one + 8 * 6, "fused": 2 * one}
+    assert sum(graph.non_layer_macs.values()) + 16 * 12 * 8 + 6 * 3 == counted(Products(), 8)[0]
     assert graph.uncounted == {"matrix": 48} and "matrix" in graph.describe()
     assert f"{(6 * one + 48) / 1e6:.3f} M MACs per image" in graph.describe()
 
@@ -357,7 +357,7 @@ def test_a_convolution_that_stays_in_full_precision_leaves_nothing_else_to_be_fi
                           nn.Linear(4, 2))
     graph = trace(model, 8)
     assert found(model, 8)[0] == ["5"] and graph.uncounted == {"0.weight": 48} and graph.batchnorms == {"1": None}
-    assert graph.products == {"0": 48 * 64}
+    assert graph.non_layer_macs == {"0": 48 * 64}
 
 
 def test_exceptions_that_are_named_stay_and_auto_is_what_is_not_written():

@@ -19,23 +19,17 @@ from torch import nn
 import importance_extractor
 import main
 import process
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.optim import create_optimizer
 from model.layer_table import trace
 from network import build_network
-from quan.utils import (
-    BitSwitch,
-    freeze_weights,
-    joint_modules,
-    replace_module_by_names,
-    set_batch_parts,
-    step_quantizers,
-)
+from quan.bit_switch import BitSwitch
+from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from quan.utils import freeze_weights, joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
 from schema import IndicatorsConfig
 from util import distributed
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from util.errors import UserError
 from util.exchange import read_indicators
-from util.optim import create_optimizer
 
 BITS = [2, 4, 3]  # on purpose not sorted
 EXCEPTS = {"stem": ExceptionConfig(), "bn_stem": ExceptionConfig(), "fc": ExceptionConfig()}
@@ -337,8 +331,8 @@ def test_candidates_are_validated_at_each_cycle_and_after_the_last_epoch(monkeyp
     monkeypatch.setattr(process, "log_start", lambda *_: None)
 
     class Loop:
-        def __init__(self, *arguments, **options):
-            self.validate = arguments[6]
+        def __init__(self, model, optimizer, loader, config, monitor, hooks):
+            self.validate = hooks.validate
 
         def run(self, start, last):
             self.scores = [self.validate(epoch) for epoch in range(last)]

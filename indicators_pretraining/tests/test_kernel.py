@@ -135,8 +135,8 @@ def one_by_one(layer, x):
     """The layer's output by quantizing weight and input with the plain chain, then operating."""
     weight, activation = layer.weight, x
     quantize_weight, quantize_activation = layer.quan_w_fn, layer.quan_a_fn
-    q = plain_chain(activation, *quantize_activation.terms(activation))
-    w = plain_chain(weight, *quantize_weight.terms(weight))
+    q = plain_chain(activation, *quantize_activation.quantization_parameters(activation))
+    w = plain_chain(weight, *quantize_weight.quantization_parameters(weight))
     if isinstance(layer, nn.Linear):
         return F.linear(q, w, layer.bias)
     return F.conv2d(q, w, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -9,11 +9,12 @@ from torch import nn
 
 from model import create_model
 from model.layer_table import trace
+from quan.bit_switch import BitSwitch
+from quan.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
 from quan.cost import full_precision_cost, policy_cost
 from quan.func import QuanConv2d, QuanLinear, SwitchableBatchNorm
 from quan.quantizer import LsqQuan
-from quan.utils import BitSwitch, joint_modules, policy_modules, replace_module_by_names
-from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
+from quan.utils import joint_modules, policy_modules, replace_module_by_names
 from util.errors import UserError
 
 BLANK = ExceptionConfig()

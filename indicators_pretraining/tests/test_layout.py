@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.passes import Passes, to_device
 from model.layer_table import trace
 from process import joint_gradients
+from quan.bit_switch import BitSwitch
 from quan.stem import SharedStem, find_stem
-from quan.utils import BitSwitch, joint_modules, name_exceptions, replace_module_by_names
+from quan.utils import joint_modules, name_exceptions, replace_module_by_names
 from schema import IndicatorsConfig
-from util.passes import Passes, to_device
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -169,8 +170,8 @@ import torch
 from torch import nn
 from test_layout import CPU, SIZE, joint, trace, to_device
 from process import joint_step
-from util.training import training_step
-from util.metrics import Metrics, evaluate
+from engine.loop import training_step
+from engine.metrics import Metrics, evaluate
 
 torch.set_num_threads(1)
 for channels in (3, 5):

@@ -12,9 +12,10 @@ import importance_extractor
 import loss_sensitivity
 import main
 import sensitivity
+from engine.checkpoint import load_checkpoint
+from model.weights import load_state
 from network import build_network
 from schema import IndicatorsConfig
-from util.checkpoint import load_checkpoint, load_state
 from util.config import load_config
 from util.data_loader import create_loaders
 from util.exchange import read_indicators

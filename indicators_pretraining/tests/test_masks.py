@@ -14,19 +14,11 @@ from torch import nn
 import importance_extractor
 from model import create_model
 from model.layer_table import trace
-from model.masks import (
-    Prunable,
-    PrunedParameters,
-    checked_masks,
-    companions,
-    count_to_remove,
-    next_masks,
-    prunable_layers,
-    weights_left,
-)
 from quan.cost import full_precision_cost, nonzero_macs, policy_cost, sparse_size
 from quan.func import ExceptedBatchNorm, SwitchableBatchNorm
 from quan.quantizer import LsqQuan
+from sparsity.masks import PrunedParameters, checked_masks, weights_left
+from sparsity.ranking import Prunable, count_to_remove, coupled_parameters, next_masks, prunable_layers
 from util.errors import UserError
 
 FOLLOWERS = ("bias", "bn")
@@ -87,8 +79,8 @@ def expected_units(weights, masks, kind, scope, amount, target):
 def test_the_smallest_go_as_counted_with_lists(kind, scope, layers, amount, target):
     weights, masks = layers
     before = {name: mask.clone() for name, mask in masks.items()}
-    followers = {name: [f"{name}.{entry}" for entry in FOLLOWERS] for name in weights}
-    found = next_masks(weights, masks, followers, kind, scope, amount, target)
+    coupled = {name: [f"{name}.{entry}" for entry in FOLLOWERS] for name in weights}
+    found = next_masks(weights, masks, coupled, kind, scope, amount, target)
     assert all(torch.equal(mask, before[name]) for name, mask in masks.items()), "the masks given were changed"
     wanted = expected_units(weights, masks, kind, scope, amount, target)
     for name, weight in weights.items():
@@ -104,7 +96,7 @@ def test_the_smallest_go_as_counted_with_lists(kind, scope, layers, amount, targ
             assert found[f"{name}.{entry}"].tolist() == wanted[name]
     expected_names = {f"{name}.weight" for name in weights}
     if kind == "structured":
-        expected_names |= {name for names in followers.values() for name in names}
+        expected_names |= {name for names in coupled.values() for name in names}
     assert set(found) == expected_names
 
 
@@ -113,10 +105,10 @@ def test_the_smallest_go_as_counted_with_lists(kind, scope, layers, amount, targ
 def test_level_by_level_nothing_comes_back_and_the_sparsity_is_the_formula_s(kind, scope, amount, seed):
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(size, 2, generator=generator) for name, size in (("a", 300), ("b", 701))}
-    masks, followers = {}, {"a": ["a.bn"], "b": []}
+    masks, coupled = {}, {"a": ["a.bn"], "b": []}
     units = {name: weight.shape[0] if kind == "structured" else weight.numel() for name, weight in weights.items()}
     for level in range(1, 5):
-        grown = next_masks(weights, masks, followers, kind, scope, amount)
+        grown = next_masks(weights, masks, coupled, kind, scope, amount)
         assert all(not (grown[name] & ~mask).any() for name, mask in masks.items())
         masks = grown
         counts = {name: int(masks[f"{name}.weight"].any(1).sum() if kind == "structured" else masks[f"{name}.weight"].sum())
@@ -186,8 +178,8 @@ def test_classifiers_stay_dense_whatever_they_are():
 
 def test_with_a_channel_go_its_bias_and_its_batchnorm():
     model, graph = resnet20()
-    assert companions(model, graph, "layer1.0.conv1") == ["layer1.0.bn1.weight", "layer1.0.bn1.bias"]
-    assert companions(model, graph, "fc") == ["fc.bias"]
+    assert coupled_parameters(model, graph, "layer1.0.conv1") == ["layer1.0.bn1.weight", "layer1.0.bn1.bias"]
+    assert coupled_parameters(model, graph, "fc") == ["fc.bias"]
 
 
 class Between(nn.Module):
@@ -254,8 +246,8 @@ def test_a_pruned_channel_is_exactly_zero_behind_its_batchnorm(mode):
             nn.init.uniform_(module.bias, 0.5, 1)
             nn.init.uniform_(module.running_mean, 0.5, 1)
     weights = {name: model.get_submodule(name).weight.detach() for name in prunable_layers(graph)}
-    followers = {name: companions(model, graph, name) for name in weights}
-    masks = next_masks(weights, {}, followers, "structured", "layer", 0.4)
+    coupled = {name: coupled_parameters(model, graph, name) for name in weights}
+    masks = next_masks(weights, {}, coupled, "structured", "layer", 0.4)
     PrunedParameters(model, masks).apply()
     outputs = {}
     for batchnorm in graph.batchnorms:

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from util.config import LogConfig, RunConfig, WandbConfig, load_config
+from engine.metrics_file import SPLITS, MetricsFile
+from engine.monitor import Monitor, Scoreboard, write_args
+from engine.plots import colour_labels, draw_panel, save_curves
+from engine.schema import LogConfig, RunConfig, WandbConfig
+from util.config import load_config
 from util.errors import UserError
-from util.metrics_file import SPLITS, MetricsFile
-from util.monitor import Monitor, Scoreboard, write_args
-from util.plots import colour_labels, draw_panel, save_curves
 
 STAGE = Path(__file__).resolve().parents[1]
 HEADER = "epoch,split,bits,loss,top1,top5,lr,seconds"
@@ -489,8 +490,8 @@ def test_a_broken_disk_does_not_hide_the_error_that_stopped_the_run(tmp_path, ca
 
 PROGRAM = """
 import os, sys
-from util import monitor, wandb_run
-from util.config import RunConfig, WandbConfig
+from engine import monitor, wandb_run
+from engine.schema import RunConfig, WandbConfig
 assert not {"wandb", "matplotlib"} & sys.modules.keys(), "imported without need"
 wandb_run.WANDB_INIT_TIMEOUT = 1
 

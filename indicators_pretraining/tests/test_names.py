@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from importance_extractor import extract
 from model import create_model
 from model.names import unwrap
 from model.weights import load_weights
 from network import build_network
+from quan.config import ExceptionConfig, QuanConfig
 from schema import IndicatorsConfig
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig
 from util.errors import UserError
 from util.exchange import fit_names, read_indicators, write_indicators
 
@@ -106,7 +106,7 @@ def test_indicators_name_the_layers_as_the_network_does(nets, factory):
     for name, tensor in state.items():
         if name.endswith("fn.init_state"):
             tensor.fill_(1)
-    save_checkpoint("c", {"arch": f"net.py:{factory}", "state_dict": state, **network.facts})
+    save_checkpoint("c", {"arch": f"net.py:{factory}", "state_dict": state, **network.metadata})
     write_indicators("i.pkl", extract(load_checkpoint("c"), "c"))
     content = read_indicators("i.pkl")
     assert content["layer_name"] == list(content["layers"]) == list(network.switch.layers) and len(content["layers"]) == 36

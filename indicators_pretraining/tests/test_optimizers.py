@@ -8,10 +8,10 @@ import torch
 
 import main
 import pruning
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.optim import create_optimizer, learning_rate
 from schema import IndicatorsConfig
-from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
-from util.optim import create_optimizer, learning_rate
 
 pytestmark = pytest.mark.usefixtures("shallow")
 LR, MOMENTUM, DECAY = 0.1, 0.9, 0.05

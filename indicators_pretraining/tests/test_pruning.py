@@ -15,13 +15,13 @@ import importance_extractor
 import main
 import pruning
 import rewinding
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.loop import Training
 from model import create_model
 from model.layer_table import trace
+from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from quan.utils import joint_modules, replace_module_by_names, step_quantizers
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from util.exchange import read_indicators
-from util.training import Training
 
 pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """

@@ -9,8 +9,9 @@ import torch
 import main
 import process
 from comparing import assert_equal_folders, assert_equal_states
-from util import checkpoint, distributed, metrics
-from util.checkpoint import RunFolder
+from engine import metrics, run_folder
+from engine.run_folder import RunFolder
+from util import distributed
 from util.errors import Interrupted
 
 CONFIG = """
@@ -74,14 +75,14 @@ def test_a_run_that_goes_on_equals_an_undisturbed_one(tmp_path, monkeypatch):
 def test_a_kill_between_the_writes_of_an_epoch_does_not_lose_the_best_one(tmp_path, monkeypatch):
     words = ["config.yaml", "epochs=1", "warmup_epochs=0"]
     main.main([*words, "name=undisturbed"])
-    save = checkpoint.save_checkpoint
+    save = run_folder.save_checkpoint
 
     def save_one_and_stop(*arguments):
         save(*arguments)
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", save_one_and_stop)
+        patch.setattr(run_folder, "save_checkpoint", save_one_and_stop)
         with pytest.raises(Stopped):
             main.main([*words, "name=stopped"])
     main.main([*words, "name=stopped"])

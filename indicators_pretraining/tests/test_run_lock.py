@@ -10,9 +10,10 @@ import pytest
 
 import main
 import pruning
-from util import distributed, run_lock
+from engine import run_lock
+from engine.run_lock import alone_in
+from util import distributed
 from util.errors import UserError, user_errors_on_one_line
-from util.run_lock import alone_in
 
 pytestmark = [pytest.mark.usefixtures("shallow"),
               pytest.mark.skipif(run_lock.fcntl is None, reason="this platform has no such locks")]

@@ -11,11 +11,11 @@ from torch import nn
 import importance_extractor
 import main
 import sensitivity
+from engine.checkpoint import save_checkpoint
 from network import build_dense
 from quan.quantizer import integer_range, lsq
 from quantization_error import least_errors
 from schema import IndicatorsConfig
-from util.checkpoint import save_checkpoint
 from util.config import load_config
 from util.exchange import read_indicators
 

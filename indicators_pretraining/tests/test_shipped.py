@@ -7,8 +7,9 @@ from shipped import SMALL, images_in_folders, without_timm
 
 import main
 import pruning
+from engine.schema import describe_defaults
 from schema import IndicatorsConfig, PruningConfig
-from util.config import describe_defaults, load_config
+from util.config import load_config
 
 HERE = Path(__file__).parents[1]
 PAGE = HERE.parent / "docs/coming_from_limpq.md"

@@ -40,10 +40,10 @@ def test_the_first_training_batch_decides(lowest, signed):
     x = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
     x[0, 0] = lowest
     quantizer.eval()(-x)
-    assert quantizer.signed is None and quantizer.integers == (0, 15) and not quantizer.is_initialized
+    assert quantizer.signed is None and quantizer.quantization_range == (0, 15) and not quantizer.is_initialized
     quantizer.train().select(2)
     quantizer(x)
-    assert quantizer.signed is signed and quantizer.integers == integer_range(2, signed, symmetric=True)
+    assert quantizer.signed is signed and quantizer.quantization_range == integer_range(2, signed, symmetric=True)
     assert quantizer.ranges.tolist() == [list(integer_range(bit, signed, symmetric=True)) for bit in (4, 2)]
     quantizer(-x - 1)
     quantizer(x.abs())
@@ -97,13 +97,13 @@ def test_linear_bottlenecks_are_signed_in_checkpoint_and_indicators(trained):
 
 def test_a_continued_run_takes_them_from_its_checkpoint(trained, monkeypatch):
     before = torch.load(trained / "run" / "run_checkpoint.pth.tar", weights_only=True)["signed"]
-    meet = LsqQuan.meet
+    observe = LsqQuan.observe
 
-    def meet_decided(self, x):
+    def observe_decided(self, x):
         assert self.signed is not None
-        meet(self, x)
+        observe(self, x)
 
-    monkeypatch.setattr(LsqQuan, "meet", meet_decided)
+    monkeypatch.setattr(LsqQuan, "observe", observe_decided)
     main.main([str(trained / "config.yaml"), f"output_dir={trained}", "name=run", "epochs=2"])
     assert torch.load(trained / "run" / "run_checkpoint.pth.tar", weights_only=True)["signed"] == before
 

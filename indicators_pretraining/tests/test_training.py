@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import process
+from engine.loop import Hooks, Training, grouped, not_finite, training_step
+from engine.metrics import Metrics
+from engine.optim import learning_rate
 from quan.quantizer import LsqQuan
 from schema import IndicatorsConfig
 from util.errors import UserError
-from util.metrics import Metrics
-from util.optim import learning_rate
-from util.training import Training, grouped, not_finite, training_step
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_the_labels_of_stage_1_are_smoothed_as_configured():
     for smoothing in (0.0, 0.1, 0.6):
         wanted = (1 - smoothing) * F.one_hot(target, 4) + smoothing / 4
         expected = -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
-        torch.testing.assert_close(process.criterion_of(IndicatorsConfig(smoothing=smoothing))(logits, target), expected)
+        torch.testing.assert_close(process.joint_criterion(IndicatorsConfig(smoothing=smoothing))(logits, target), expected)
 
 
 class Steep(nn.Module):
@@ -147,7 +147,7 @@ class Monitor:
 def make_loop(scores, monkeypatch, **more):
     """(a Training whose epochs reach these scores, what it did)"""
     done = SimpleNamespace(steps=[], saved=[], monitor=Monitor(), loader=Loader())
-    monkeypatch.setattr("util.training.training_state", lambda model, optimizer, epochs, best, *_: {"epochs": epochs,
+    monkeypatch.setattr("engine.loop.training_state", lambda model, optimizer, epochs, best, *_: {"epochs": epochs,
                                                                                                     "best": best})
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
@@ -158,8 +158,8 @@ def make_loop(scores, monkeypatch, **more):
         [value] = metrics.values()
         value.update(torch.tensor([[2.0, 1.0]] * 5), torch.tensor([0, 0, 0, 1, 1]), torch.tensor(float(step)))
 
-    return Training(model, optimizer, done.loader, config, done.monitor, take_step, scores.__getitem__,
-                    lambda state, is_best: done.saved.append((state, is_best)), **more), done
+    hooks = Hooks(take_step, scores.__getitem__, lambda state, is_best: done.saved.append((state, is_best)), **more)
+    return Training(model, optimizer, done.loader, config, done.monitor, hooks), done
 
 
 def beginning(**changes):
@@ -185,7 +185,7 @@ def test_every_step_has_its_learning_rate_and_every_epoch_its_checkpoint(monkeyp
 
 def test_figures_are_shown_and_checkpoints_written_inside_an_epoch_where_due(monkeypatch):
     loop, done = make_loop([(1.0, 1.0)], monkeypatch, config={"log": SimpleNamespace(print_freq=3, checkpoint_steps=2)})
-    monkeypatch.setattr("util.training.Inside.as_plain", lambda inside: inside)
+    monkeypatch.setattr("engine.loop.MidEpochState.as_plain", lambda inside: inside)
     loop.run(beginning(), 1)
     assert done.monitor.shown == [(1, 3, 7, 1.0, 60.0), (1, 6, 7, 2.5, 60.0)]
     assert [(state["epochs"], state["inside"].step if "inside" in state else None, is_best)

@@ -8,17 +8,11 @@ from torch import nn
 
 from model.layer_table import trace
 from process import joint_step
+from quan.bit_switch import BitSwitch
+from quan.config import QuanConfig, QuantizerConfig
 from quan.quantizer import LsqQuan
-from quan.utils import (
-    BitSwitch,
-    joint_modules,
-    name_exceptions,
-    replace_module_by_names,
-    signs_in_use,
-    step_quantizers,
-)
+from quan.utils import joint_modules, name_exceptions, replace_module_by_names, signedness_in_use, step_quantizers
 from schema import IndicatorsConfig
-from util.config import QuanConfig, QuantizerConfig
 
 
 def test_zeros_decide_nothing():
@@ -128,11 +122,11 @@ def test_a_branch_that_begins_at_zero_trains_and_is_resumed_exactly(per_channel)
     assert found >= {"outer.quan_w_fn"}
     steps_of(model, switch, optimizer, 1, 0)
     assert {name for name, quantizer in step_quantizers(model).items() if not quantizer.is_initialized} == waiting
-    assert "behind" not in signs_in_use(model) and model.outer.weight.any()
+    assert "behind" not in signedness_in_use(model) and model.outer.weight.any()
     state, resting = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     resumed, resumed_switch = joint(per_channel)
     resumed.load_state_dict(state)
-    for name, signed in signs_in_use(model).items():
+    for name, signed in signedness_in_use(model).items():
         resumed.get_submodule(name).quan_a_fn.signed = signed
     other = torch.optim.SGD(resumed.parameters(), 0.1, momentum=0.9)
     other.load_state_dict(resting)

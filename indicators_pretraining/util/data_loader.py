@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torchvision import transforms
 
-from util.datasets import FACTS, describe_data, read_dataset, read_rgb
+from util.datasets import DATASETS, describe_data, read_dataset, read_rgb
 from util.errors import UserError
 from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, generator, stratified_split
 
@@ -145,9 +145,6 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
         downloads: whether this process downloads missing files (one per machine should); default: rank 0 does.
         evaluation_only: nothing is going to be trained, so too few images for a training batch do no harm.
 
-    Returns:
-        Loaders
-
     Raises:
         UserError: naming the key or the file, and what to change or to put where.
     """
@@ -215,7 +212,7 @@ def count_training_steps(images, batch_size, world_size):
 
 def memory_batches(config, image_set, plan, seed, device, augment, keep_workers):
     """Batches of `image_set`, already on the device, by `plan`; there are no workers to keep."""
-    padding, flip = config.input_size // CROP_PADDING, FACTS[config.dataset].flip
+    padding, flip = config.input_size // CROP_PADDING, DATASETS[config.dataset].flip
     crop = CropAndFlip(seed, len(image_set.labels), padding, flip, device) if augment else None
     return MemoryBatches(image_set, plan, crop)
 

@@ -40,7 +40,7 @@ DEEP_FORMATS = ("PNG", "PPM")  # whose deep grey pixels Pillow may give as whole
 
 
 @dataclass(frozen=True)
-class DatasetFacts:
+class DatasetInfo:
     """What is known of a dataset before it is read. `num_classes` and `mean` are None where the files say it."""
 
     title: str
@@ -56,13 +56,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # CIFAR: the statistics commonly published for the training images. Fashion-MNIST: measured over all pixels of the
 # 60,000 training images after padding to 32 x 32.
-FACTS = {
-    "imagenet": DatasetFacts("ImageNet", 1000, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
-    "folder": DatasetFacts("folder", None, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
-    "cifar10": DatasetFacts("CIFAR-10", 10, 32, False, True, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": DatasetFacts("CIFAR-100", 100, 32, False, True, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "fashion_mnist": DatasetFacts("Fashion-MNIST", 10, 32, False, True, (0.2190,) * 3, (0.3318,) * 3),
-    "digits": DatasetFacts("digits", 10, 32, True, False, None, None),
+DATASETS = {
+    "imagenet": DatasetInfo("ImageNet", 1000, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
+    "folder": DatasetInfo("folder", None, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": DatasetInfo("CIFAR-10", 10, 32, False, True, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": DatasetInfo("CIFAR-100", 100, 32, False, True, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion_mnist": DatasetInfo("Fashion-MNIST", 10, 32, False, True, (0.2190,) * 3, (0.3318,) * 3),
+    "digits": DatasetInfo("digits", 10, 32, True, False, None, None),
 }
 
 
@@ -107,7 +107,7 @@ def describe_data(config):
     Raises:
         UserError: num_classes or input_size contradicts the dataset.
     """
-    facts = FACTS[config.dataset]
+    facts = DATASETS[config.dataset]
     if facts.num_classes and config.num_classes not in (None, facts.num_classes):
         raise UserError(f"dataloader.num_classes: found {config.num_classes}, {facts.title} has {facts.num_classes} "
                         "classes; leave it blank")
@@ -131,7 +131,7 @@ def read_dataset(config, downloads, barrier):
     Raises:
         UserError: saying what is missing or damaged and what to put where.
     """
-    facts = FACTS[config.dataset]
+    facts = DATASETS[config.dataset]
     if config.dataset in ("imagenet", "folder"):
         train, test, class_names = read_folders(data_path(config), config.dataset, config.num_classes)
     elif config.dataset == "digits":
@@ -173,7 +173,7 @@ def read_folders(path, dataset, num_classes):
         present, absent = ("train", "val") if odd[0] in classes else ("val", "train")
         raise UserError(f"dataloader.path: class {odd[0]} is in {path / present} but not in {path / absent} "
                         f"({len(odd)} classes differ); both need the same class folders")
-    if dataset == "imagenet" and len(classes) != FACTS["imagenet"].num_classes:
+    if dataset == "imagenet" and len(classes) != DATASETS["imagenet"].num_classes:
         raise UserError(f"dataloader.path: {path / 'train'} holds {len(classes)} class folders, ImageNet has 1000; "
                         "for images of your own write 'dataset: folder'")
     if num_classes not in (None, len(classes)):
@@ -300,7 +300,7 @@ def read_cifar(path, dataset, download):
     """CIFAR-10 or CIFAR-100 in torchvision's layout under `path`; torchvision checks every file's MD5 sum."""
     kind = torchvision.datasets.CIFAR10 if dataset == "cifar10" else torchvision.datasets.CIFAR100
     wanted = f"put the folder {kind.base_folder} there"
-    with dataset_errors(FACTS[dataset].title, path, path / kind.base_folder, wanted, download):
+    with dataset_errors(DATASETS[dataset].title, path, path / kind.base_folder, wanted, download):
         parts = [kind(path, train=train, download=download and train) for train in (True, False)]
     train, test = (ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
                             np.array(part.targets, dtype=np.int64)) for part in parts)
@@ -312,7 +312,7 @@ def read_fashion_mnist(path, dataset, download):
     raw = path / "FashionMNIST" / "raw"
     if download and not all(find_idx_file(path, name) for name in FASHION_FILES):
         wanted = f"put {', '.join(name + '.gz' for name in FASHION_FILES)} there"
-        with dataset_errors(FACTS[dataset].title, path, raw, wanted, download):
+        with dataset_errors(DATASETS[dataset].title, path, raw, wanted, download):
             torchvision.datasets.FashionMNIST(path, download=True)
     train, test = (read_idx_pair(path, *names) for names in (FASHION_FILES[:2], FASHION_FILES[2:]))
     return train, test, tuple(torchvision.datasets.FashionMNIST.classes)

@@ -17,7 +17,7 @@ from .names import put_modules
 SEPARATED = -100.0  # what Swin adds to the scores of tokens that only the cyclic shift brought together
 
 
-def take_apart(model):
+def decompose_attention(model):
     """Replace every attention module whose projections are hidden, in place; return the network.
 
     What cannot be taken apart stays as it is, and its matrices are among those that trace() reports as uncounted: subclasses

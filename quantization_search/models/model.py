@@ -6,8 +6,8 @@ import warnings
 from util.errors import UserError, nearest, reason
 from util.exchange import split_arch
 
-from .attention import take_apart
-from .elsewhere import TIMM, create_from_file, create_from_timm
+from .attention import decompose_attention
+from .external import TIMM, create_from_file, create_from_timm
 from .layer_table import trace
 from .mobilenetv1 import mobilenetv1, mobilenetv1_limpq
 from .names import unwrap
@@ -51,13 +51,13 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     if pre_trained and not (is_torchvision or arch.startswith(TIMM)):
         raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
     if split_arch(arch):
-        return _with_one_answer(take_apart(unwrap(create_from_file(arch, num_classes))))
+        return _with_one_answer(decompose_attention(unwrap(create_from_file(arch, num_classes))))
     if arch.startswith(TIMM):
-        return _with_one_answer(take_apart(create_from_timm(arch, num_classes, pre_trained, input_size)))
+        return _with_one_answer(decompose_attention(create_from_timm(arch, num_classes, pre_trained, input_size)))
     _check_name(arch)
     build = _torchvision_model if is_torchvision else _own_model
     try:
-        model = take_apart(build(arch, num_classes, input_size))
+        model = decompose_attention(build(arch, num_classes, input_size))
     except (AssertionError, ValueError) as error:
         raise UserError(_why_not_built(build, arch, num_classes, input_size, error)) from None
     if pre_trained:

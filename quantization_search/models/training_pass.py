@@ -86,8 +86,8 @@ def _pass(model, graph, input_size, device):
     twin.register_forward_hook(lambda module, inputs, output: kinds.append(type(output).__name__), prepend=True)
     with torch.no_grad(), generators_put_back(), notes.lineage:
         for _ in range(PASSES):
-            answer = twin(torch.randn(2, 3, input_size, input_size, device=device))
+            output = twin(torch.randn(2, 3, input_size, input_size, device=device))
             if all(name in reached for name in (*graph.layers, *graph.batchnorms)):
                 break
-    heads = frozenset(notes.ends(answer)[1]) if notes.lineage.of(answer, "makers") else frozenset()
-    return reached, kinds[0], tuple(answer.shape) if isinstance(answer, torch.Tensor) else (), heads
+    heads = frozenset(notes.ends(output)[1]) if notes.lineage.of(output, "makers") else frozenset()
+    return reached, kinds[0], tuple(output.shape) if isinstance(output, torch.Tensor) else (), heads

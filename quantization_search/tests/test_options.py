@@ -191,7 +191,7 @@ def test_bad_latency_tables(capsys, path, tmp_path, text, expected):
     ("--tie block.conv1", "names one layer"),
     ("--tie block.conv1 other", "other matches no layer"),
     ("--tie block.conv1 block.conv2 --fix *1=4,4 --fix *2=3,3", "share their bits, but are pinned to 4,4 and to 3,3"),
-    ("--plot picture.pdf", "expected a file ending in .png or .svg"),
+    ("--plot plot.pdf", "expected a file ending in .png or .svg"),
     ("--sweep cr", "--sweep: found 'cr'"),
     ("--sweep size=1:2:3", "--sweep: found 'size=1:2:3'"),
     ("--sweep cr=9:8:1", "the first no larger"),
@@ -237,8 +237,8 @@ def test_shadow_prices(capsys, path):
 
 
 def test_a_sweep_gives_a_table_policies_and_a_picture(capsys, path, tmp_path):
-    frontier, policies, picture = tmp_path / "table.csv", tmp_path / "policies", tmp_path / "frontier.svg"
-    out = printed(capsys, path, f"--sweep cr=7:20:0.5 --sweep-output {frontier} --sweep-policies {policies} --plot {picture}")
+    frontier, policies, plot = tmp_path / "table.csv", tmp_path / "policies", tmp_path / "frontier.svg"
+    out = printed(capsys, path, f"--sweep cr=7:20:0.5 --sweep-output {frontier} --sweep-policies {policies} --plot {plot}")
     rows = list(csv.DictReader(frontier.open()))
     assert [row["cr"] for row in rows][:3] == ["7.0", "7.5", "8.0"] and len(rows) == 27
     kept = [row for row in rows if row["status"] == "optimal"]
@@ -247,7 +247,7 @@ def test_a_sweep_gives_a_table_policies_and_a_picture(capsys, path, tmp_path):
     objectives = [float(row["objective"]) for row in kept]
     assert objectives == sorted(objectives) and len(set(objectives)) > 2
     assert f"{len(kept)} of 27 points can be kept, {len(kept)} of them proven to be optimal" in out
-    assert len(list(policies.iterdir())) == len(kept) and picture.read_text().lstrip().startswith("<?xml")
+    assert len(list(policies.iterdir())) == len(kept) and plot.read_text().lstrip().startswith("<?xml")
     middle = kept[len(kept) // 2]
     policy = yaml.safe_load(pathlib.Path(middle["policy"]).read_text())
     assert [policy["weight_bits"], policy["act_bits"]] == found(capsys, "--i", path, "--cr", middle["cr"])
@@ -265,9 +265,9 @@ def test_the_table_of_a_sweep_lies_beside_the_output(capsys, path, tmp_path):
 
 
 def test_a_picture_of_the_policy(capsys, path, tmp_path):
-    picture = tmp_path / "policy.png"
-    printed(capsys, path, f"--cr 9 --plot {picture}")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    plot = tmp_path / "policy.png"
+    printed(capsys, path, f"--cr 9 --plot {plot}")
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_yaml_has_the_same_keys(capsys, path, tmp_path):

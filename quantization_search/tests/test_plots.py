@@ -1,4 +1,4 @@
-"""The pictures of a search: what stands in them, that nothing overlaps, and the bytes of the files."""
+"""The plots of a search: what stands in them, that nothing overlaps, and the bytes of the files."""
 
 import itertools
 import os
@@ -66,7 +66,7 @@ def overlapping(boxes):
 # Files.
 
 
-@pytest.mark.parametrize("name", ["picture.png", "new/picture.PNG"])
+@pytest.mark.parametrize("name", ["plot.png", "new/plot.PNG"])
 def test_png_by_the_ending_in_the_size_of_the_figure(tmp_path, name):
     plots.save_policy_plot(tmp_path / name, **policy())
     data = (tmp_path / name).read_bytes()

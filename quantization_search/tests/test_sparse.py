@@ -15,7 +15,7 @@ from test_search import flags, found, refused, searched
 import ilp
 import main as yaml_main
 import search
-from network import LARGEST_COUNT, Network, Row
+from network import LARGEST_COUNT, Row, SearchSpace
 from options import SearchConfig
 from study import Study
 
@@ -70,7 +70,7 @@ def pruned(draw):
     fixed = {"fixed": rows.pop("fixed")}
     layers = [ilp.Layer(name, draw(indicator), draw(indicator), row.macs_published, row.params)
               for name, row in rows.items()]
-    return Study(Network("made_up", rows, fixed), BITS, layers), nonzero
+    return Study(SearchSpace("made_up", rows, fixed), BITS, layers), nonzero
 
 
 budgets = st.fixed_dictionaries({}, optional={

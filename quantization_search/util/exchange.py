@@ -12,7 +12,14 @@ import re
 
 import yaml
 
-from util.config import decode_yaml, describe, plain, read_bytes, unshared, written
+from util.config import (
+    decode_yaml,
+    describe,
+    plain,
+    read_bytes,
+    unshared,
+    written,
+)
 from util.errors import UserError, reason
 
 FLOAT_BIT = 32  # of an input that is left alone

@@ -82,10 +82,10 @@ def quantized_operation(x, weight, bias, quan_a_fn, quan_w_fn, geometry=None):
         quan_a_fn, quan_w_fn: the LsqQuan of input and weight.
         geometry: (stride, padding, dilation, groups) of a convolution with zero padding; None for a linear layer.
     """
-    quan_a_fn.meet(x)
-    quan_w_fn.meet(weight)
-    x_step, *x_range = quan_a_fn.terms(x)
-    weight_step, *weight_range = quan_w_fn.terms(weight)
+    quan_a_fn.observe(x)
+    quan_w_fn.observe(weight)
+    x_step, *x_range = quan_a_fn.quantization_parameters(x)
+    weight_step, *weight_range = quan_w_fn.quantization_parameters(weight)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return _QuantizedOperation.apply(x, weight, bias, x_step, weight_step,

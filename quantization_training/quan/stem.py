@@ -7,39 +7,71 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.layer_table import is_quantizable, skip_batchnorms, tensors_in, twin_of
-from util.passes import autocast
+from quan.utils import BATCHNORM
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import LsqQuan
-from .utils import BATCHNORM
 
 # What gives the same output whenever it gets the same input; a module that draws random numbers does not.
 SHAREABLE = (nn.Conv2d, nn.Linear, BATCHNORM, ExceptedBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6,
              nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-DEVICE = torch.Tensor.device.__get__  # what is asked of any tensor of the chain with the same answer
+DEVICE = torch.Tensor.device.__get__  # what is asked of any tensor of the chain with the same output
 
 
-class _Consumers(TorchFunctionMode):
-    """Notes which outputs of a chain of modules are used by anything but the next module of the chain."""
+class _Chain(TorchFunctionMode):
+    """Notes the chain of modules that a forward pass begins with, and what uses their outputs besides the next module.
 
-    def __init__(self, images):
+    Args:
+        images: what the pass begins with.
+        shareable: {module: its name} of those that may stand in the chain.
+    """
+
+    def __init__(self, images, shareable):
         super().__init__()
-        self.chain = [images]
+        self.outputs = [images]
+        self.shareable, self.names, self.versions, self.met = shareable, [], [], set()
         self.inside = None  # the module of the chain that is being computed
-        self.used_at = []  # indices into the chain
+        self.used_at = []  # indices into the outputs
 
     def index(self, value):
         """Where a tensor stands in the chain (the last place, for one that was changed in place), or None."""
-        return next((index for index in reversed(range(len(self.chain))) if self.chain[index] is value), None)
+        return next((index for index in reversed(range(len(self.outputs))) if self.outputs[index] is value), None)
 
     def use(self, values):
         self.used_at += [index for index in map(self.index, tensors_in(values)) if index is not None]
+
+    def enter(self, module, inputs):
+        """A forward pre-hook of the network's modules."""
+        if self.inside is not None:
+            return
+        if module in self.shareable and module not in self.met and len(inputs) == 1 and inputs[0] is self.outputs[-1]:
+            self.inside = module
+        else:
+            self.use(inputs)
+            if module in self.met and self.shareable.get(module) in self.names:  # one used twice is no part of the stem
+                self.used_at.append(self.names.index(self.shareable[module]))
+        self.met.add(module)
+
+    def leave(self, module, inputs, output):
+        """A forward hook of the network's modules."""
+        if self.inside is module:
+            self.outputs.append(output)
+            self.names.append(self.shareable[module])
+            self.versions.append(output._version)
+            self.inside = None  # from here on, what is asked of the output is asked by others
 
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
         # Asking for a shape is a use, too: with the output of the stem in their place, images have another one.
         if self.inside is None and function != DEVICE:
             self.use((args, kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+    def stem(self):
+        """Names of the modules whose outputs nothing but the next module uses, or changes in place."""
+        length = min([len(self.names), *(index for index in self.used_at if index < len(self.names))])
+        while length and self.outputs[length]._version != self.versions[length - 1]:
+            length -= 1
+        return self.names[:length]
 
 
 def find_stem(model, input_size):
@@ -59,44 +91,20 @@ def find_stem(model, input_size):
             module.eval()  # it would ask for values
         if isinstance(module, LsqQuan):
             module.forward = _pass_through  # which says as much of what uses what
-    consumers = _Consumers(torch.empty(1, 3, input_size, input_size, device="meta"))
-    names, versions = [], []
-
-    def enter(module, inputs):
-        if consumers.inside is not None:
-            return
-        if module in shareable and module not in met and len(inputs) == 1 and inputs[0] is consumers.chain[-1]:
-            consumers.inside = module
-        else:
-            consumers.use(inputs)
-            if module in met and shareable.get(module) in names:  # a module used twice is no part of the stem
-                consumers.used_at.append(names.index(shareable[module]))
-        met.add(module)
-
-    def leave(module, inputs, output):
-        if consumers.inside is module:
-            consumers.chain.append(output)
-            names.append(shareable[module])
-            versions.append(output._version)
-            consumers.inside = None  # from here on, what is asked of the output is asked by others
-
     switched = {module for switch in twin.modules() if isinstance(switch, SwitchableBatchNorm) for module in switch.modules()}
     shareable = {module: name for name, module in twin.named_modules() if _is_shareable(module) and module not in switched}
     skip_batchnorms(twin)
-    met = set()
+    chain = _Chain(torch.empty(1, 3, input_size, input_size, device="meta"), shareable)
     for module in twin.modules():
         if module in shareable or isinstance(module, QuantizedLayer) or not any(True for _ in module.children()):
-            module.register_forward_pre_hook(enter)
-            module.register_forward_hook(leave)
+            module.register_forward_pre_hook(chain.enter)
+            module.register_forward_hook(chain.leave)
     try:
-        with torch.no_grad(), consumers:
-            twin(consumers.chain[0])
+        with torch.no_grad(), chain:
+            twin(chain.outputs[0])
     except Exception:  # such as one that decides by values, which are not there; what it raises may be anything
         return []
-    length = min([len(names), *(index for index in consumers.used_at if index < len(names))])
-    while length and consumers.chain[length]._version != versions[length - 1]:
-        length -= 1
-    return names[:length]
+    return chain.stem()
 
 
 def _is_shareable(module):
@@ -124,8 +132,10 @@ class SharedStem:
         self.passes = passes
 
     @contextlib.contextmanager
-    def computed_once(self, images, precision):
-        """Compute the stem, at `precision`, and give its output; within, the network takes that in place of `images`.
+    def computed_once(self, images, numbers):
+        """Compute the stem, and give its output; within, the network takes that in place of `images`.
+
+        `numbers` is the context in which the stem is computed, such as autocast.
 
         On leaving, the gradients that the passes added up are carried through the stem, and its BatchNorm statistics are
         as if each pass had computed it.
@@ -136,7 +146,7 @@ class SharedStem:
         tracking = [module for module in self.batchnorms if module.training and module.track_running_stats]
         before = [(module.running_mean.clone(), module.running_var.clone()) for module in tracking]
         output = images
-        with autocast(images.device, precision):
+        with numbers:
             for module in self.modules:
                 output = module(output)
         boundary = output.detach().requires_grad_(output.requires_grad)

@@ -3,12 +3,12 @@
 import contextlib
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from model.layer_table import QUANTIZABLE, shortened
 from model.names import put_modules
-from util.config import AUTO, ExceptionConfig
+from quan.config import ExceptionConfig
+from util.config import AUTO
 from util.errors import UserError, nearest
 from util.exchange import fit_names
 
@@ -23,8 +23,8 @@ def name_exceptions(config, graph):
     """A configuration whose quan.excepts names its layers, and a line about those that were found, or have no effect, or ''.
 
     For `auto`, these are the first convolution (in a network without, the first layer), the BatchNorm after it, and the
-    classifier, the layer that gives the answer; all of them, where several convolutions see the image or several layers
-    give the answer.
+    classifier, the layer that gives the output; all of them, where several convolutions see the image or several layers
+    give the output.
 
     Raises:
         UserError: where no layer is left to be searched.
@@ -223,11 +223,11 @@ def weights_quantized_once(model):
     layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
     try:
         for layer in layers:
-            layer.keep_weight(True)
+            layer.cache_weight(True)
         yield
     finally:
         for layer in layers:
-            layer.keep_weight(False)
+            layer.cache_weight(False)
 
 
 def set_batch_parts(model, parts):
@@ -237,7 +237,7 @@ def set_batch_parts(model, parts):
             quantizer.batch_parts = parts
 
 
-def signs_in_use(model):
+def signedness_in_use(model):
     """{layer: whether its activations are signed} of the layers whose input is quantized, where it is decided."""
     return {name.removesuffix(".quan_a_fn"): bool(quantizer.signed) for name, quantizer in step_quantizers(model).items()
             if name.endswith(".quan_a_fn") and quantizer.signed is not None}
@@ -260,59 +260,3 @@ def freeze_weights(model):
                 for parameter in module.parameters()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-
-
-class BitSwitch:
-    """Switches a jointly trained network between its candidates.
-
-    Args:
-        model: a network with the modules of joint_modules.
-        graph: the Graph of the full-precision network.
-        excepts: names that are not searched.
-        bits: candidate bit-widths.
-    """
-
-    def __init__(self, model, graph, excepts, bits):
-        modules = dict(model.named_modules())
-        self.bits = tuple(bits)
-        self.layers = {name: modules[name] for name in searchable_layers(graph, excepts)}
-        self.batchnorms = {name: (modules[name], graph.batchnorms.get(name)) for name in modules
-                           if isinstance(modules[name], SwitchableBatchNorm)}
-        self.places = None
-
-    def keep_as_data(self, device):
-        """Say in tensors, too, which bit-widths are selected, so that a network compiled once computes with all of them."""
-        switched = self.switched()
-        self.places = torch.zeros(len(switched), dtype=torch.long, device=device)
-        for place, module in zip(self.places.split(1), switched, strict=True):
-            if not isinstance(module, SwitchableBatchNorm) or module.can_be_chosen_by_data:
-                module.place = place
-
-    def switched(self):
-        """The quantizers and BatchNorms that have an index."""
-        return [*(quantizer for layer in self.layers.values() for quantizer in (layer.quan_w_fn, layer.quan_a_fn)),
-                *(batchnorm for batchnorm, _ in self.batchnorms.values())]
-
-    def note_places(self):
-        if self.places is not None:
-            self.places.copy_(torch.tensor([module.index for module in self.switched()]), non_blocking=True)
-
-    def uniform(self, bit):
-        """Every searchable layer at `bit` bits, every BatchNorm on its own copy for it."""
-        for layer in self.layers.values():
-            layer.select(bit)
-        for batchnorm, _ in self.batchnorms.values():
-            batchnorm.select(bit)
-        self.note_places()
-
-    def policy(self, chosen, acts=None):
-        """Each searchable layer at its own bits, {layer: bit}; a BatchNorm follows the one searchable layer before it.
-
-        A BatchNorm without such a layer uses the copy of the widest candidate. With `acts`, {layer: bit}, these are the bits
-        of activations, and `chosen` those of weights.
-        """
-        for name, layer in self.layers.items():
-            layer.select(chosen[name], (acts or chosen)[name])
-        for batchnorm, before in self.batchnorms.values():
-            batchnorm.select(chosen.get(before, max(self.bits)))
-        self.note_places()

@@ -15,7 +15,7 @@ settings.load_profile("repeatable")
 def no_curves(request, monkeypatch):
     """Curves take a third of the time of a small run; the tests of the monitor draw them."""
     if request.module.__name__ != "test_monitor":
-        monkeypatch.setattr("util.monitor.save_curves", lambda *_: None)
+        monkeypatch.setattr("engine.monitor.save_curves", lambda *_: None)
 
 
 def make_shallow(patch):

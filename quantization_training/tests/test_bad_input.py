@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import main
-from util.checkpoint import save_checkpoint
+from engine.checkpoint import save_checkpoint
 from util.errors import user_errors_on_one_line
 from util.exchange import write_policy
 

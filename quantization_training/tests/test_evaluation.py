@@ -1,5 +1,6 @@
 """Evaluation: the last epoch and the best one, BatchNorm as it was saved or re-estimated, and what is said of either."""
 
+import csv
 import hashlib
 import pathlib
 import re
@@ -11,7 +12,7 @@ import yaml
 import export
 import main
 import process
-from util.checkpoint import load_checkpoint, save_checkpoint
+from engine.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("shallow")
@@ -65,6 +66,8 @@ def test_the_summary_and_evaluation_say_both_the_last_and_the_best(monkeypatch, 
     summary = train(monkeypatch, 1)
     assert summary["epochs"] == 2 and summary["best"]["epoch"] == 1 == load_checkpoint(BEST)["epoch"]
     assert summary["best"].keys() == {"epoch", "loss", "top1", "top5"} and summary["best"]["loss"] != summary["loss"]
+    rows = csv.DictReader(pathlib.Path(f"{RUN}/metrics.csv").read_text().splitlines())
+    assert [row["epoch"] for row in rows if row["split"] == "val"] == ["1", "2"]
     said = capsys.readouterr().out
     for name, figures in (("best on validation (epoch 1) on the test set", summary["best"]),
                           ("final model (epoch 2) on the test set", summary)):

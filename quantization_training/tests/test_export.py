@@ -20,6 +20,8 @@ import export
 import folding
 import main
 import packed_file
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.schema import DataConfig
 from folding import find_folds, fold_batchnorms
 from fuzzing import PLAIN_JUNK, changed_bytes, changed_value, inputs, outcome
 from model.model import create_traced
@@ -27,10 +29,10 @@ from network import build_network
 from packed_file import KEY, NO_CHECKSUM, PackedLayer, read_packed, serialize
 from packed_network import as_checkpoint, load_any, rebuild
 from preprocessing import describe_preprocessing, read_image
+from quan.config import ActQuantizerConfig, QuanConfig, QuantizerConfig
 from quan.utils import name_exceptions, searchable_layers
 from schema import FinetuneConfig
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ActQuantizerConfig, DataConfig, QuanConfig, QuantizerConfig, to_plain
+from util.config import to_plain
 from util.datasets import read_digits
 from util.errors import UserError, user_errors_on_one_line
 
@@ -83,11 +85,11 @@ def write_checkpoint(arch, size, sparsity=None, path=FILE, bits=None, **changes)
     network.model.train()(images(size, 8))
     if sparsity is not None:
         network.pruned.set({f"{name}.weight": torch.rand(call.shape) >= sparsity
-                            for name, call in network.graph.layers.items() if name in network.facts["weight_bits"]})
+                            for name, call in network.graph.layers.items() if name in network.metadata["weight_bits"]})
         network.pruned.apply()
     network.model.eval()
     save_checkpoint(path, {"arch": arch, "state_dict": network.model.state_dict(), "config": to_plain(network.config),
-                           "masks": network.pruned.masks, **network.facts})
+                           "masks": network.pruned.masks, **network.metadata})
     return network
 
 
@@ -118,7 +120,7 @@ def test_a_packed_model_answers_as_its_checkpoint_bit_for_bit_at_the_size_that_w
     assert abs(sizes["packed weights"] / promised - 1) < 1e-3
     assert sum(sizes.values()) == os.path.getsize(PACKED) == packed.size
     assert any(layer.kept for layer in packed.layers.values()) == (sparsity is not None)
-    for name, bit in network.facts["weight_bits"].items():
+    for name, bit in network.metadata["weight_bits"].items():
         assert packed.layers[name].bits == bit and packed.layers[name].signed
 
 
@@ -164,7 +166,7 @@ def cosine(num_classes):
 def test_subclasses_of_layers_are_packed_and_a_classifier_of_an_own_kind_stays_as_it_is(factory, capsys):
     pathlib.Path("net.py").write_text(SUBCLASSES)
     network = write_checkpoint(f"net.py:{factory}", 12)
-    assert list(network.facts["weight_bits"]) == ["body", "hidden"]
+    assert list(network.metadata["weight_bits"]) == ["body", "hidden"]
     assert list(network.config.quan.excepts) == ["stem", "norm", *(["head"] if factory == "net" else [])]
     assert ("head: its class Cosine has a forward of its own" in network.remark) == (factory == "cosine")
     for flags in ((), ("--fold-bn",)):
@@ -179,7 +181,7 @@ def test_a_packed_model_scales_the_classifiers_that_were_scaled_in_training():
     pathlib.Path("net.py").write_text(HEADS)
     network = write_checkpoint("net.py:constant", 8)
     header = exported("--arch", "net.py:constant").header
-    assert network.config.sat and network.facts["scaled"] == header["scaled"] == ["heads.1"]
+    assert network.config.sat and network.metadata["scaled"] == header["scaled"] == ["heads.1"]
     model = rebuild(load_any(PACKED), PACKED, "net.py:constant").model
     assert not model.heads[0].sat and torch.equal(logits(model, 8), logits(network.model, 8))
 
@@ -226,9 +228,9 @@ def test_a_trained_network_is_evaluated_shown_and_classifies_from_its_packed_fil
 
 
 def check_report(page):
-    """A page that needs nothing else, with every layer, accuracy, both sizes, two pictures and the configuration."""
+    """A page that needs nothing else, with every layer, accuracy, both sizes, two plots and the configuration."""
     packed, summary = read_packed(PACKED), yaml.safe_load(pathlib.Path("results/run/summary.yaml").read_text())
-    words = re.sub(r"base64,[^\"']*", "", page)  # pictures may hold any letters
+    words = re.sub(r"base64,[^\"']*", "", page)  # plots may hold any letters
     assert "http" not in words and "<script" not in words
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 2
     for words in (*packed.layers, f"{summary['top1']:.2f} %", f"{export.itemise(packed)['packed weights']:,} bytes",
@@ -418,7 +420,7 @@ def test_a_file_that_answers_otherwise_is_not_left_behind_and_an_older_one_stays
         for flags in ([], ["--fold-bn"]):
             monkeypatch.setattr(export, "serialize", lambda header, layers, tensors: whole(header, layers, {
                 **tensors, "layer2.0.conv1.weight": tensors["layer2.0.conv1.weight"][::-1].copy()}))
-            assert "answers otherwise" in complaint(capsys, export.main, FILE, "--output", PACKED, *flags)
+            assert "gives other outputs than" in complaint(capsys, export.main, FILE, "--output", PACKED, *flags)
             assert sorted(os.listdir()) == sorted([FILE] + [PACKED] * bool(before))
             assert not before or pathlib.Path(PACKED).read_bytes() == before
 

@@ -14,22 +14,23 @@ import yaml
 from torch import nn
 
 import process
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.loop import training_step
+from engine.metrics import evaluate
 from model import create_model
 from model.layer_table import trace
 from model.weights import load_state
 from network import build_network, check_same_bits, create_teacher
 from policy import resolve_policy
+from quan.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig
 from quan.quantizer import IdentityQuan
 from quan.transfer import choose_candidates
 from quan.utils import joint_modules, replace_module_by_names, set_batch_parts, step_quantizers
 from schema import DistillationConfig, FinetuneConfig, GradualPruneConfig
 from util import distributed
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig, QuantizerConfig, describe_idle
+from util.config import describe_idle
 from util.errors import UserError
 from util.exchange import read_policy, write_policy
-from util.metrics import evaluate
-from util.training import training_step
 
 pytestmark = pytest.mark.usefixtures("shallow")
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def test_a_policy_file_is_matched_by_name_and_pasted_lists_by_order(tmp_path):
     by_name = network(policy=path, weight_bits=None, act_bits=None)
     by_order = network(weight_bits=weight_bits, act_bits=[4] * len(names))
     assert bits_of_quantizers(by_name.model) == bits_of_quantizers(by_order.model)
-    assert by_name.facts["weight_bits"] == dict(zip(names, weight_bits, strict=True))
+    assert by_name.metadata["weight_bits"] == dict(zip(names, weight_bits, strict=True))
     used = bits_of_quantizers(by_name.model)
     assert used["conv1.quan_w_fn"] == 8 and "conv1.quan_a_fn" not in used
     assert used["fc.quan_w_fn"] == used["fc.quan_a_fn"] == 8
@@ -187,10 +188,11 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path):
 def test_reducing_keeps_a_fixed_exception_and_refuses_an_unknown_bit():
     checkpoint = {"bits": [4, 2], "batchnorms": {"bn": "a"}, "state_dict": {
         "a.quan_w_fn.s": torch.tensor([1.0, 2.0]), "stem.quan_w_fn.s": torch.tensor([5.0]),
-        "bn.bns.0.weight": torch.tensor([4.0]), "bn.bns.1.weight": torch.tensor([2.0])}}
+        "bn.bns.0.weight": torch.tensor([4.0]), "bn.bns.1.weight": torch.tensor([2.0]),
+        "group.bn.weight": torch.tensor([3.0])}}  # a layer of another kind that is called so
     chosen = choose_candidates(checkpoint, {"a": 2}, {"a": 4}, "c")
     assert {name: tensor.tolist() for name, tensor in chosen.items()} == {
-        "a.quan_w_fn.s": [2.0], "stem.quan_w_fn.s": [5.0], "bn.weight": [2.0]}
+        "a.quan_w_fn.s": [2.0], "stem.quan_w_fn.s": [5.0], "bn.weight": [2.0], "group.bn.weight": [3.0]}
     with pytest.raises(UserError, match="chose 8 bits"):
         choose_candidates(checkpoint, {"a": 8}, {"a": 4}, "c")
     for missing in ("bits", "batchnorms"):
@@ -232,19 +234,19 @@ def test_published_names_of_fine_tuned_checkpoints_load(tmp_path):
     torch.save({"state_dict": state, "arch": "resnet20", "epoch": 1}, tmp_path / "c")
     checkpoint = load_checkpoint(str(tmp_path / "c"))
     load_state(model, checkpoint["state_dict"], "c")
-    check_same_bits(checkpoint, network().facts)
+    check_same_bits(checkpoint, network().metadata)
     assert all(torch.equal(tensor, state[f"module.{name}"]) for name, tensor in model.state_dict().items())
 
 
 def test_a_checkpoint_of_other_bits_is_refused_and_evaluation_takes_its_own():
-    facts = network().facts
+    facts = network().metadata
     checkpoint = {"version": 1, **facts}
     with pytest.raises(UserError, match="layer1.0.conv1: the checkpoint was trained at 3 bits, .* asks for 5"):
         network(checkpoint=checkpoint, weight_bits=5)
     with pytest.raises(UserError, match="quantized"):
         network(checkpoint=checkpoint, fp_model=True)
     own = network(checkpoint=checkpoint, weight_bits=None, act_bits=None, eval=True)
-    assert own.facts["weight_bits"] == facts["weight_bits"]
+    assert own.metadata["weight_bits"] == facts["weight_bits"]
 
 
 def test_calibration_gives_the_mean_statistics_of_all_batches_and_puts_momentum_and_mode_back():
@@ -316,10 +318,10 @@ def test_excepted_layers_cost_the_bits_that_they_have():
 
 
 def test_signs_come_from_the_checkpoint_before_anything_else():
-    facts = network().facts
+    facts = network().metadata
     signed = {**facts, "signed": dict.fromkeys([*facts["act_bits"], "fc"], True), "version": 1}
-    assert network(checkpoint=signed).facts["signed"] == signed["signed"]
-    assert network(checkpoint=signed, init_from="a file that is gone").facts["signed"] == signed["signed"]
+    assert network(checkpoint=signed).metadata["signed"] == signed["signed"]
+    assert network(checkpoint=signed, init_from="a file that is gone").metadata["signed"] == signed["signed"]
 
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path):
@@ -504,7 +506,7 @@ def test_the_log_says_by_how_much_scale_adjusted_training_changes_the_outputs(tm
     assert line.startswith("scale-adjusted training multiplies the outputs of fc by 15.8; sat: false")
     assert ratio == pytest.approx(15.8, rel=0.03)
     assert not any(remarks.values())  # where it changes little, or is off
-    assert "scale-adjusted" not in network(built.facts | {"state_dict": {}}).remark  # too late to choose
+    assert "scale-adjusted" not in network(built.metadata | {"state_dict": {}}).remark  # too late to choose
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,21 +563,21 @@ def test_classifiers_are_scale_adjusted_where_that_makes_sense_decided_once(fact
     torch.manual_seed(0)
     asked = FinetuneConfig(arch=f"net.py:{factory}", weight_bits=4, act_bits=4)
     network = build_network(asked, 10, 8, None, CPU)
-    assert network.facts["scaled"] == scaled
+    assert network.metadata["scaled"] == scaled
     assert f"warning: no scale-adjusted training of {warned}:" in network.remark if warned else "warning" not in network.remark
     for name in network.graph.classifiers:
         assert network.model.get_submodule(name).weight.any()
-    again = build_network(dataclasses.replace(asked, eval=True), 10, 8, {**network.facts, "arch": asked.arch}, CPU)
-    assert again.facts["scaled"] == scaled
-    assert not build_network(dataclasses.replace(asked, sat=False), 10, 8, None, CPU).facts["scaled"]
+    again = build_network(dataclasses.replace(asked, eval=True), 10, 8, {**network.metadata, "arch": asked.arch}, CPU)
+    assert again.metadata["scaled"] == scaled
+    assert not build_network(dataclasses.replace(asked, sat=False), 10, 8, None, CPU).metadata["scaled"]
 
 
 def test_a_checkpoint_of_before_is_scaled_on_the_linear_layer_that_is_called_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("net.py").write_text(HEADS)
     asked = FinetuneConfig(arch="net.py:convolution", weight_bits=4, act_bits=4)
-    old = {key: value for key, value in build_network(asked, 10, 8, None, CPU).facts.items() if key != "scaled"}
-    assert build_network(asked, 10, 8, old, CPU).facts["scaled"] == ["gate"]
+    old = {key: value for key, value in build_network(asked, 10, 8, None, CPU).metadata.items() if key != "scaled"}
+    assert build_network(asked, 10, 8, old, CPU).metadata["scaled"] == ["gate"]
     with pytest.raises(UserError, match="resume.path: scaled: body is no linear layer of this network"):
         build_network(asked, 10, 8, {**old, "scaled": ["body"]}, CPU)
 

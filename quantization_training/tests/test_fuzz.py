@@ -9,6 +9,12 @@ import yaml
 from torch import nn
 
 import model
+from engine.archive import pack
+from engine.optim import create_optimizer
+from engine.resume import find_run, restore
+from engine.run_folder import RunFolder
+from engine.schema import ResumeConfig
+from engine.training_state import ResumeState, training_state
 from fuzzing import (
     CANARY,
     PLAIN_JUNK,
@@ -22,14 +28,12 @@ from fuzzing import (
 from model.layer_table import trace
 from network import build_network
 from policy import Policy, resolve_policy
+from quan.config import ExceptionConfig, QuanConfig
 from quan.utils import joint_modules, replace_module_by_names, searchable_layers
 from schema import FinetuneConfig
-from util.archive import pack
-from util.checkpoint import RunFolder, Start, find_run, restore, training_state
-from util.config import ExceptionConfig, QuanConfig, ResumeConfig, load_config
+from util.config import load_config
 from util.errors import UserError
 from util.exchange import read_policy, write_policy
-from util.optim import create_optimizer
 
 CPU, PATH = torch.device("cpu"), "c.pth.tar"
 NAMES = [PATH, "resume.path", "the checkpoint"]
@@ -156,7 +160,7 @@ def tuned_checkpoint():
     optimizer = create_optimizer(network.model, config)
     network.model(torch.randn(4, 3, 8, 8)).sum().backward()
     optimizer.step()
-    return {**training_state(network.model, optimizer, 1, (10.0, 50.0), config, Hidden()), **network.facts,
+    return {**training_state(network.model, optimizer, 1, (10.0, 50.0), config, Hidden()), **network.metadata,
             "masks": {"2.weight": torch.ones(3, 2, 1, 1, dtype=torch.bool)}}
 
 
@@ -172,7 +176,7 @@ def start_tuned():
 
 
 @pytest.mark.parametrize(("make", "start", "kind"), [(joint_checkpoint, start_joint, object),
-                                                     (tuned_checkpoint, start_tuned, Start)], ids=["joint", "tuned"])
+                                                     (tuned_checkpoint, start_tuned, ResumeState)], ids=["joint", "tuned"])
 def test_a_checkpoint_with_wrong_entries_is_started_from_or_refused(make, start, kind):
     checkpoint = make()
     write(pack({"version": 2, **checkpoint}))

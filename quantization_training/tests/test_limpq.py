@@ -5,17 +5,20 @@ import torch
 
 import export
 import main
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.optim import create_optimizer
+from engine.resume import find_run, restore
+from engine.run_folder import RunFolder
 from model import create_model
 from model.layer_table import trace
 from network import build_network
 from packed_network import load_any
+from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from quan.utils import joint_modules, replace_module_by_names, step_quantizers
 from schema import FinetuneConfig
-from util.checkpoint import RunFolder, find_run, load_checkpoint, restore, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, QuantizerConfig, load_config
+from util.config import load_config
 from util.errors import UserError
 from util.exchange import write_policy
-from util.optim import create_optimizer
 
 pytestmark = pytest.mark.usefixtures("shallow")
 CPU, BITS = torch.device("cpu"), [6, 4, 2]

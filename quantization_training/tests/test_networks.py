@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from engine.checkpoint import save_checkpoint
 from model import create_model, list_architectures
 from model.layer_table import trace
 from network import build_network
+from quan.config import ActQuantizerConfig, QuanConfig
 from quan.utils import joint_modules, name_exceptions, replace_module_by_names, step_quantizers
 from schema import FinetuneConfig
-from util.checkpoint import save_checkpoint
-from util.config import ActQuantizerConfig, QuanConfig, load_config
+from util.config import load_config
 from util.errors import UserError
 from util.exchange import write_policy
 

@@ -11,7 +11,7 @@ import export
 import main
 import onnx_export
 from packed_network import load_any, rebuild
-from util.config import ActQuantizerConfig, QuanConfig, QuantizerConfig
+from quan.config import ActQuantizerConfig, QuanConfig, QuantizerConfig
 from util.datasets import read_digits
 
 NET = """

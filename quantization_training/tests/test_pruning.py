@@ -12,14 +12,16 @@ from test_bad_input import complaint
 
 import gradual
 import main
-import model.masks as masks_module
+import sparsity.ranking as ranking
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.run_folder import RunFolder
 from gradual import sparsity_at
 from model import create_model
 from model.layer_table import trace
-from model.masks import PrunedParameters, companions, next_masks, prunable_layers
+from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
 from quan.utils import joint_modules, replace_module_by_names, step_quantizers
-from util.checkpoint import RunFolder, load_checkpoint, save_checkpoint
-from util.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from sparsity.masks import PrunedParameters
+from sparsity.ranking import coupled_parameters, next_masks, prunable_layers
 
 pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
@@ -62,8 +64,8 @@ def pruned_network(kind="unstructured", share=0.4, excepts=None):
     model = create_model("resnet20", 10)
     graph = trace(model, 8)
     weights = {name: model.get_submodule(name).weight.detach() for name in prunable_layers(graph, excepts)}
-    followers = {name: companions(model, graph, name) for name in weights}
-    masks = next_masks(weights, {}, followers, kind, "global", share)
+    coupled = {name: coupled_parameters(model, graph, name) for name in weights}
+    masks = next_masks(weights, {}, coupled, kind, "global", share)
     PrunedParameters(model, masks).apply()
     return model, graph, masks
 
@@ -255,14 +257,14 @@ def test_masks_change_every_frequency_steps_at_ends_of_epochs_and_at_the_end(fol
 
 
 def test_what_goes_is_smallest_when_it_goes(folder, monkeypatch):
-    chosen, choose = [], masks_module.next_masks
+    chosen, choose = [], ranking.next_masks
 
     def noted(weights, masks, *arguments):
         found = choose(weights, masks, *arguments)
         chosen.append(({name: weight.clone() for name, weight in weights.items()}, masks, found))
         return found
 
-    monkeypatch.setattr(masks_module, "next_masks", noted)
+    monkeypatch.setattr(ranking, "next_masks", noted)
     finetune("prune.target_sparsity=0.5", "epochs=2")
     assert chosen
     for weights, masks, found in chosen:

@@ -11,8 +11,9 @@ from PIL import Image
 import main
 import process
 from comparing import assert_equal_folders
-from util import distributed, metrics
-from util.checkpoint import RunFolder
+from engine import metrics
+from engine.run_folder import RunFolder
+from util import distributed
 from util.errors import Interrupted
 
 CONFIG = """

@@ -7,8 +7,9 @@ import pytest
 from shipped import SMALL, images_in_folders, without_timm
 
 import main
+from engine.schema import describe_defaults
 from schema import FinetuneConfig
-from util.config import describe_defaults, load_config
+from util.config import load_config
 
 HERE = Path(__file__).parents[1]
 

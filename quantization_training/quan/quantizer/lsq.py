@@ -98,9 +98,9 @@ def _gradients(grad, v, s, qn, qp):
     return (grad * inside).to(v.dtype), slope.mul_(grad).sum_to_size(s.shape)
 
 
-def at_place(tensor, place):
-    """tensor[place] for a place in a tensor [1]: with one of no dimensions, a compiler would ask for its value and give up."""
-    return tensor.index_select(0, place)[0]
+def at_index(tensor, bit_index):
+    """tensor[bit_index], for an index in a tensor [1]: a compiler would ask for the value of one without dimensions."""
+    return tensor.index_select(0, bit_index)[0]
 
 
 def _statistics(values, kept):
@@ -145,14 +145,14 @@ class LsqQuan(Quantizer):
         self.is_reached = False  # whether anything was to be quantized yet
         self.index = 0
         # For a compiled network, which would be compiled anew for each bit-width if these were numbers of Python's.
-        self.place = None  # the index as a tensor [1], where BitSwitch.keep_as_data asks for it
+        self.bit_index = None  # the index as a tensor [1], where BitSwitch.keep_as_data asks for it
         self.register_buffer("ranges", self._ranges(), persistent=False)
 
     def select(self, bit):
         self.index = self.bits.index(bit)
 
     @property
-    def integers(self):
+    def quantization_range(self):
         """(Qn, Qp) of the selected bit-width."""
         return integer_range(self.bits[self.index], self.signed, self.symmetric)
 
@@ -166,7 +166,7 @@ class LsqQuan(Quantizer):
         return self.s[self.index]
 
     def forward(self, x):
-        self.meet(x)
+        self.observe(x)
         return self.quantize(x)
 
     @property
@@ -174,7 +174,7 @@ class LsqQuan(Quantizer):
         """Whether the sign is decided, and every step size has its initial value from data."""
         return self.signed is not None and all(self._initialized)
 
-    def meet(self, x):
+    def observe(self, x):
         """Take sign and initial step size from x, where it is the first in training that is not all zero, over all ranks;
         compiled passes come later."""
         if torch.compiler.is_compiling():
@@ -199,15 +199,15 @@ class LsqQuan(Quantizer):
     def quantize(self, v):
         """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
         if torch.compiler.is_compiling():
-            return traceable_lsq(v, *self.terms(v))
-        return lsq(v, *self.terms(v))
+            return traceable_lsq(v, *self.quantization_parameters(v))
+        return lsq(v, *self.quantization_parameters(v))
 
-    def terms(self, v):
+    def quantization_parameters(self, v):
         """What lsq() takes besides v: (s in a shape that broadcasts to v's, Qn, Qp, scale of the gradient of s)."""
-        if torch.compiler.is_compiling() and self.place is not None:
-            step, (qn, qp) = at_place(self.s, self.place), at_place(self.ranges, self.place).unbind()
+        if torch.compiler.is_compiling() and self.bit_index is not None:
+            step, (qn, qp) = at_index(self.s, self.bit_index), at_index(self.ranges, self.bit_index).unbind()
         else:
-            step, (qn, qp) = self.step, self.integers
+            step, (qn, qp) = self.step, self.quantization_range
         if step.dim():
             step = step.view(-1, *[1] * (v.dim() - 1))
         shared = max(v.numel(), 1) * self.batch_parts / step.numel()
@@ -216,7 +216,7 @@ class LsqQuan(Quantizer):
     @torch.no_grad()
     def init_from_activation(self, x):
         """Set the selected step size to 2*mean|x|/sqrt(Qp), the mean taken over the batch of all ranks, unless it is zero."""
-        _, qp = self.integers
+        _, qp = self.quantization_range
         mean = mean_over_ranks(x.abs().mean(dtype=torch.float32))
         if mean != 0:
             self.s[self.index] = (2 * mean / math.sqrt(qp)).clamp(min=SMALLEST_STEP)

@@ -16,8 +16,8 @@ import zipfile
 
 import torch
 
+from engine.entries import CONTAINERS
 from util.config import MAX_NUMBER_BITS
-from util.entries import CONTAINERS
 from util.errors import UserError, reason
 from util.exchange import CHECKSUM, CHECKSUM_LENGTH, checksum
 

@@ -1,8 +1,4 @@
-"""Pruning masks: which weights of a network are removed, which go next, and how the removed ones stay at zero.
-
-Masks are {parameter name: bool tensor of its shape, True where it stays}. The names are those of the full-precision
-network in every stage. A parameter without a mask is whole.
-"""
+"""Which weights or channels are pruned, and which of them go next: the smallest by magnitude."""
 
 import copy
 import itertools
@@ -14,81 +10,7 @@ import torch
 
 from util.errors import UserError, nearest
 
-
-class PrunedParameters:
-    """Holds the removed parameters of a network at zero.
-
-    A mask of a normalization layer holds for every copy of it that a quantized network has.
-
-    Args:
-        model: the network, full-precision or quantized.
-        masks: as checked_masks gives them.
-
-    Attributes:
-        masks: the masks in force, on the CPU.
-    """
-
-    def __init__(self, model, masks):
-        self.model = model
-        self.set(masks)
-
-    def set(self, masks):
-        """Put other masks into force."""
-        self.masks = masks
-        self._removed = [(parameter, ~mask.to(parameter.device)) for name, mask in masks.items()
-                         for parameter in parameters_called(self.model, name)]
-
-    @torch.no_grad()
-    def apply(self):
-        """Set every removed parameter to zero."""
-        for parameter, removed in self._removed:
-            parameter.masked_fill_(removed, 0)
-
-    def hold(self, optimizer):
-        """Apply the masks now and after each step of an optimizer, whatever momentum and weight decay did."""
-        self.apply()
-        optimizer.register_step_post_hook(lambda *_: self.apply())
-
-
-def parameters_called(model, name):
-    """The parameters that stand for the parameter `name` of the full-precision network: one, or one of each copy."""
-    layer, _, entry = name.rpartition(".")
-    return [module._parameters[entry] for module in model.get_submodule(layer).modules()
-            if module._parameters.get(entry) is not None]
-
-
-def checked_masks(model, masks, source):
-    """The masks of a checkpoint, compared with the full-precision network that they are for.
-
-    Raises:
-        UserError: naming the source and the first mask that is of another network.
-    """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, mask in masks.items():
-        if name not in shapes:
-            raise UserError(f"{source}: masks: {name} is not part of this network{nearest(name, shapes)}")
-        if not is_mask(mask):
-            raise UserError(f"{source}: masks: {name} is not a mask")
-        if mask.shape != shapes[name]:
-            raise UserError(f"{source}: masks: {name} has shape {list(mask.shape)}, this network's is "
-                            f"{list(shapes[name])}")
-    return masks
-
-
-def is_mask(value):
-    """Whether a value is a bool tensor that holds its entries one by one: not sparse, and not without data."""
-    return (isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.layout == torch.strided
-            and not value.is_meta)
-
-
-def weights_left(layers, masks):
-    """{layer: number of weights that stay} of layers {name: LayerCall}."""
-    return {name: int(masks[f"{name}.weight"].sum()) if f"{name}.weight" in masks else call.params
-            for name, call in layers.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What to prune.
+from .masks import mask_of
 
 
 def prunable_layers(graph, excepts=None):
@@ -113,7 +35,7 @@ def prunable_layers(graph, excepts=None):
     return chosen
 
 
-def companions(model, graph, layer):
+def coupled_parameters(model, graph, layer):
     """Names of what goes with an output channel of a layer: its bias, and weight and bias of the BatchNorms after it."""
     names = [f"{layer}.bias", *(f"{batchnorm}.{entry}" for batchnorm, before in graph.batchnorms.items()
                                 if before == layer for entry in ("weight", "bias"))]
@@ -221,7 +143,7 @@ class Prunable:
                       "channels are not those of the BatchNorm after it" if mixed else ""
         if not self.layers:
             raise UserError(f"prune.type: structured leaves no layer to prune; {self.remark}")
-        self.followers = {name: companions(network.model, network.graph, name) for name in self.layers}
+        self.coupled = {name: coupled_parameters(network.model, network.graph, name) for name in self.layers}
 
     @property
     def unit(self):
@@ -237,7 +159,7 @@ class Prunable:
 
     def more_masks(self, masks, amount, target):
         """Masks that remove more, ranked by the weights as they are now; arguments as for next_masks."""
-        return next_masks(self.weights(), masks, self.followers, self.prune.type, self.prune.scope, amount, target)
+        return next_masks(self.weights(), masks, self.coupled, self.prune.type, self.prune.scope, amount, target)
 
     def groups(self, masks):
         """A Group for all layers together, or for each layer, as the scope says."""
@@ -264,8 +186,6 @@ class Prunable:
                             f"{self.unit} are removed already")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes next.
 
 
 def count_to_remove(total, left, amount, target=None):
@@ -283,7 +203,7 @@ def rounded(exact):
     return math.floor(exact + Fraction(1, 2))
 
 
-def next_masks(weights, masks, followers, kind, scope, amount, target=None):
+def next_masks(weights, masks, coupled, kind, scope, amount, target=None):
     """Masks that remove more: the smallest weights by magnitude, or whole output channels by L2 norm.
 
     Ties go by position: of equal ones the earlier goes. At least one channel of each layer stays.
@@ -291,7 +211,7 @@ def next_masks(weights, masks, followers, kind, scope, amount, target=None):
     Args:
         weights: {layer: weight tensor [out_channels, ...]} of the layers to prune, on the CPU.
         masks: those in force.
-        followers: {layer: names of the parameters [out_channels] that go with its channels}, for "structured".
+        coupled: {layer: names of the parameters [out_channels] that go with its channels}, for "structured".
         kind: "unstructured" (single weights) or "structured" (whole output channels).
         scope: "global" compares all layers with each other, "layer" takes the same share of each.
         amount: share of what is left, in (0, 1]; in weights or in channels, as `kind` says.
@@ -313,8 +233,8 @@ def next_masks(weights, masks, followers, kind, scope, amount, target=None):
             continue
         whole = mask_of(masks, f"{name}.weight", weights[name])
         grown[f"{name}.weight"] = whole & kept.view(-1, *[1] * (whole.dim() - 1))
-        for follower in followers[name]:
-            grown[follower] = kept & mask_of(masks, follower, kept)
+        for parameter in coupled[name]:
+            grown[parameter] = kept & mask_of(masks, parameter, kept)
     return grown
 
 
@@ -325,10 +245,6 @@ def units(weights, masks, kind):
         return {name: weight.detach().abs() for name, weight in weights.items()}, kept
     scores = {name: weight.detach().double().flatten(1).norm(dim=1) for name, weight in weights.items()}
     return scores, {name: mask.flatten(1).any(1) for name, mask in kept.items()}
-
-
-def mask_of(masks, name, like):
-    return masks[name] if name in masks else torch.ones(like.shape, dtype=torch.bool)
 
 
 def counted(left, names):

@@ -45,7 +45,7 @@ def is_ours(content):
     return isinstance(content, dict) and content.keys() >= OURS and type(content["version"]) is int
 
 
-def from_elsewhere(content, path):
+def from_external(content, path):
     """A checkpoint of another program as one of ours: its weights, and of its other entries those that are what ours are.
 
     Raises:
@@ -179,7 +179,7 @@ def _is_numpy_state(value):
 
 
 def _is_place(value):
-    """A place inside an epoch, as util.checkpoint.Inside has it."""
+    """A place inside an epoch, as engine.training_state.MidEpochState has it."""
     return (isinstance(value, dict)
             and value.keys() == {"step", "seconds", "images_per_step", "is_trained", "sums", "batchnorms"}
             and _is_count(value["step"]) and _is_count(value["images_per_step"]) and value["images_per_step"] > 0

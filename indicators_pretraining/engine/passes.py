@@ -84,10 +84,12 @@ class Passes:
 
     def entered(self, images):
         """The context of all passes over the same images; what it gives is what logits() takes."""
-        return self.stem.computed_once(images, self.precision) if self.stem else contextlib.nullcontext(images)
+        if self.stem is None:
+            return contextlib.nullcontext(images)
+        return self.stem.computed_once(images, autocast(images.device, self.precision))
 
     def logits(self, images):
-        """What the network answers, [batch, classes], in the type of its loss: float32 where it computes in less."""
+        """The logits, [batch, classes], in the type of its loss: float32 where it computes in less."""
         forward = self.model if self._is_starting() else self._compiled
         try:
             with autocast(images.device, self.precision):

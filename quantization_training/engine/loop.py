@@ -1,17 +1,19 @@
 """The loops that every training shares: the steps of an epoch, and the epochs of a run, with its checkpoints."""
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
+from engine import interruption
+from engine.metrics import Metrics
+from engine.optim import learning_rate, set_learning_rate
+from engine.passes import Passes
+from engine.training_state import MidEpochState, training_state
 from quan.utils import check_all_reached, keep_steps_positive, step_quantizers
-from util import distributed, interruption
-from util.checkpoint import Inside, training_state
+from util import distributed
 from util.errors import Interrupted, UserError
-from util.metrics import Metrics
-from util.optim import learning_rate, set_learning_rate
-from util.passes import Passes
 
 
 def training_step(model, batches, criterion, optimizer, metrics, passes=None):
@@ -45,11 +47,11 @@ def grouped(iterable, size):
             group = []
 
 
-class Training:
-    """Trains a network epoch by epoch, writing what an exact resume needs, and stopping where a signal asks for it.
+@dataclass(frozen=True)
+class Hooks:
+    """What a stage does in each step and after each epoch.
 
-    Args:
-        model, optimizer, loader, config, monitor: those of the run.
+    Attributes:
         take_step: called with (batches, epoch, step, {label: Metrics}); makes one optimizer step.
         validate: called with the number of an epoch (the first is 0); (top-1, top-5), or None where they do not count.
         write: called with what a checkpoint holds, and whether it is the best one; on every rank.
@@ -59,14 +61,30 @@ class Training:
         epochs_before: epochs that the run had before this training began, for the log.
     """
 
-    def __init__(self, model, optimizer, loader, config, monitor, take_step, validate, write, labels=(None,), shown=None,
-                 batches_per_step=1, epochs_before=0):
+    take_step: Callable
+    validate: Callable
+    write: Callable
+    labels: tuple = (None,)
+    shown: int | None = None
+    batches_per_step: int = 1
+    epochs_before: int = 0
+
+
+class Training:
+    """Trains a network epoch by epoch, writing what an exact resume needs, and stopping where a signal asks for it.
+
+    Args:
+        model, optimizer, loader, config, monitor: those of the run.
+        hooks: the Hooks of the stage.
+    """
+
+    def __init__(self, model, optimizer, loader, config, monitor, hooks):
         self.model, self.optimizer, self.loader, self.config, self.monitor = model, optimizer, loader, config, monitor
-        self.take_step, self.validate, self.write = take_step, validate, write
-        self.labels, self.shown = labels, shown
-        self.batches_per_step, self.epochs_before = batches_per_step, epochs_before
-        self.steps = len(loader) // batches_per_step
-        self.images_per_step = loader.images // len(loader) * batches_per_step
+        self.take_step, self.validate, self.write = hooks.take_step, hooks.validate, hooks.write
+        self.labels, self.shown = hooks.labels, hooks.shown
+        self.batches_per_step, self.epochs_before = hooks.batches_per_step, hooks.epochs_before
+        self.steps = len(loader) // self.batches_per_step
+        self.images_per_step = loader.images // len(loader) * self.batches_per_step
         self.device = next(model.parameters()).device
         self.has_checkpoint = False  # whether this run, or the one that it goes on from, has left any
 
@@ -139,7 +157,7 @@ class Training:
             return  # what follows the epoch ends in a checkpoint, or in one that says it is trained
         number = distributed.largest_over_ranks(interruption.noted())
         if number or (log.checkpoint_steps and done % log.checkpoint_steps == 0):
-            self.save(epoch, Inside(done, time.time() - begun, self.images_per_step, False,
+            self.save(epoch, MidEpochState(done, time.time() - begun, self.images_per_step, False,
                                     [value.sums for value in metrics.values()]))
         if number:
             raise Interrupted(number, self.place(epoch, done))
@@ -149,7 +167,7 @@ class Training:
         try:
             return self.validate(epoch)
         except Interrupted as stop:
-            self.save(epoch, Inside(self.steps, 0.0, self.images_per_step, True, []))
+            self.save(epoch, MidEpochState(self.steps, 0.0, self.images_per_step, True, []))
             raise Interrupted(stop.number, self.place(epoch, self.steps)) from None
 
     def place(self, epoch, done):

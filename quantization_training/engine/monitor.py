@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 import yaml
 
+from engine.checkpoint import FORMAT_VERSION
+from engine.metrics_file import SPLITS, MetricsFile, append
+from engine.plots import name_label, save_curves
+from engine.wandb_run import choose_wandb, start_wandb
 from quan.quantizer import kernel
 from util import distributed
-from util.checkpoint import FORMAT_VERSION
 from util.config import to_plain
 from util.errors import UserError, reason
 from util.exchange import write_atomically
-from util.metrics_file import SPLITS, MetricsFile, append
-from util.plots import name_label, save_curves
-from util.wandb_run import choose_wandb, start_wandb
 
 
-def on_main(method):
+def main_rank_only(method):
     """Let a method of Monitor run on the main process and do nothing on every other one."""
 
     @functools.wraps(method)
@@ -95,7 +95,7 @@ class Monitor:
         except Exception as another:  # the error that stopped the run is the one to report
             print(f"the run could not be closed: {reason(another)}", file=sys.stderr)
 
-    @on_main
+    @main_rank_only
     def log(self, text):
         """Write a line to the log file, with the time, and to stdout."""
         self._write(text)
@@ -138,7 +138,7 @@ class Monitor:
             self._bar.close()
             self._bar = None
 
-    @on_main
+    @main_rank_only
     def step(self, epoch, step, steps, **figures):
         """Write how a step went to the log file, and to stdout where no bar is shown."""
         text = f"epoch {epoch} [{step:>{len(str(steps))}}/{steps}] {describe_figures(figures)}"
@@ -146,7 +146,7 @@ class Monitor:
         if self._bar is None:
             self._show(text)
 
-    @on_main
+    @main_rank_only
     def epoch(self, epoch, split, figures, bits=None):
         """Record the figures after `epoch` completed epochs in metrics.csv, the log and wandb.
 
@@ -168,19 +168,19 @@ class Monitor:
         suffix = f"_{name_label(label).replace(' ', '_')}" if label else ""
         self._send({f"{split}/{name}{suffix}": value for name, value in numbers.items()} | {"epoch": int(epoch)})
 
-    @on_main
+    @main_rank_only
     def send(self, group, figures):
         """Send figures that belong to no epoch to wandb, under `group`/."""
         self._send({f"{group}/{name}": value for name, value in figures.items()})
 
-    @on_main
+    @main_rank_only
     def scores(self, epoch, top1, top5):
         """Put an epoch on the scoreboard and log the best epochs so far."""
         self._scoreboard.add(int(epoch), float(top1), float(top5))
         for line in self._scoreboard.lines():
             self.log(line)
 
-    @on_main
+    @main_rank_only
     def save_plots(self):
         """Draw curves.png from the rows so far."""
         try:
@@ -188,7 +188,7 @@ class Monitor:
         except ImportError as error:
             self.log(f"no curves.png: {reason(error)}")  # a missing plotting library is no reason to lose a run
 
-    @on_main
+    @main_rank_only
     def finish(self, exit_code=0):
         """Draw the curves and close wandb; a second call does nothing."""
         if self._finished:
@@ -221,7 +221,7 @@ def open_monitor(folder, config, start, device):
 
     Args:
         folder: the RunFolder.
-        start: the Start of the run.
+        start: the ResumeState of the run.
         device: the torch.device.
     """
     opened = []
@@ -239,7 +239,7 @@ def log_start(monitor, start, remark):
     """Log where a run begins.
 
     Args:
-        start: its Start.
+        start: its ResumeState.
         remark: on what is left alone in the network, or ''.
     """
     if start.epoch or start.inside:

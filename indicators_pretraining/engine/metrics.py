@@ -5,13 +5,13 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
+from engine.interruption import watched
 from quan.utils import weights_quantized_once
 from util.distributed import sum_over_ranks
-from util.interruption import watched
 
 
 class Metrics:
-    """Sums of loss and of correct answers over batches; nothing is read from the device before result()."""
+    """Sums of loss and of correct predictions over batches; nothing is read from the device before result()."""
 
     def __init__(self, device):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)

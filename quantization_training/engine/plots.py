@@ -1,4 +1,4 @@
-"""The pictures of a run: loss and accuracy over the epochs."""
+"""The plots of a run: loss and accuracy over the epochs."""
 
 import io
 
@@ -20,7 +20,7 @@ def save_curves(path, rows, title):
     Args:
         path: the file to write.
         rows: dicts with epoch (int), split, bits (label or '') and the numbers loss and top1, or None where missing.
-        title: what stands above the picture.
+        title: what stands above the plot.
 
     Returns:
         False where there is nothing to draw, and no file is written.
@@ -51,13 +51,13 @@ def new_figure(title, size):
 
 def save_figure(figure, path):
     """Write a figure into a PNG file."""
-    picture = io.BytesIO()
-    figure.canvas.print_png(picture)
-    write_atomically(path, picture.getvalue())
+    plot = io.BytesIO()
+    figure.canvas.print_png(plot)
+    write_atomically(path, plot.getvalue())
 
 
 def colour_labels(labels):
-    """Give each bit-width a colour, dark for wide and bright for narrow; {label: colour}, widest first."""
+    """Give each bit-width a colour, dark for wide and bright for narrow; {label: colour}, highest first."""
     from matplotlib import colormaps
 
     bits = sorted((label for label in labels if label.isdecimal()), key=int, reverse=True)

@@ -1,0 +1,186 @@
+"""Resuming: what may differ from the run that wrote a checkpoint, and how its state is restored."""
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+
+from engine import interruption
+from engine.checkpoint import is_foreign, load_checkpoint, may_lack, signedness_of
+from model.weights import is_step, load_state
+from util import distributed
+from util.config import AUTO, differing_keys, to_plain
+from util.errors import UserError
+from util.exchange import same_arch
+
+from .limpq import continue_limpq_run
+from .run_folder import find_checkpoint
+from .training_state import ResumeState, load_training_state
+
+HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "eval_calibration", "final_test", "threads",
+                 "kernels", "dataloader.workers", "dataloader.path", "dataloader.serialized")
+HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
+SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
+# What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
+NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True, "lr_per": "step"}
+PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
+MODEL_KEYS = ("sat", "quan.")
+IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
+
+
+def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
+    """What the best checkpoint's weights reach, and their epoch; the model is left as it was.
+
+    Args:
+        evaluate_model: gives the figures of the model as it is.
+        figures: those of the last epoch, which are taken where it is the best one.
+        monitor: where to log that the best checkpoint cannot be read.
+
+    Returns:
+        (epoch, figures); None where no epoch counted as the best, or its checkpoint cannot be read.
+    """
+    try:
+        content = distributed.on_main(load_checkpoint, folder.best) if distributed.on_main(os.path.exists, folder.best) else {}
+        if content.get("epoch", last_epoch) == last_epoch:
+            return (last_epoch, figures) if content else None
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        load_state(model, content["state_dict"], folder.best)
+    except UserError as error:  # no reason to lose the results of the last epoch
+        monitor.log(f"the best checkpoint is not evaluated: {error}")
+        return None
+    try:
+        with interruption.put_off():
+            return content["epoch"], evaluate_model()
+    finally:
+        model.load_state_dict(own)
+
+
+@dataclass(frozen=True)
+class ResumeCheckpoint:
+    """A checkpoint that a run starts from: its path, its content, and whether only its weights are taken."""
+
+    path: str
+    content: dict
+    lean: bool
+
+
+def find_run(config, folder, read=load_checkpoint):
+    """What resume.path names, looked for and read once, by rank 0; None where a run starts afresh.
+
+    Args:
+        read: what reads it.
+
+    Raises:
+        UserError: where there is no such checkpoint, or it is one of another network.
+    """
+    path, lean = distributed.on_main(find_checkpoint, config, folder)
+    if path is None:
+        return None
+    content = distributed.on_main(read, path)
+    check_arch(content, config.arch, path)
+    if config.eval:
+        check_same_quantizers(content, config, path)
+    return ResumeCheckpoint(path, content, lean)
+
+
+def check_arch(checkpoint, arch, path):
+    """Refuse a checkpoint that says it is one of another network. Other programs call networks otherwise; of theirs, names
+    and shapes of tensors decide."""
+    if not is_foreign(checkpoint) and not same_arch(checkpoint.get("arch", arch), arch):
+        raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {arch}")
+
+
+def decided_keys(config):
+    """Keys that say nothing of a network whose checkpoint says what was decided."""
+    return ("quan.act.all_positive",) if config.quan.act.all_positive == AUTO else ()
+
+
+def check_same_quantizers(checkpoint, config, path):
+    """Refuse to evaluate a quantized checkpoint with other quantizers than it was trained with.
+
+    Exceptions that are still to be found in the graph are compared once they are.
+    """
+    if "config" not in checkpoint or not any(name.endswith(".quan_w_fn.s") for name in checkpoint["state_dict"]):
+        return
+    unknown = (("quan.excepts",) if config.quan.excepts == AUTO else ()) + decided_keys(config)
+    keys = [key for key in differing_keys(checkpoint["config"], to_plain(config))
+            if key.startswith(MODEL_KEYS) and key not in IDLE_MODEL_KEYS and not key.startswith(unknown)]
+    if keys:
+        raise UserError(f"{path}: was trained with another {', '.join(keys)}; put these back")
+
+
+def warn_of_signedness(checkpoint, config, path):
+    """Say that inputs count as not negative where neither checkpoint nor configuration says so, and no training will show."""
+    if (decided_keys(config) and is_foreign(checkpoint) and not signedness_of(checkpoint)
+            and any(map(is_step, checkpoint["state_dict"])) and distributed.is_main()):
+        print(f"warning: {path}: does not say which inputs are signed; they are taken as all positive. If they were trained "
+              "as signed, give quan.act.all_positive: false")
+
+
+def restore(found, model, optimizer, config, harmless=(), schedule_may_change=True):
+    """Load a checkpoint, if there is one, into a model; and unless only its weights are taken, continue its run.
+
+    Args:
+        harmless: keys, or beginnings of keys, that may differ besides those that always may.
+        schedule_may_change: whether the number of epochs may.
+
+    Returns:
+        the ResumeState.
+
+    Raises:
+        UserError: where the checkpoint does not fit the network, or is of a run that differs in what matters.
+    """
+    if found is None:
+        return ResumeState()
+    if is_foreign(found.content) and not found.lean:
+        return continue_limpq_run(found.content, model, optimizer, found.path)
+    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless,
+                                                       schedule_may_change)
+    if found.lean:
+        if config.eval:
+            check_same_quantizers(found.content, config, found.path)
+            warn_of_signedness(found.content, config, found.path)
+        load_state(model, found.content["state_dict"], found.path, partial(may_lack, found.content))
+        return ResumeState()
+    start = load_training_state(found.content, model, optimizer, found.path)
+    # The options of the optimizer come from the checkpoint, so that the run goes on as it began.
+    is_plain = config.opt == "sgd" and has_plain_momentum_as_sgd(found.content)
+    return replace(start, changed=(*changed, *start.changed), remark=PLAIN_MOMENTUM if is_plain else "")
+
+
+def recorded_threads(found):
+    """The number of threads that a run was computed with; None where it starts afresh or does not say."""
+    threads = found.content.get("machine", {}).get("threads") if found and not found.lean else None
+    return threads if type(threads) is int and threads > 0 else None
+
+
+def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=True):
+    """Refuse to continue a run whose configuration differs in what matters.
+
+    Args:
+        harmless: keys, or beginnings of keys, that may differ besides those that always may.
+
+    Returns:
+        the schedule keys that differ; the continued run then does not equal an undisturbed one.
+    """
+    if "config" not in checkpoint or "epoch" not in checkpoint:
+        raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
+    wanted = to_plain(config)
+    earlier = {key: value for key, value in NEW_KEYS.items() if key in wanted}
+    keys = differing_keys({**earlier, **checkpoint["config"]}, wanted)
+    idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else decided_keys(config)
+    if config.opt == "momentum" and has_plain_momentum_as_sgd(checkpoint):
+        idle = (*idle, "opt")
+    keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
+            and not (key == "arch" and same_arch(checkpoint["config"].get("arch"), config.arch))]
+    serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]
+    if serious:
+        raise UserError(f"{path}: the run was started with another {', '.join(serious)}; "
+                        "put these back, or start a new run under another name")
+    return keys
+
+
+def has_plain_momentum_as_sgd(checkpoint):
+    """Whether a run began when `opt: sgd` stood for plain momentum, as it was before it came to mean Nesterov's."""
+    groups = checkpoint.get("optimizer", {}).get("param_groups", [])
+    return checkpoint["config"].get("opt") == "sgd" and any(group.get("momentum") and not group.get("nesterov")
+                                                            for group in groups)

@@ -1,0 +1,86 @@
+"""Pruning masks: which weights of a network are removed, and how these stay at zero.
+
+Masks are {parameter name: bool tensor of its shape, True where it stays}. The names are those of the full-precision
+network in every stage. A parameter without a mask is whole.
+"""
+
+
+import torch
+
+from util.errors import UserError, nearest
+
+
+class PrunedParameters:
+    """Holds the removed parameters of a network at zero.
+
+    A mask of a normalization layer holds for every copy of it that a quantized network has.
+
+    Args:
+        model: the network, full-precision or quantized.
+        masks: as checked_masks gives them.
+
+    Attributes:
+        masks: the masks in force, on the CPU.
+    """
+
+    def __init__(self, model, masks):
+        self.model = model
+        self.set(masks)
+
+    def set(self, masks):
+        """Put other masks into force."""
+        self.masks = masks
+        self._removed = [(parameter, ~mask.to(parameter.device)) for name, mask in masks.items()
+                         for parameter in parameters_called(self.model, name)]
+
+    @torch.no_grad()
+    def apply(self):
+        """Set every removed parameter to zero."""
+        for parameter, removed in self._removed:
+            parameter.masked_fill_(removed, 0)
+
+    def hold(self, optimizer):
+        """Apply the masks now and after each step of an optimizer, whatever momentum and weight decay did."""
+        self.apply()
+        optimizer.register_step_post_hook(lambda *_: self.apply())
+
+
+def parameters_called(model, name):
+    """The parameters that stand for the parameter `name` of the full-precision network: one, or one of each copy."""
+    layer, _, entry = name.rpartition(".")
+    return [module._parameters[entry] for module in model.get_submodule(layer).modules()
+            if module._parameters.get(entry) is not None]
+
+
+def checked_masks(model, masks, source):
+    """The masks of a checkpoint, compared with the full-precision network that they are for.
+
+    Raises:
+        UserError: naming the source and the first mask that is of another network.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, mask in masks.items():
+        if name not in shapes:
+            raise UserError(f"{source}: masks: {name} is not part of this network{nearest(name, shapes)}")
+        if not is_mask(mask):
+            raise UserError(f"{source}: masks: {name} is not a mask")
+        if mask.shape != shapes[name]:
+            raise UserError(f"{source}: masks: {name} has shape {list(mask.shape)}, this network's is "
+                            f"{list(shapes[name])}")
+    return masks
+
+
+def is_mask(value):
+    """Whether a value is a bool tensor that holds its entries one by one: not sparse, and not without data."""
+    return (isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.layout == torch.strided
+            and not value.is_meta)
+
+
+def weights_left(layers, masks):
+    """{layer: number of weights that stay} of layers {name: LayerCall}."""
+    return {name: int(masks[f"{name}.weight"].sum()) if f"{name}.weight" in masks else call.params
+            for name, call in layers.items()}
+
+
+def mask_of(masks, name, like):
+    return masks[name] if name in masks else torch.ones(like.shape, dtype=torch.bool)

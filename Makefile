@@ -88,6 +88,7 @@ sync:
 	find $(MASTER) -name __pycache__ -prune -exec rm -rf {} +
 	cd $(MASTER) && cp -r $(LAYERS) ../quantization_training/
 	cp -r $(MASTER)/model quantization_search/models
+	rm quantization_search/models/training_pass.py
 	mkdir quantization_search/util
 	cp $(MASTER)/tests/fuzzing.py quantization_search/tests/
 	cp $(MASTER)/tests/fuzzing.py $(MASTER)/tests/comparing.py $(MASTER)/tests/shipped.py quantization_training/tests/

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 
-import report
+from cost import Costs
 from ilp import BITOPS_PER_G
 from study import Impossible, make_policy, solve
 from util.exchange import write_atomically, write_policy
@@ -55,7 +55,7 @@ def solve_point(config, study, key, text, point):
     """One row of the table; its policy file is written where that is asked."""
     problem = study.problem(point)
     solution = solve(problem, point)
-    costs = report.Costs(study.network, solution)
+    costs = Costs(study.network, solution)
     status = RANDOM if solution.seed is not None else "optimal" if solution.optimal else "not proven"
     row = {"status": status, "gap": solution.gap,
            "objective": float(solution.objective), "penalty": float(solution.penalty)} | costs.as_plain()

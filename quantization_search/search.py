@@ -8,6 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import report
+from cost import Costs
 from ilp import erased
 from options import SearchConfig, parse_arguments
 from study import Study, make_policy, solve
@@ -44,7 +45,7 @@ def run(config):
 def search(config, study):
     problem = study.problem(config)
     solution = solve(problem, config)
-    costs = report.Costs(study.network, solution)
+    costs = Costs(study.network, solution)
     report.print_solution(problem, solution, costs, config.solver)
     if config.shadow:
         report.print_shadow_prices(solution, shadow_prices(problem, config))

@@ -78,6 +78,18 @@ def test_no_modules_import_each_other_in_a_circle(imports):
     list(graphlib.TopologicalSorter(imports[0]).static_order())  # raises CycleError, which names the circle
 
 
+def test_the_search_carries_no_module_that_it_never_reaches():
+    stage = ROOT / "quantization_search"
+    modules = modules_of(stage)
+    reached, ahead = set(), [module for module in modules if "." not in module and layer_of(module, modules) == "stage"]
+    while ahead:
+        module = ahead.pop()
+        parents = {module[:end] for end in range(len(module)) if module[end] == "."}  # a package's own code comes with it
+        ahead += ({*imported_by(module, modules[module], stage, modules)} | parents) - reached - {module}
+        reached.add(module)
+    assert reached == modules.keys()
+
+
 def test_functions_fit_on_a_screen_and_constructors_take_few_arguments():
     for stage in STAGES:
         for path in modules_of(ROOT / stage).values():

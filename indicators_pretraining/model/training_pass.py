@@ -7,15 +7,10 @@ from torch import nn
 
 from util.errors import SINGLE_VALUE, UserError, reason
 
-from .layer_table import Notes, generators_put_back, shortened, tensors_in, twin_of
+from .layer_table import Notes, generators_put_back, shortened, twin_of
 
 FEW_MACS = 10**8
 PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
-
-
-def first_tensor(module, inputs, output):
-    """A forward hook: of several outputs in a tuple, a dict and the like, the first tensor, which has to be the logits."""
-    return None if isinstance(output, torch.Tensor) else next(tensors_in(output), output)
 
 
 def devices_for(graph):

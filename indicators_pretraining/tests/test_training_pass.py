@@ -14,7 +14,8 @@ from torch import nn
 import main
 import pruning
 from model.layer_table import trace
-from model.training_pass import check_training, first_tensor
+from model.model import first_tensor
+from model.training_pass import check_training
 from quan.func import SwitchableBatchNorm
 from quan.unchanged import check_unchanged
 from quan.utils import joint_modules, name_exceptions, replace_module_by_names

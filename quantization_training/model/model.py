@@ -3,16 +3,17 @@
 import re
 import warnings
 
+import torch
+
 from util.errors import UserError, nearest, reason
 from util.exchange import split_arch
 
 from .attention import decompose_attention
 from .external import TIMM, create_from_file, create_from_timm
-from .layer_table import trace
+from .layer_table import tensors_in, trace
 from .mobilenetv1 import mobilenetv1, mobilenetv1_limpq
 from .names import unwrap
 from .resnet_cifar import resnet20
-from .training_pass import first_tensor
 from .vit import vit_tiny_patch4_32, vit_tiny_patch16_224
 from .weights import load_weights, redraw_zero_classifiers
 
@@ -86,6 +87,11 @@ def create_traced(arch, num_classes, pre_trained, input_size):
 def _with_one_answer(model):
     model.register_forward_hook(first_tensor)
     return model
+
+
+def first_tensor(module, inputs, output):
+    """A forward hook: of several outputs in a tuple, a dict and the like, the first tensor, which has to be the logits."""
+    return None if isinstance(output, torch.Tensor) else next(tensors_in(output), output)
 
 
 def _check_name(arch):

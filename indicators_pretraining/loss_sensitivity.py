@@ -3,7 +3,7 @@
 from engine.metrics import evaluate
 from engine.resume import find_run, restore
 from engine.run_folder import RunFolder
-from importance_extractor import CARRIED, trained
+from indicators import CARRIED, trained
 from network import build_network
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError

@@ -14,7 +14,7 @@ import torch
 import loss_sensitivity
 from engine.metrics import evaluation_mode
 from engine.passes import prepare
-from importance_extractor import CARRIED, check_output, write
+from indicators import CARRIED, check_output, write
 from network import build_dense, describe_network, with_signedness
 from quan.utils import check_exceptions, name_exceptions
 from quantization_error import least_errors

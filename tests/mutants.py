@@ -42,7 +42,7 @@ TARGETS = {
     FIRST + "engine/loop.py": "training resume pruning", FIRST + "engine/optim.py": "training optimizers joint_training",
     FIRST + "sparsity/ranking.py": "masks pruning graph", FIRST + "sparsity/masks.py": "masks pruning graph",
     FIRST + "model/layer_table.py": "graph arch attention layout names",
-    FIRST + "importance_extractor.py": "exchange names foreign joint_training sensitivity",
+    FIRST + "indicators.py": "exchange names foreign joint_training sensitivity",
     SEARCH + "ilp.py": "ilp budgets search sparse", LAST + "quan/transfer.py": "finetuning limpq",
     LAST + "process.py": "finetuning evaluation resume pruning shipped",
     LAST + "packing.py": "packing export", LAST + "packed_network.py": "packing limpq export onnx",

@@ -90,6 +90,17 @@ def test_the_search_carries_no_module_that_it_never_reaches():
     assert reached == modules.keys()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_module_imports_a_command(stage):
+    stage = ROOT / stage
+    modules = modules_of(stage)
+    commands = {module for module, path in modules.items()
+                if '\nif __name__ == "__main__":\n' in (stage / path).read_text(encoding="utf-8")}
+    assert "main" in commands
+    assert not [f"{module} imports {other}" for module, path in modules.items()
+                for other in imported_by(module, path, stage, modules) if other in commands]
+
+
 def test_functions_fit_on_a_screen_and_constructors_take_few_arguments():
     for stage in STAGES:
         for path in modules_of(ROOT / stage).values():

@@ -9,7 +9,7 @@ import torch
 
 import importance_extractor
 from engine.checkpoint import save_checkpoint
-from importance_extractor import extract, extract_all, not_growing
+from indicators import extract, extract_all, not_growing
 from util.errors import UserError
 from util.exchange import read_indicators, read_policy, write_indicators, write_policy
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import importance_extractor
+import indicators
 from model import create_model
 from model.layer_table import trace
 from quan.cost import full_precision_cost, nonzero_macs, policy_cost, sparse_size
@@ -371,16 +371,16 @@ def test_the_indicator_of_a_layer_is_the_mean_over_channels_that_remain():
     steps = torch.tensor([[1.0, 1e-5, 3.0, 5.0], [2.0, 1e-5, 6.0, 10.0]])
     state = {"a.quan_w_fn.s": steps, "a.quan_a_fn.s": torch.ones(2), "b.quan_w_fn.s": steps,
              "b.quan_a_fn.s": torch.ones(2)}
-    content = importance_extractor.extract({"state_dict": state, "bits": [4, 2], "masks": {"a.weight": mask}}, "c")
+    content = indicators.extract({"state_dict": state, "bits": [4, 2], "masks": {"a.weight": mask}}, "c")
     assert content["weight"]["a"] == {4: 3.0, 2: 6.0}
     assert content["weight"]["b"] == {4: pytest.approx(9.00001 / 4), 2: pytest.approx(18.00001 / 4)}
     whole = {"a.weight": torch.zeros_like(mask)}  # nothing remains: all are alike
-    content = importance_extractor.extract({"state_dict": state, "bits": [4, 2], "masks": whole}, "c")
+    content = indicators.extract({"state_dict": state, "bits": [4, 2], "masks": whole}, "c")
     assert content["weight"]["a"] == content["weight"]["b"]
     for wrong in (torch.ones(3, 1, dtype=torch.bool), torch.ones(4), 5, torch.tensor(True),
                   torch.ones(4, 1, dtype=torch.bool, device="meta")):
         with pytest.raises(UserError, match="c: masks: a.weight"):
-            importance_extractor.extract({"state_dict": state, "bits": [4, 2], "masks": {"a.weight": wrong}}, "c")
+            indicators.extract({"state_dict": state, "bits": [4, 2], "masks": {"a.weight": wrong}}, "c")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint import load_checkpoint, save_checkpoint
-from importance_extractor import extract
+from indicators import extract
 from model import create_model
 from model.names import unwrap
 from model.weights import load_weights

@@ -14,6 +14,7 @@ from conftest import STAGE, content
 
 import main as yaml_main
 import search
+from options import SearchConfig
 from util.errors import user_errors_on_one_line
 
 ROOT_READS_ALL = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -157,7 +158,7 @@ def test_yaml_gives_the_same_search(save, capsys, tmp_path, monkeypatch):
 def test_the_configurations_of_the_repository_can_be_read(name):
     from util.config import load_config
 
-    assert load_config(search.SearchConfig, [str(STAGE / name)]).bops is True
+    assert load_config(SearchConfig, [str(STAGE / name)]).bops is True
 
 
 class Evil:

@@ -35,7 +35,8 @@ class Fork:
     def __init__(self, folder, *words, is_leader=False, is_merged=False):
         self.words, self.place = [str(word) for word in words], tempfile.TemporaryDirectory()
         self.process = PROCESSES.Process(target=_become, args=(
-            str(folder), self.words, dict(os.environ), self.place.name, is_leader, is_merged))
+            str(folder), self.words, dict(os.environ), self.place.name, is_leader, is_merged,
+            multiprocessing.get_start_method()))
         self.process.start()
         self.pid = self.process.pid
 
@@ -64,8 +65,9 @@ class Fork:
         return tuple((Path(self.place.name) / name).read_text(errors="replace") for name in ("stdout", "stderr"))
 
 
-def _become(folder, words, environment, place, is_leader, is_merged):
-    """The child: turn into the command."""
+def _become(folder, words, environment, place, is_leader, is_merged, start_method):
+    """The child: turn into the command, whose own children are started as they are from a shell."""
+    multiprocessing.set_start_method(start_method, force=True)
     if is_leader:
         os.setsid()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):

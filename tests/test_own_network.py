@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib
 import pytest
 import yaml
 
@@ -35,7 +36,8 @@ def walked(tmp_path_factory):
     begun = time.time()
     done = subprocess.run(["bash", "-ec", 'python() { "$PYTHON" "$@"; }\n' + COMMANDS], cwd=place, capture_output=True,
                           text=True, timeout=3000 if RECORD else 300, check=False,
-                          env=os.environ | {"HOME": str(home), "PYTHON": sys.executable, "MPLCONFIGDIR": str(home)})
+                          env=os.environ | {"HOME": str(home), "PYTHON": sys.executable,
+                                            "MPLCONFIGDIR": matplotlib.get_cachedir()})
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert sorted(path.name for path in (home / "nets").iterdir()) == ["my_network.py", "my_network.yaml"]
     if RECORD:

@@ -97,4 +97,5 @@ def _compare(expected, found, mode):
     for (name, *wanted), (_, *operation) in itertools.zip_longest(expected, found, fillvalue=("",)):
         if wanted != operation:
             raise UserError(f"arch: once its layers are quantized, the network computes something else in {mode}, beginning "
-                            f"in {name or 'its own forward pass'}; that may not ask for types of layers, which change")
+                            f"in {name or 'its own forward pass'}; that may not depend on types of layers or on which "
+                            "parameters there are, which change")

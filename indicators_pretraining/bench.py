@@ -8,9 +8,7 @@ is the network without quantizers in the default memory layout, as many passes a
 of what tensors take during a step. On a GPU the table is the one for ResNet-50 at 224x224.
 """
 
-import csv
 import functools
-import io
 import os
 import socket
 import statistics
@@ -37,6 +35,7 @@ from util.command import Parser
 from util.data_loader import CROP_PADDING, CropAndFlip, normalise
 from util.errors import UserError, nearest, user_errors_on_one_line
 from util.exchange import write_atomically
+from util.tables import aligned, csv_text
 
 BITS = (6, 5, 4, 3, 2)
 EXCEPTS = {"mobilenetv1": ("stem.0", "stem.1", "fc")}
@@ -422,14 +421,6 @@ GPU_CASES = {"gpu": gpu}
 # Showing.
 
 
-def show(rows):
-    cells = [COLUMNS, *([row.get(key, "") for key in COLUMNS] for row in rows)]
-    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
 def draw(path, rows):
     """Draw the ratios to the floor into a PNG file: bars for each case, lines for how they grow."""
     bars = [row for row in rows if row.get("time_over_floor") and row["side"] != FLOOR and not row["case"].startswith("scal")]
@@ -493,12 +484,8 @@ def main(arguments=None):
     clock = Clock(device, options.rounds)
     print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers on the CPU by {kernel.describe()}")
     rows = [row for name in options.only or usual for row in cases[name](clock)]
-    show(rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(options.output, text.getvalue().encode())
+    print(aligned(COLUMNS, rows, digits=2))
+    write_atomically(options.output, csv_text(COLUMNS, rows).encode())
     draw(os.path.splitext(options.output)[0] + ".png", rows)
     print(f"table written to {options.output}")
 

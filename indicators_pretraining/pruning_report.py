@@ -1,7 +1,6 @@
 """What pruning came to: a row for each level, as CSV, as a plot of accuracy against sparsity, and as a summary."""
 
 import csv
-import io
 import os
 
 import yaml
@@ -12,6 +11,7 @@ from quan.cost import full_precision_cost, nonzero_macs
 from sparsity.masks import weights_left
 from util import distributed
 from util.exchange import write_atomically
+from util.tables import csv_text
 
 COLUMNS = ("level", "removed", "sparsity", "loss", "top1", "top5", "size_mb", "sparse_size_mb", "sparse_ratio", "macs",
            "nonzero_macs")
@@ -48,11 +48,7 @@ def columns_of(layers):
 def write(folder, title, rows):
     """Write pruning.csv and pruning.png into the run folder."""
     layers = [column.removeprefix(PER_LAYER) for column in rows[0] if column.startswith(PER_LAYER)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns_of(layers), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(os.path.join(folder, "pruning.csv"), text.getvalue().encode())
+    write_atomically(os.path.join(folder, "pruning.csv"), csv_text(columns_of(layers), rows).encode())
     draw(os.path.join(folder, "pruning.png"), title, rows)
 
 

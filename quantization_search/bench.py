@@ -7,9 +7,7 @@ as it comes: HiGHS and CBC. Medians of five runs; where the first takes more tha
 one machine, so that their ratios mean something.
 """
 
-import csv
 import glob
-import io
 import random
 import statistics
 import subprocess
@@ -25,6 +23,7 @@ from study import Study
 from util.command import Parser
 from util.errors import user_errors_on_one_line
 from util.exchange import write_atomically
+from util.tables import aligned, csv_text
 
 COLUMNS = ("case", "layers", "candidates", "whole_command_s", "solving_s", "plain_highs_s", "plain_cbc_s", "highs_over_ours",
            "cbc_over_ours", "ours", "plain_highs", "plain_cbc")
@@ -123,14 +122,6 @@ def growth_cases():
         yield "made up", lambda count=count, candidates=candidates: made_up(count, candidates), candidates
 
 
-def show(rows):
-    cells = [COLUMNS, *([row.get(key, "") for key in COLUMNS] for row in rows)]
-    cells = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("indicators", nargs="*", help="by default those in indicators/")
@@ -138,12 +129,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     paths = options.indicators or sorted(glob.glob("indicators/*.pkl"))
     rows = [measure(*case) for cases in (file_cases(paths), growth_cases()) for case in cases]
-    show(rows)
-    text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_atomically(options.output, text.getvalue().encode())
+    print(aligned(COLUMNS, rows, digits=3))
+    write_atomically(options.output, csv_text(COLUMNS, rows).encode())
     print(f"table written to {options.output}")
 
 

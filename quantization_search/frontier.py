@@ -1,7 +1,5 @@
 """The same search for a range of one budget: a table of what each value costs and gains."""
 
-import csv
-import io
 import os
 import sys
 
@@ -9,6 +7,7 @@ from cost import Costs
 from ilp import BITOPS_PER_G
 from study import Impossible, make_policy, solve
 from util.exchange import write_atomically, write_policy
+from util.tables import csv_text
 
 COLUMNS = ("status", "gap", "objective", "penalty", "size_mb", "compression_ratio", "bitops_published", "bitops_exact",
            "mean_weight_bits", "mean_act_bits", "policy")
@@ -66,16 +65,13 @@ def solve_point(config, study, key, text, point):
 
 
 def write_table(config, rows, columns):
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    text = csv_text(columns, rows)
     path = config.sweep_output or (f"{os.path.splitext(config.output)[0]}_frontier.csv" if config.output else None)
     if path:
-        write_atomically(path, text.getvalue().encode())
+        write_atomically(path, text.encode())
         print(f"frontier written to {path}")
     else:
-        print(text.getvalue(), end="")
+        print(text, end="")
 
 
 def draw(config, study, key, rows):

@@ -1,10 +1,10 @@
 """metrics.csv: the figures of a run, one row per epoch, split and bit-width."""
 
 import csv
-import io
 
 from util.errors import UserError
 from util.exchange import write_atomically
+from util.tables import csv_text
 
 COLUMNS = ("epoch", "split", "bits", "loss", "top1", "top5", "lr", "seconds")
 FIGURES = COLUMNS[3:]
@@ -37,7 +37,7 @@ class MetricsFile:
                 self._rewrite()
                 return
         self.rows.append(row)
-        append(self.path, to_csv([row]))
+        append(self.path, to_csv([row]).partition("\n")[2])
 
     def scores(self):
         """{epoch: (top1, top5)} on the validation split; the mean over the candidates where an epoch has several."""
@@ -48,7 +48,7 @@ class MetricsFile:
         return {epoch: summarize(candidates) for epoch, candidates in epochs.items()}
 
     def _rewrite(self):
-        write_atomically(self.path, (",".join(COLUMNS) + "\n" + to_csv(self.rows)).encode())
+        write_atomically(self.path, to_csv(self.rows).encode())
 
 
 def summarize(candidates):
@@ -61,11 +61,8 @@ def summarize(candidates):
 
 
 def to_csv(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    for row in rows:
-        writer.writerow({**row, **{name: "" if row[name] is None else f"{row[name]:.8g}" for name in FIGURES}})
-    return text.getvalue()
+    return csv_text(COLUMNS, [{**row, **{name: "" if row[name] is None else f"{row[name]:.8g}" for name in FIGURES}}
+                              for row in rows])
 
 
 def read_metrics(path):

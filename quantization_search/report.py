@@ -56,7 +56,7 @@ def print_solution(problem, solution, costs, solver=None):
             print(f"effective BitOPs {costs.effective_bitops(count) / BITOPS_PER_G:.3f} G ({count} MACs whose weight is not "
                   "zero), fixed layers included")
     if costs.network.non_layer_macs:
-        print(f"products outside of the layers: {costs.network.non_layer_macs / BITOPS_PER_G:.3f} G MACs in full precision, "
+        print(f"non-layer MACs: {costs.network.non_layer_macs / BITOPS_PER_G:.3f} G in full precision, "
               "in no BitOPs")
     print("mean bits over the searched layers: weights {:.3f}, activations {:.3f}".format(*costs.mean_bits()))
     for constraint in problem.constraints:

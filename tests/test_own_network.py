@@ -65,5 +65,5 @@ def test_the_commands_of_the_page_bring_a_network_of_ones_own_through_all_stages
 def test_exceptions_and_the_products_of_attention_are_named(walked):
     _, said = walked
     assert said.count("exceptions found in the graph: stem.0 (first layer), stem.1 (its BatchNorm), head (classifier)") == 2
-    assert said.count("products outside of the layers, as attention has them, in full precision and counted in no BitOPs") == 3
-    assert re.search(r"^products outside of the layers: [\d.]+ G MACs in full precision, in no BitOPs$", said, re.MULTILINE)
+    assert said.count("non-layer MACs, of matrix products as in attention, in full precision and counted in no BitOPs") == 3
+    assert re.search(r"^non-layer MACs: [\d.]+ G in full precision, in no BitOPs$", said, re.MULTILINE)

@@ -62,7 +62,7 @@ def test_products_of_attention_are_reported_and_in_no_bitops(save, capsys):
     for products in ({}, {"products": {"block.attention": 1_500_000, "other": 500_000}}):
         search.main(["--i", save({**content(), **products}), *WORDS])
         said.append(capsys.readouterr().out.splitlines())
-    line = "products outside of the layers: 0.002 G MACs in full precision, in no BitOPs"
+    line = "non-layer MACs: 0.002 G in full precision, in no BitOPs"
     assert line in said[1] and [other for other in said[1] if other != line] == said[0]
 
 

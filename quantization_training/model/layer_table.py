@@ -106,7 +106,7 @@ class Graph:
         if not self.non_layer_macs:
             return ""
         layers = sum(call.macs_exact for call in self.layers.values())
-        return ("products outside of the layers, as attention has them, in full precision and counted in no BitOPs: "
+        return ("non-layer MACs, of matrix products as in attention, in full precision and counted in no BitOPs: "
                 f"{sum(self.non_layer_macs.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
 
     def describe_layout(self):

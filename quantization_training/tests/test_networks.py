@@ -89,7 +89,7 @@ def test_a_transformer_goes_from_all_candidates_to_the_bits_of_a_policy(arch, tm
         assert layer.quan_w_fn.s.item() == joint[f"{name}.quan_w_fn"].s[BITS.index(bit)].item()
         assert layer.quan_a_fn.s.item() == joint[f"{name}.quan_a_fn"].s[1].item()
     assert list(network.config.quan.excepts) == {"swin_t": ["features.0.0", "head"]}.get(arch, ["conv_proj", "heads.head"])
-    assert "products outside of the layers" in network.remark and "exceptions found in the graph" in network.remark
+    assert "non-layer MACs" in network.remark and "exceptions found in the graph" in network.remark
     first, last = (network.model.get_submodule(name) for name in network.config.quan.excepts)
     assert first.quan_w_fn.bits == last.quan_w_fn.bits == last.quan_a_fn.bits == (8,)
     assert network.model(torch.randn(2, 3, 32, 32)).isfinite().all()

@@ -58,6 +58,21 @@ def test_quantized_linear_layer_and_scale_adjusted_training(sat):
     torch.testing.assert_close(ours, layer.weight.grad)
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 3, 4, 8), (1, 2, 3, 4, 8)])
+@pytest.mark.parametrize(("bias", "sat"), [(True, False), (False, False), (True, True)])
+def test_what_follows_a_quantized_layer_may_change_its_output_in_place(shape, bias, sat):
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 5, bias=bias)
+    layer, x = QuanLinear(linear, *quantizers(linear.weight), sat=sat), torch.randn(shape)
+    gradients = []
+    for activation in (torch.relu, torch.relu_):
+        layer.zero_grad()
+        activation(layer(x)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in layer.parameters()])
+    assert gradients[0][0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_switchable_batchnorm_keeps_one_set_of_statistics_per_candidate():
     torch.manual_seed(0)
     bn = SwitchableBatchNorm(nn.BatchNorm2d(3), [4, 2]).train()

@@ -29,7 +29,9 @@ class Operation:
 
     def of(self, q, weight, bias):
         if self.geometry is None:
-            return F.linear(q, weight, bias)
+            out = F.linear(q, weight, bias)
+            # Of more than two dimensions it may be a view, which nothing could change in place behind a Function.
+            return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
         return F.conv2d(q, weight, bias, *self.geometry)
 
     def gradients(self, grad, q, weight, has_bias):

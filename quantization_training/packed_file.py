@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from packing import packed_length
-from util.config import describe, is_text
+from util.config import describe
 from util.errors import UserError, reason
+from util.exchange import is_bool, is_count, is_name, is_table
 
 VERSION = 1
 KEY = "limpqp"
@@ -182,7 +183,7 @@ def _read_header(data, path):
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged (its header is no JSON: {reason(error)[:100]})") from None
     version = header.get("version") if isinstance(header, dict) else None
-    if _is_count(version) and version > VERSION:
+    if is_count(version) and version > VERSION:
         raise UserError(f"{path}: written by a newer version of this project (format {version})")
     found = header.get("sha256") if isinstance(header, dict) else None
     blank = _with_checksum(data, NO_CHECKSUM)
@@ -239,32 +240,16 @@ def _check_header(header, path):
         raise UserError(f"{path}: class_names: found {len(names)}, the network has {header['num_classes']} classes")
 
 
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _is_number(value):
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_name(value):
-    return isinstance(value, str) and is_text(value)
 
 
 def _is_bit(value):
     return type(value) is int and 1 <= value <= 8
 
 
-def _is_bool(value):
-    return type(value) is bool
-
-
-def _is_table(value, fits):
-    return isinstance(value, dict) and all(_is_name(name) and fits(element) for name, element in value.items())
-
-
 def _is_shape(value):
-    return isinstance(value, list) and len(value) in (2, 4) and all(_is_count(side) and side > 0 for side in value)
+    return isinstance(value, list) and len(value) in (2, 4) and all(is_count(side) and side > 0 for side in value)
 
 
 def _are_three(value):
@@ -284,20 +269,20 @@ def _is_row(value):
 def _is_preprocessing(value):
     return (isinstance(value, dict) and value.keys() == {"mean", "std", "resize", "padding", "grey"}
             and _are_three(value["mean"]) and _are_three(value["std"]) and all(value["std"])
-            and value["resize"] in ("crop", "square") and _is_count(value["padding"]) and value["padding"] <= MOST_PIXELS
-            and _is_bool(value["grey"]))
+            and value["resize"] in ("crop", "square") and is_count(value["padding"]) and value["padding"] <= MOST_PIXELS
+            and is_bool(value["grey"]))
 
 
-ROW = {"kind": lambda value: value in KINDS, "shape": _is_shape, "bits": _is_bit, "signed": _is_bool, "searched": _is_bool,
-       "zeros": _is_count}
-OPTIONAL = {"act_bits": _is_bit, "act_signed": _is_bool, "kept": _is_count}
+ROW = {"kind": lambda value: value in KINDS, "shape": _is_shape, "bits": _is_bit, "signed": is_bool, "searched": is_bool,
+       "zeros": is_count}
+OPTIONAL = {"act_bits": _is_bit, "act_signed": is_bool, "kept": is_count}
 HEADER = {
-    "version": lambda value: _is_count(value) and value > 0, "sha256": _is_name, "arch": _is_name,
-    "num_classes": lambda value: _is_count(value) and value > 0,
-    "input_size": lambda value: _is_count(value) and 0 < value <= MOST_PIXELS,
-    "class_names": lambda value: value is None or (isinstance(value, list) and all(map(_is_name, value))),
+    "version": lambda value: is_count(value) and value > 0, "sha256": is_name, "arch": is_name,
+    "num_classes": lambda value: is_count(value) and value > 0,
+    "input_size": lambda value: is_count(value) and 0 < value <= MOST_PIXELS,
+    "class_names": lambda value: value is None or (isinstance(value, list) and all(map(is_name, value))),
     "preprocessing": _is_preprocessing, "config": lambda value: isinstance(value, dict),
-    "cost": lambda value: _is_table(value, _is_number),
-    "folded": lambda value: _is_table(value, _is_name), "shared": lambda value: _is_table(value, _is_name),
-    "scaled": lambda value: isinstance(value, list) and all(map(_is_name, value)),
-    "layers": lambda value: bool(value) and _is_table(value, _is_row)}
+    "cost": lambda value: is_table(value, _is_number),
+    "folded": lambda value: is_table(value, is_name), "shared": lambda value: is_table(value, is_name),
+    "scaled": lambda value: isinstance(value, list) and all(map(is_name, value)),
+    "layers": lambda value: bool(value) and is_table(value, _is_row)}

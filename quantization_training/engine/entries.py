@@ -2,9 +2,9 @@
 
 import torch
 
-from util.config import describe, is_text
+from util.config import describe
 from util.errors import UserError
-from util.exchange import is_bit, without_wrappers
+from util.exchange import is_bit, is_bool, is_count, is_name, is_table, without_wrappers
 
 PLAIN = (str, int, float, bool, type(None))
 NUMBERS_OF_OPTIMIZERS = ("lr", "momentum", "dampening", "weight_decay", "eps")
@@ -28,7 +28,7 @@ def check_entries(content, path):
     Raises:
         UserError: naming the file and the entry.
     """
-    if not _is_table(content["state_dict"], torch.is_tensor):
+    if not is_table(content["state_dict"], torch.is_tensor):
         raise UserError(f"{path}: state_dict: expected names and tensors only")
     expected = ENTRIES | (ENTRIES_OF_A_RUN if "config" in content else {})
     for key, fits in expected.items():
@@ -88,28 +88,12 @@ def _count_tensors(value, levels=LEVELS):
                for element in value.values())
 
 
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
 def _is_number(value, low, high):
     return type(value) in (int, float) and low <= value <= high
 
 
 def _is_bit(value):
     return type(value) is int and 2 <= value <= 8
-
-
-def _is_bool(value):
-    return type(value) is bool
-
-
-def _is_name(value):
-    return isinstance(value, str) and is_text(value)
-
-
-def _is_table(value, fits):
-    return isinstance(value, dict) and all(_is_name(name) and fits(element) for name, element in value.items())
 
 
 def _is_plain(value):
@@ -130,7 +114,7 @@ def _is_row(value):
     if not isinstance(value, dict) or not _is_plain(value):
         return False
     signed = value.get("signed")
-    return signed is None or (_is_table(signed, _is_bool) and signed.keys() == {"weight", "act"})
+    return signed is None or (is_table(signed, is_bool) and signed.keys() == {"weight", "act"})
 
 
 def _are_scores(value):
@@ -139,14 +123,14 @@ def _are_scores(value):
 
 def _is_optimizer(value):
     return (isinstance(value, dict) and isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
-            and all(_is_count(index) and _is_table(entry, lambda part: torch.is_tensor(part) or _is_plain(part))
+            and all(is_count(index) and is_table(entry, lambda part: torch.is_tensor(part) or _is_plain(part))
                     for index, entry in value["state"].items())
             and all(map(_is_group, value["param_groups"])))
 
 
 def _is_group(value):
-    return (isinstance(value, dict) and _is_table(value, _is_plain) and isinstance(value.get("params"), list)
-            and all(map(_is_count, value["params"]))
+    return (isinstance(value, dict) and is_table(value, _is_plain) and isinstance(value.get("params"), list)
+            and all(map(is_count, value["params"]))
             and all(_is_number(value[key], 0, float("inf")) for key in NUMBERS_OF_OPTIMIZERS if key in value))
 
 
@@ -169,24 +153,24 @@ def _is_random_state(value):
 
 
 def _is_python_state(value):
-    return (isinstance(value, list) and len(value) == 3 and _is_count(value[0]) and _are_words(value[1], PYTHON_STATE)
+    return (isinstance(value, list) and len(value) == 3 and is_count(value[0]) and _are_words(value[1], PYTHON_STATE)
             and value[1][-1] <= NUMPY_STATE and (value[2] is None or type(value[2]) is float))
 
 
 def _is_numpy_state(value):
-    return (isinstance(value, list) and len(value) == 5 and _is_name(value[0]) and _are_words(value[1], NUMPY_STATE)
-            and all(map(_is_count, value[2:4])) and value[2] <= NUMPY_STATE and value[3] <= 1 and type(value[4]) is float)
+    return (isinstance(value, list) and len(value) == 5 and is_name(value[0]) and _are_words(value[1], NUMPY_STATE)
+            and all(map(is_count, value[2:4])) and value[2] <= NUMPY_STATE and value[3] <= 1 and type(value[4]) is float)
 
 
 def _is_place(value):
     """A place inside an epoch, as engine.training_state.MidEpochState has it."""
     return (isinstance(value, dict)
             and value.keys() == {"step", "seconds", "images_per_step", "is_trained", "sums", "batchnorms"}
-            and _is_count(value["step"]) and _is_count(value["images_per_step"]) and value["images_per_step"] > 0
-            and _is_number(value["seconds"], 0, float("inf")) and _is_bool(value["is_trained"])
+            and is_count(value["step"]) and is_count(value["images_per_step"]) and value["images_per_step"] > 0
+            and _is_number(value["seconds"], 0, float("inf")) and is_bool(value["is_trained"])
             and isinstance(value["sums"], list) and all(map(_are_sums, value["sums"]))
             and isinstance(value["batchnorms"], list)
-            and all(_is_table(statistics, torch.is_tensor) for statistics in value["batchnorms"]))
+            and all(is_table(statistics, torch.is_tensor) for statistics in value["batchnorms"]))
 
 
 def _are_sums(value):
@@ -198,18 +182,18 @@ def _are_words(value, count):
 
 
 ENTRIES = {
-    "version": _is_count, "epoch": _is_count, "level": _is_count, "arch": _is_name,
-    "wandb_id": lambda value: value is None or _is_name(value),
+    "version": is_count, "epoch": is_count, "level": is_count, "arch": is_name,
+    "wandb_id": lambda value: value is None or is_name(value),
     "config": lambda value: isinstance(value, dict) and _is_plain(value),
     "extras": lambda value: isinstance(value, dict), "optimizer": lambda value: isinstance(value, dict),
     "bits": _is_list_of_bits,
-    **{key: lambda value, key=key: _is_table(value, lambda bit: is_bit(key, bit)) for key in ("weight_bits", "act_bits")},
-    "signed": lambda value: _is_table(value, _is_bool), "layers": lambda value: _is_table(value, _is_row),
-    "fixed": lambda value: _is_table(value, _is_row), "products": lambda value: _is_table(value, _is_count),
-    "scaled": lambda value: isinstance(value, list) and all(map(_is_name, value)),
-    "batchnorms": lambda value: _is_table(value, lambda name: name is None or _is_name(name)),
+    **{key: lambda value, key=key: is_table(value, lambda bit: is_bit(key, bit)) for key in ("weight_bits", "act_bits")},
+    "signed": lambda value: is_table(value, is_bool), "layers": lambda value: is_table(value, _is_row),
+    "fixed": lambda value: is_table(value, _is_row), "products": lambda value: is_table(value, is_count),
+    "scaled": lambda value: isinstance(value, list) and all(map(is_name, value)),
+    "batchnorms": lambda value: is_table(value, lambda name: name is None or is_name(name)),
     "masks": lambda value: isinstance(value, dict), "initial_sparsity": lambda value: _is_number(value, 0, 1),
-    "num_classes": lambda value: _is_count(value) and value > 0, "input_size": lambda value: _is_count(value) and value > 0}
+    "num_classes": lambda value: is_count(value) and value > 0, "input_size": lambda value: is_count(value) and value > 0}
 ENTRIES_OF_A_RUN = {"extras": _are_scores, "optimizer": _is_optimizer, "random_states": _are_random_states,
                     "inside": _is_place,
-                    "machine": lambda value: _is_table(value, lambda entry: _is_count(entry) or _is_name(entry))}
+                    "machine": lambda value: is_table(value, lambda entry: is_count(entry) or is_name(entry))}

@@ -4,13 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from engine.checkpoint import is_foreign, load_checkpoint, masks_of, signedness_of
+from engine.checkpoint import is_foreign, signedness_of
 from engine.passes import Passes, to_device
-from engine.resume import check_arch
+from engine.resume import create_dense
 from engine.schema import describe_defaults
-from model import load_weights
 from model.layer_table import Graph, twin_of
-from model.model import create_traced
 from model.training_pass import check_training
 from quan.bit_switch import BitSwitch
 from quan.stem import SharedStem, find_stem
@@ -66,7 +64,7 @@ class JointNetwork:
 
 def build_dense(config, num_classes, input_size, found, device):
     """Build the full-precision network of a configuration; the arguments are those of build_network."""
-    model, graph, masks = create_initial(config, num_classes, input_size, found)
+    model, graph, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained, config.init_from, found)
     to_device(model, device, graph)
     distributed.broadcast_model(model)
     return DenseNetwork(model, graph, Passes(model, config.precision, config.compile), PrunedParameters(model, masks))
@@ -87,7 +85,7 @@ def build_network(config, num_classes, input_size, found, device):
     if config.eval and found.content.get("bits", config.target_bits) != config.target_bits:
         raise UserError(f"target_bits: found {config.target_bits}, but {found.path} was trained at {found.content['bits']}")
     clamped = clamp_external_steps(found, config)
-    model, graph, masks = create_initial(config, num_classes, input_size, found)
+    model, graph, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained, config.init_from, found)
     training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     defaults = "" if found else describe_defaults(config)
     config, exceptions = name_exceptions(config, graph)
@@ -121,24 +119,6 @@ def clamp_external_steps(found, config):
     if line and config.eval and distributed.is_main():
         print(f"{found.path}: {line}")
     return line
-
-
-def create_initial(config, num_classes, input_size, found):
-    """The full-precision network that a run starts from, its Graph, and its pruning masks; these are those of `found`, if
-    given."""
-    if found is not None:
-        model, graph = create_traced(config.arch, num_classes, False, input_size)
-        return model, graph, masks_of(found.content, model, found.path)
-    source = config.init_from or config.pre_trained
-    if not isinstance(source, str):
-        return *create_traced(config.arch, num_classes, source, input_size), {}
-    content, (model, graph) = load_checkpoint(source), create_traced(config.arch, num_classes, False, input_size)
-    if config.init_from:
-        check_arch(content, config.arch, source)
-    has_head = load_weights(model, content["state_dict"], source, graph.heads)
-    if config.init_from and not has_head:
-        raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
-    return model, graph, masks_of(content, model, source)
 
 
 def with_signedness(layers, signed):

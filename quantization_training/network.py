@@ -7,11 +7,10 @@ from torch import nn
 
 from engine.checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
 from engine.passes import Passes, to_device
-from engine.resume import check_arch
+from engine.resume import check_arch, create_dense
 from engine.schema import describe_defaults
 from model import create_model, load_weights
 from model.layer_table import Graph, trace, twin_of
-from model.model import create_traced
 from model.names import is_below, second_names
 from model.training_pass import check_training
 from model.weights import fit, is_step, load_state
@@ -121,19 +120,6 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training,
                                      scaling]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
-
-
-def create_dense(arch, num_classes, input_size, pre_trained):
-    """A full-precision network, its Graph and its pruning masks.
-
-    Args:
-        pre_trained: False, True (torchvision's weights) or the path of a checkpoint.
-    """
-    if not isinstance(pre_trained, str):
-        return *create_traced(arch, num_classes, pre_trained, input_size), {}
-    content, (model, graph) = load_checkpoint(pre_trained), create_traced(arch, num_classes, False, input_size)
-    load_weights(model, content["state_dict"], pre_trained, graph.heads)
-    return model, graph, masks_of(content, model, pre_trained)
 
 
 def quantize(model, graph, config, policy_file, checkpoint, scaled):

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from engine import interruption
-from engine.checkpoint import is_foreign, load_checkpoint, may_lack, signedness_of
-from model.weights import is_step, load_state
+from engine.checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
+from model.model import create_traced
+from model.weights import is_step, load_state, load_weights
 from util import distributed
 from util.config import AUTO, differing_keys, to_plain
 from util.errors import UserError
@@ -87,6 +88,33 @@ def check_arch(checkpoint, arch, path):
     and shapes of tensors decide."""
     if not is_foreign(checkpoint) and not same_arch(checkpoint.get("arch", arch), arch):
         raise UserError(f"{path}: holds {checkpoint['arch']}, but arch is {arch}")
+
+
+def create_dense(arch, num_classes, input_size, pre_trained=False, init_from=None, found=None):
+    """The full-precision network that a run starts from.
+
+    Args:
+        arch, num_classes, input_size: as model.create_model takes them.
+        pre_trained: False, True (torchvision's weights) or the path of a checkpoint, whose classifier may have other classes.
+        init_from: the path of a checkpoint of this very network, or None.
+        found: the ResumeCheckpoint that is going to be loaded into it, or None; only its masks are taken here.
+
+    Returns:
+        (network, its Graph, its pruning masks).
+
+    Raises:
+        UserError: where init_from is a checkpoint of another network, or has other classes.
+    """
+    source = found is None and (init_from or pre_trained)
+    if not isinstance(source, str):
+        model, graph = create_traced(arch, num_classes, source, input_size)
+        return model, graph, masks_of(found.content, model, found.path) if found else {}
+    content, (model, graph) = load_checkpoint(source), create_traced(arch, num_classes, False, input_size)
+    if init_from:
+        check_arch(content, arch, source)
+    if not load_weights(model, content["state_dict"], source, graph.heads) and init_from:
+        raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
+    return model, graph, masks_of(content, model, source)
 
 
 def decided_keys(config):

@@ -204,6 +204,23 @@ def test_a_batchnorm_that_does_not_fit_is_refused_as_torch_says_it(batchnorm, me
         trace(network, 8)
 
 
+class Gated(nn.BatchNorm2d):
+    """A BatchNorm with a layer of its own."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gate = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(x).sigmoid()
+
+
+def test_layers_inside_of_a_batchnorm_with_a_forward_of_its_own_are_found():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Gated(4), nn.Flatten(), nn.Linear(144, 2))
+    graph = trace(model, 8)
+    assert list(graph.layers) == ["0", "1.gate", "3"] and graph.batchnorms == {"1": "0"}
+
+
 def test_another_number_of_outputs_than_classes_is_refused():
     with pytest.raises(UserError, match="the network has 10 outputs, the data have 7 classes"):
         trace(create_model("resnet20", 10), 8, 7)

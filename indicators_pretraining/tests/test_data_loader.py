@@ -36,7 +36,7 @@ from util.data_loader import (
 )
 from util.datasets import FASHION_FILES, describe_data, find_idx_file
 from util.errors import UserError, user_errors_on_one_line
-from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, stratified_split
+from util.sampling import OrderedSampler, ShuffledSampler, Stream, calibration_sampler, stratified_split
 
 CPU = torch.device("cpu")
 DIGITS = DataConfig(dataset="digits", batch_size=32, input_size=16)
@@ -102,7 +102,7 @@ def test_the_validation_split_is_the_same_on_every_rank_and_for_any_workers():
 
 def test_training_and_validation_images_are_disjoint_parts_of_the_training_set():
     split = loaders(replace(DIGITS, val_split=0.2, batch_size=1))
-    train, val = set(split.train.plan.indices), set(split.val.plan.mine)
+    train, val = set(split.train.sampler.indices), set(split.val.sampler.mine)
     assert not train & val and len(train | val) == 1438 == loaders(replace(DIGITS, batch_size=1)).train.images
     assert not split.val_is_test
     whole = loaders()
@@ -112,8 +112,8 @@ def test_training_and_validation_images_are_disjoint_parts_of_the_training_set()
 def test_data_fraction_keeps_a_balanced_part_of_what_the_split_left():
     split = loaders(replace(DIGITS, val_split=0.1, data_fraction=0.5, batch_size=1))
     whole = loaders(replace(DIGITS, val_split=0.1, batch_size=1))
-    kept, all_of_it = set(split.train.plan.indices), set(whole.train.plan.indices)
-    assert kept < all_of_it and np.array_equal(split.val.plan.mine, whole.val.plan.mine)
+    kept, all_of_it = set(split.train.sampler.indices), set(whole.train.sampler.indices)
+    assert kept < all_of_it and np.array_equal(split.val.sampler.mine, whole.val.sampler.mine)
     count = [torch.bincount(joined(read(part.train))[1]) for part in (split, whole)]
     assert (2 * count[0] - count[1]).abs().max() <= 1
 
@@ -124,7 +124,7 @@ def test_data_fraction_keeps_a_balanced_part_of_what_the_split_left():
 
 def plans(count, batch_size, world_size, seed=3):
     steps = count // (batch_size * world_size)
-    return [ShuffledPlan(np.arange(count), Stream.SHUFFLE, seed, batch_size, steps, rank, world_size)
+    return [ShuffledSampler(np.arange(count), Stream.SHUFFLE, seed, batch_size, steps, rank, world_size)
             for rank in range(world_size)]
 
 
@@ -162,7 +162,7 @@ def test_the_order_differs_between_epochs_and_seeds_and_repeats_between_runs():
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 6))
 def test_evaluation_covers_each_image_once_for_any_number_of_ranks(count, batch_size, world_size):
-    ranks = [OrderedPlan(np.arange(count), batch_size, rank, world_size) for rank in range(world_size)]
+    ranks = [OrderedSampler(np.arange(count), batch_size, rank, world_size) for rank in range(world_size)]
     seen = [index for plan in ranks for _, indices in plan for index in indices]
     assert sorted(seen) == list(range(count)) and all(plan.images == count for plan in ranks)
     for plan in ranks:
@@ -182,7 +182,7 @@ def test_start_step_continues_the_stream():
 
 @given(st.integers(5, 300), st.integers(5, 400), st.integers(1, 64), st.integers(1, 5))
 def test_calibration_uses_no_more_than_was_asked_and_batches_of_one_size(count, samples, batch_size, world_size):
-    ranks = [calibration_plan(np.arange(count), samples, 0, batch_size, rank, world_size) for rank in range(world_size)]
+    ranks = [calibration_sampler(np.arange(count), samples, 0, batch_size, rank, world_size) for rank in range(world_size)]
     batches = [[indices for _, indices in plan] for plan in ranks]
     seen = [index for rank in batches for indices in rank for index in indices]
     assert len(seen) == len(set(seen)) == ranks[0].images
@@ -197,7 +197,7 @@ def test_calibration_reads_training_images_without_augmentation_and_draws_anew_e
     calibration = data.calibration(100)
     assert calibration.images == 100 and [len(labels) for _, labels in calibration] == [25] * 4
     plain = data.train.batches.images
-    allowed = {plain[index].numpy().tobytes() for index in data.train.plan.indices}
+    allowed = {plain[index].numpy().tobytes() for index in data.train.sampler.indices}
     draws = [joined(read(calibration, epoch))[0] for epoch in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[1])
     mean, std = data.mean[0], data.std[0]
@@ -241,7 +241,7 @@ def samples_of(data, epoch):
     """{image index: augmented pixels} of an epoch."""
     data.train.set_epoch(epoch)
     images, _ = joined(list(data.train))
-    order = np.concatenate([indices for _, indices in data.train.plan])
+    order = np.concatenate([indices for _, indices in data.train.sampler])
     return dict(zip(order.tolist(), images, strict=True))
 
 

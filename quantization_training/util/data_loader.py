@@ -19,7 +19,7 @@ from torchvision import transforms
 
 from util.datasets import DATASETS, describe_data, read_dataset, read_rgb
 from util.errors import UserError
-from util.sampling import OrderedPlan, ShuffledPlan, Stream, calibration_plan, generator, stratified_split
+from util.sampling import OrderedSampler, ShuffledSampler, Stream, calibration_sampler, generator, stratified_split
 
 CROP_PADDING = 8  # an eighth of the image on each side: 4 pixels at 32 x 32
 RESIZE_RATIO = 256 / 224  # the usual resize before the centre crop in evaluation
@@ -32,25 +32,25 @@ class Loader:
     of batches of a whole epoch on this rank, `images` the number of images of an epoch over all ranks.
 
     Args:
-        plan, batches, mean, std, device: see create_loaders.
+        sampler, batches, mean, std, device: see create_loaders.
         transfer: moves batches to the device while it computes, one ahead; None: each is moved when it is asked for.
     """
 
-    def __init__(self, plan, batches, mean, std, device, transfer=None):
-        self.plan, self.batches, self.device, self.transfer = plan, batches, device, transfer
+    def __init__(self, sampler, batches, mean, std, device, transfer=None):
+        self.sampler, self.batches, self.device, self.transfer = sampler, batches, device, transfer
         mean, std = torch.tensor([mean, std], dtype=torch.float32, device=device).view(2, 1, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
 
     @property
     def images(self):
-        return self.plan.images
+        return self.sampler.images
 
     def __len__(self):
-        return len(self.plan)
+        return len(self.sampler)
 
     def set_epoch(self, epoch, start_step=0):
         """Choose the epoch whose batches the next iteration yields, and the step it starts at (to resume there)."""
-        self.plan.set_epoch(epoch, start_step)
+        self.sampler.set_epoch(epoch, start_step)
 
     def __iter__(self):
         for images, labels in self._moved():
@@ -157,21 +157,21 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
     batches = folder_batches if isinstance(train_set.images, np.ndarray) else memory_batches
     transfer = SideStream(device) if device.type == "cuda" and batches is folder_batches else None
 
-    def loader(images, plan, augment=False, keep_workers=True):
-        source = batches(config, images, plan, seed, device, augment, keep_workers)
-        return Loader(plan, source, data.mean, data.std, device, transfer)
+    def loader(images, sampler, augment=False, keep_workers=True):
+        source = batches(config, images, sampler, seed, device, augment, keep_workers)
+        return Loader(sampler, source, data.mean, data.std, device, transfer)
 
     def evaluation(images, indices):
-        return loader(images, OrderedPlan(indices, config.batch_size, rank, world_size))
+        return loader(images, OrderedSampler(indices, config.batch_size, rank, world_size))
 
     def calibration(samples):
-        plan = calibration_plan(train, samples, seed, config.batch_size, rank, world_size)
-        return loader(train_set, plan, keep_workers=False)
+        sampler = calibration_sampler(train, samples, seed, config.batch_size, rank, world_size)
+        return loader(train_set, sampler, keep_workers=False)
 
-    training_plan = ShuffledPlan(train, Stream.SHUFFLE, seed, config.batch_size, steps, rank, world_size)
+    training_sampler = ShuffledSampler(train, Stream.SHUFFLE, seed, config.batch_size, steps, rank, world_size)
     test_loader = evaluation(test_set, np.arange(len(test_set.labels)))
     return Loaders(
-        train=loader(train_set, training_plan, augment=True),
+        train=loader(train_set, training_sampler, augment=True),
         val=evaluation(train_set, val) if len(val) else test_loader,
         test=test_loader,
         calibration=calibration,
@@ -210,22 +210,22 @@ def count_training_steps(images, batch_size, world_size):
 # Sets held in memory.
 
 
-def memory_batches(config, image_set, plan, seed, device, augment, keep_workers):
-    """Batches of `image_set`, already on the device, by `plan`; there are no workers to keep."""
+def memory_batches(config, image_set, sampler, seed, device, augment, keep_workers):
+    """Batches of `image_set`, already on the device, by `sampler`; there are no workers to keep."""
     padding, flip = config.input_size // CROP_PADDING, DATASETS[config.dataset].flip
     crop = CropAndFlip(seed, len(image_set.labels), padding, flip, device) if augment else None
-    return MemoryBatches(image_set, plan, crop)
+    return MemoryBatches(image_set, sampler, crop)
 
 
 class MemoryBatches:
     """Batches of images held as one uint8 tensor [N, C, S, S]; iterating yields uint8 images and labels."""
 
-    def __init__(self, image_set, plan, augment):
+    def __init__(self, image_set, sampler, augment):
         self.images, self.labels = image_set.images, torch.from_numpy(image_set.labels).to(image_set.images.device)
-        self.plan, self.augment = plan, augment
+        self.sampler, self.augment = sampler, augment
 
     def __iter__(self):
-        for epoch, indices in self.plan:
+        for epoch, indices in self.sampler:
             indices = torch.from_numpy(indices).to(self.images.device)
             images = self.images[indices]
             yield (self.augment(images, epoch, indices) if self.augment else images), self.labels[indices]
@@ -278,8 +278,8 @@ def crop_and_flip(images, top, left, flipped, padding):
 # Image folders.
 
 
-def folder_batches(config, image_set, plan, seed, device, augment, keep_workers):
-    """Batches of `image_set` by `plan`, read ahead by config.workers processes, which stay between epochs if wanted."""
+def folder_batches(config, image_set, sampler, seed, device, augment, keep_workers):
+    """Batches of `image_set` by `sampler`, read ahead by config.workers processes, which stay between epochs if wanted."""
     size = config.input_size
     if augment:
         steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
@@ -287,7 +287,7 @@ def folder_batches(config, image_set, plan, seed, device, augment, keep_workers)
         steps = [transforms.Resize(int(size * RESIZE_RATIO)), transforms.CenterCrop(size)]
     return torch.utils.data.DataLoader(
         FileBatches(image_set, transforms.Compose([*steps, transforms.PILToTensor()]), seed),
-        sampler=plan, batch_size=None, num_workers=config.workers,
+        sampler=sampler, batch_size=None, num_workers=config.workers,
         persistent_workers=keep_workers and config.workers > 0, pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_main,
         generator=torch.Generator())  # its own, so that iterating draws nothing from the global one

@@ -58,7 +58,7 @@ def count_taken(members, fraction):
     return max(0, min(max(rounded, 1), members - 1)) if exact else 0
 
 
-class ShuffledPlan:
+class ShuffledSampler:
     """Batches over a new permutation of `indices` in each epoch; what does not fill the last step is left out.
 
     Batch t of all ranks together is permutation[t * G : (t + 1) * G] with G = batch_size * world_size, and rank r
@@ -89,7 +89,7 @@ class ShuffledPlan:
             yield epoch, order[first:first + self.batch_size]
 
 
-class OrderedPlan:
+class OrderedSampler:
     """Batches over `indices` in their order, the same in every epoch: rank r takes indices[r::world_size], all of
     them, so the last batch may be smaller and ranks may differ by one image."""
 
@@ -112,8 +112,8 @@ class OrderedPlan:
             yield epoch, self.mine[first:first + self.batch_size]
 
 
-def calibration_plan(indices, samples, seed, batch_size, rank, world_size):
-    """A plan over a random `samples` of `indices` (all, if they are fewer), drawn anew in each epoch.
+def calibration_sampler(indices, samples, seed, batch_size, rank, world_size):
+    """A sampler of a random `samples` of `indices` (all, if they are fewer), drawn anew in each epoch.
 
     Batches have one size, at most `batch_size`, so that each weighs the same in an average over batches; never more
     than `samples` images are used, and at most one per rank and step fewer.
@@ -122,4 +122,4 @@ def calibration_plan(indices, samples, seed, batch_size, rank, world_size):
     if per_rank < 1:
         raise ValueError(f"{min(samples, len(indices))} calibration samples are too few for {world_size} processes")
     steps = math.ceil(per_rank / batch_size)
-    return ShuffledPlan(indices, Stream.CALIBRATION, seed, per_rank // steps, steps, rank, world_size)
+    return ShuffledSampler(indices, Stream.CALIBRATION, seed, per_rank // steps, steps, rank, world_size)

@@ -13,9 +13,10 @@ from engine.optim import create_optimizer
 from engine.passes import prepare
 from engine.resume import recorded_threads, restore
 from engine.run_lock import alone_in
+from level_schedule import LevelSchedule
 from model.training_pass import check_training
 from network import build_dense
-from rewinding import LevelSchedule, Pruning, PruningFolder
+from rewinding import Pruning, PruningFolder
 from schema import PruningConfig
 from util import distributed
 from util.command import parse_training_arguments
@@ -44,20 +45,20 @@ def run(config, device, is_dry_run):
     start = restore(found, network.model, optimizer, config, rewinding.harmless(found, config),
                     schedule_may_change=False)
     network.pruned.hold(optimizer)
-    plan = LevelSchedule(network, config.prune)
-    plan.check(rewinding.level_of(found), network.pruned.masks)
+    schedule = LevelSchedule(network, config.prune)
+    schedule.check(rewinding.level_of(found), network.pruned.masks)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
                              distributed.barrier, distributed.is_local_main())
     if is_dry_run:
-        rewinding.dry_run(network, plan, loaders, optimizer, config, rewinding.level_of(found))
-    elif rewinding.is_finished(found, plan, config, folder):
+        rewinding.dry_run(network, schedule, loaders, optimizer, config, rewinding.level_of(found))
+    elif rewinding.is_finished(found, schedule, config, folder):
         rewinding.announce_finished(folder)
     else:
         completed = rewinding.epochs_before(rewinding.level_of(found), config) + start.epoch
         numbered = replace(start, epoch=completed)
         with signals_noted(), open_monitor(folder, config, numbered, device) as monitor:
-            log_start(monitor, numbered, "\n".join(filter(None, [describe_idle(config), plan.remark, remark])))
-            Pruning(network, plan, loaders, optimizer, config, monitor, folder).run(found, start)
+            log_start(monitor, numbered, "\n".join(filter(None, [describe_idle(config), schedule.remark, remark])))
+            Pruning(network, schedule, loaders, optimizer, config, monitor, folder).run(found, start)
 
 
 if __name__ == "__main__":

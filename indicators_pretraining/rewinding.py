@@ -6,7 +6,7 @@ smallest of the weights that are left, loads that early state back, and trains w
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 
@@ -18,7 +18,6 @@ from engine.resume import ResumeCheckpoint, check_arch, check_continues
 from engine.run_folder import RunFolder
 from engine.training_state import ResumeState, load_training_state, training_state
 from model.weights import load_state
-from sparsity.ranking import Prunable, sums_of
 from util import distributed
 from util.config import describe_idle, flatten
 from util.errors import UserError
@@ -99,11 +98,11 @@ def epochs_before(level, config):
     return level * (config.last_epoch - config.prune.rewind_epoch)
 
 
-def is_finished(found, plan, config, folder):
+def is_finished(found, schedule, config, folder):
     """Whether the last level is trained and the results are written."""
     return (found is not None and found.content["epoch"] >= config.last_epoch
-            and plan.is_last(level_of(found), plan.pruned.masks)
-            and distributed.on_main(pruning_report.is_complete, folder.path, plan.graph, level_of(found)))
+            and schedule.is_last(level_of(found), schedule.pruned.masks)
+            and distributed.on_main(pruning_report.is_complete, folder.path, schedule.graph, level_of(found)))
 
 
 def announce_finished(folder):
@@ -117,14 +116,14 @@ class Pruning:
 
     Args:
         network: the DenseNetwork.
-        plan: its LevelSchedule.
+        schedule: its LevelSchedule.
         loaders, optimizer, config, monitor: as in every training; config is a PruningConfig made for levels.
         folder: the PruningFolder.
     """
 
-    def __init__(self, network, plan, loaders, optimizer, config, monitor, folder):
+    def __init__(self, network, schedule, loaders, optimizer, config, monitor, folder):
         self.model, self.graph, self.pruned = network.model, network.graph, network.pruned
-        self.plan, self.loaders, self.optimizer, self.config = plan, loaders, optimizer, config
+        self.schedule, self.loaders, self.optimizer, self.config = schedule, loaders, optimizer, config
         self.monitor, self.folder, self.passes = monitor, folder, network.passes
         self.rows = []
 
@@ -142,10 +141,10 @@ class Pruning:
         while True:
             self.train(level, start)
             self.report(level)
-            if self.plan.is_last(level, self.pruned.masks):
+            if self.schedule.is_last(level, self.pruned.masks):
                 break
             level += 1
-            start = self.begin(level, distributed.on_main(self.plan.masks_for, level, self.pruned.masks))
+            start = self.begin(level, distributed.on_main(self.schedule.masks_for, level, self.pruned.masks))
         pruning_report.summarise(self.folder.summary, self.config, self.rows)
 
     def begin(self, level, masks):
@@ -154,8 +153,8 @@ class Pruning:
             self.rewind()
         self.pruned.set(masks)
         self.pruned.apply()
-        self.monitor.log(f"level {level}: {self.plan.describe(masks)}")
-        empty = [name for name in self.plan.layers if not masks[f"{name}.weight"].any()]
+        self.monitor.log(f"level {level}: {self.schedule.describe(masks)}")
+        empty = [name for name in self.schedule.layers if not masks[f"{name}.weight"].any()]
         if empty:
             self.monitor.log(f"no weight is left in {', '.join(empty)}")
         return ResumeState(self.config.prune.rewind_epoch)
@@ -211,7 +210,7 @@ class Pruning:
         number = epochs_before(level, self.config) + self.config.last_epoch
         self.monitor.epoch(number, "test", figures)
         masks = self.pruned.masks
-        self.rows.append(pruning_report.make_row(level, figures, self.graph, masks, self.plan.share_removed(masks)))
+        self.rows.append(pruning_report.make_row(level, figures, self.graph, masks, self.schedule.share_removed(masks)))
         self.monitor.send("pruning", self.rows[-1])
         if distributed.is_main():
             pruning_report.write(self.folder.path, self.config.name, self.rows)
@@ -245,85 +244,19 @@ def full_precision_criterion(config):
     return lambda logits, images, target: F.cross_entropy(logits, target, label_smoothing=config.smoothing)
 
 
-class LevelSchedule(Prunable):
-    """What each level removes, of which layers, and when it is enough.
-
-    Args:
-        network: the DenseNetwork; its weights are ranked as they are when masks are asked for.
-        prune: the PruneConfig.
-    """
-
-    def __init__(self, network, prune):
-        super().__init__(network, prune)
-        self.graph, self.pruned = network.graph, network.pruned
-
-    def masks_for(self, level, masks):
-        """The masks of a level (the first is 1), ranked by the weights as they are at the end of the level before."""
-        return self.more_masks(masks, self.prune.amount_of(level), self.prune.target)
-
-    def count(self, masks):
-        """(all prunable weights or channels, those that are left)."""
-        return sums_of(self.groups(masks))
-
-    def is_last(self, level, masks):
-        """Whether no level comes after one with these masks."""
-        return self._is_last(level, self.groups(masks))
-
-    def _is_last(self, level, groups):
-        if self.prune.last_level is not None:
-            return level >= self.prune.last_level
-        return not any(group.to_remove(1, self.prune.target) for group in groups)
-
-    def forecast(self, level, masks):
-        """What the levels after this one will remove in all, [(level, weights or channels)]: they are counted, not ranked.
-
-        Raises:
-            UserError: where a level would remove nothing, or the amounts end below the target.
-        """
-        groups, ahead = self.groups(masks), []
-        while not self._is_last(level, groups):
-            level += 1
-            counts = [group.to_remove(self.prune.amount_of(level), self.prune.target) for group in groups]
-            if not any(counts):
-                total, left = sums_of(groups)
-                raise UserError(f"prune.amount: level {level} would remove none of the {left} {self.unit} that are left of "
-                                f"{total}; give a larger amount, or fewer levels")
-            groups = [replace(group, left=group.left - count) for group, count in zip(groups, counts, strict=True)]
-            ahead.append((level, sum(group.total - group.left for group in groups)))
-        return ahead
-
-    def share_removed(self, masks):
-        total, left = self.count(masks)
-        return 1 - left / total
-
-    def describe(self, masks):
-        total, left = self.count(masks)
-        return f"{total - left:,} of {total:,} {self.unit} removed ({100 * (1 - left / total):.2f} %)"
-
-    def check(self, level, masks):
-        """Refuse a target that lies below what is removed already or out of reach, fewer levels than are there, and levels
-        to come that would remove nothing."""
-        groups = self.groups(masks)
-        if self.prune.target is not None:
-            self.check_target(groups, self.prune.target)
-        if self.prune.last_level is not None and level > self.prune.last_level:
-            raise UserError(f"prune.levels: found {self.prune.last_level}, but level {level} is there already")
-        self.forecast(level, masks)
-
-
-def dry_run(network, plan, loaders, optimizer, config, level):
+def dry_run(network, schedule, loaders, optimizer, config, level):
     """Compute one step and report sizes and the levels after `level`; nothing is written."""
     network.model.train()
     metrics, batches = Metrics(next(network.model.parameters()).device), [next(iter(loaders.train))]
     training_step(network.model, batches, full_precision_criterion(config), optimizer, metrics, network.passes)
-    loss, (total, left) = metrics.result()["loss"], plan.count(network.pruned.masks)
-    epochs, ahead = config.last_epoch, plan.forecast(level, network.pruned.masks)
-    report = [f"{config.arch}: {left:,} of {total:,} {plan.unit} left to prune in {len(plan.layers)} of "
+    loss, (total, left) = metrics.result()["loss"], schedule.count(network.pruned.masks)
+    epochs, ahead = config.last_epoch, schedule.forecast(level, network.pruned.masks)
+    report = [f"{config.arch}: {left:,} of {total:,} {schedule.unit} left to prune in {len(schedule.layers)} of "
               f"{len(network.graph.layers)} layers; {epochs} epochs per level, {epochs - config.prune.rewind_epoch} of them "
               "after rewinding",
               *(f"level {number}: {removed:,} removed ({100 * removed / total:.2f} %)" for number, removed in ahead),
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
               f"{loaders.val.images} validation images", f"loss of the first step: {loss:.4f}",
-              *filter(None, [plan.remark])]
+              *filter(None, [schedule.remark])]
     if distributed.is_main():
         print("\n".join([*report, *filter(None, [describe_idle(config)]), "dry run: nothing was written"]))

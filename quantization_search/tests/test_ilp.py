@@ -232,6 +232,12 @@ def test_the_bounds_are_rounded_down_from_exact_fractions():
     assert ilp.bitops_constraint(searched, [4], Fraction("2.55"), Fraction("2.55")).bound == 325
 
 
+def test_a_relaxed_constraint_is_rounded_down_and_counts_what_is_printed():
+    constraint = ilp.Constraint("size", [[1]], 100, "", 8, offset=50)
+    assert constraint.relaxed(Fraction("1.01")).bound == 101  # 150 * 1.01 - 50 = 101.5
+    assert ilp.Constraint("memory", [[1]], 100, "", 8, offset=50, largest=True).relaxed(Fraction("1.019")).bound == 101
+
+
 @small
 @given(coarse)
 def test_an_infeasible_budget_names_the_least_that_would_do(searched):

@@ -3,6 +3,7 @@
 import os
 
 from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
+from quan.quantizer.lsq import SMALLEST_STEP
 from sparsity.masks import is_mask
 from util.config import check_bits, describe, differing_keys, flatten
 from util.errors import UserError
@@ -42,6 +43,7 @@ def extract(checkpoint, source, bits=None):
                                               if name.endswith(".quan_w_fn.s")])
     if not names:
         raise UserError(f"{source}: holds no step sizes; is it a checkpoint of indicators_pretraining?")
+    _warn_of_zeros(steps, names, source)
     masks = checkpoint.get("masks", {})
     is_published = is_foreign(checkpoint) and checkpoint.get("arch") in MOBILENETS
     own = {name: own_name(name) if is_published else name for name in names}
@@ -54,6 +56,17 @@ def extract(checkpoint, source, bits=None):
     if checkpoint.get("config"):
         content["trained"] = trained(checkpoint["config"])
     return content
+
+
+def _warn_of_zeros(steps, names, source):
+    """Name the quantizers whose step sizes have no value, because all data were zero; refuse where that is all of them."""
+    quantizers = [f"{name}.{kind}" for name in names for kind in QUANTIZERS]
+    waiting = [name for name in quantizers if f"{name}.init_state" in steps and not steps[f"{name}.init_state"].any()]
+    if waiting == quantizers:
+        raise UserError(f"{source}: {waiting[0]}: the step sizes were never trained, nor were any others")
+    if waiting:
+        print(f"warning: {source}: all that these quantizers met in training was zero, so any bit-width serves them: "
+              f"{', '.join(waiting)}")
 
 
 def _warn_of_steps(checkpoint, names, source):
@@ -83,6 +96,8 @@ def _indicators(steps, quantizer, bits, source, mask=None):
     if ready is not None and ready.shape != (len(bits),):
         raise UserError(f"{source}: {quantizer}: found {ready.numel()} marks of trained step sizes, expected one per "
                         f"candidate {list(bits)}")
+    if ready is not None and not ready.any():  # see _warn_of_zeros
+        return dict.fromkeys(bits, SMALLEST_STEP)
     kept = _channels_left(mask, tensor, quantizer, source)
     row = {}
     for index, bit in enumerate(bits):

@@ -10,6 +10,7 @@ import torch
 import importance_extractor
 from engine.checkpoint import save_checkpoint
 from indicators import extract, extract_all, not_growing
+from quan.quantizer.lsq import SMALLEST_STEP
 from util.errors import UserError
 from util.exchange import read_indicators, read_policy, write_indicators, write_policy
 
@@ -183,6 +184,16 @@ def test_channels_of_which_nothing_remains_do_not_count_in_the_mean():
 def test_a_step_size_that_cannot_be_an_indicator_names_its_layer(steps, message):
     with pytest.raises(UserError, match=message):
         extract(checkpoint(**steps), "c")
+
+
+def test_what_met_nothing_but_zeros_needs_no_bits_unless_all_did(capsys):
+    waiting = {"a__quan_a_fn__s": torch.ones(2), "a__quan_a_fn__init_state": torch.zeros(2)}
+    content = extract(checkpoint(**waiting), "c")
+    assert content["act"]["a"] == {4: SMALLEST_STEP, 2: SMALLEST_STEP} and content["weight"]["a"][4] > SMALLEST_STEP
+    assert "met in training was zero, so any bit-width serves them: a.quan_a_fn\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="c: a.quan_w_fn: the step sizes were never trained, nor were any others"):
+        extract(checkpoint(**{f"{layer}__{kind}__init_state": torch.zeros(2) for layer in "ab"
+                              for kind in ("quan_w_fn", "quan_a_fn")}), "c")
 
 
 def test_bits_come_from_the_checkpoint_and_only_else_from_the_command_line():

@@ -5,8 +5,8 @@ from fractions import Fraction
 from typing import ClassVar, Literal
 
 from engine.optim import check_schedule
-from engine.schema import RunConfig
-from util.config import bounded
+from engine.schema import NAME, RunConfig
+from util.config import bounded, described
 from util.errors import UserError
 
 RANDOM = "random"  # stands for a bit-width drawn for each layer
@@ -14,18 +14,27 @@ RANDOM = "random"  # stands for a bit-width drawn for each layer
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Pruning level by level. amount: the share of what is left that each level removes, or a list with one per level.
-    epochs_per_level: by default `epochs`. excepts: by default the first convolution and the classifier."""
+    """Pruning level by level."""
 
-    method: Literal["rewinding", "iterative", "one_shot"] = "rewinding"
-    type: Literal["unstructured", "structured"] = "unstructured"
-    scope: Literal["global", "layer"] = "global"
-    amount: float | list[float] = bounded(0.2, above=0, below=1)
-    levels: int | None = bounded(None, low=1)
-    target_sparsity: float | None = bounded(None, above=0, below=1)
-    rewind_epoch: int = bounded(0, low=0)
-    epochs_per_level: int | None = bounded(None, low=1)
-    excepts: list[str] | None = None
+    method: Literal["rewinding", "iterative", "one_shot"] = described(
+        "rewinding", help="rewinding: each level goes back to the early state; iterative: it goes on with the trained "
+                          "weights; one_shot: one level removes all.")
+    type: Literal["unstructured", "structured"] = described(
+        "unstructured", help="unstructured: single weights by magnitude; structured: whole output channels by L2 norm.")
+    scope: Literal["global", "layer"] = described(
+        "global", help="global: all layers are compared; layer: the same share of each.")
+    amount: float | list[float] = bounded(
+        0.2, above=0, below=1, help="Share of what is left that each level removes; a list has one per level.")
+    levels: int | None = bounded(
+        None, low=1, help="Number of levels; blank with target_sparsity, or for as many as amount lists.")
+    target_sparsity: float | None = bounded(
+        None, above=0, below=1, help="The sparsity of the prunable weights, or channels, that ends the run; in place of "
+                                     "levels.")
+    rewind_epoch: int = bounded(0, low=0, help="Epoch after which the early state is kept; 0: the initial weights.")
+    epochs_per_level: int | None = bounded(
+        None, low=1, help="Epochs from the start of the schedule to the end of a level; blank: epochs.")
+    excepts: list[str] | None = described(
+        None, help="Layers that are not pruned; [] for none; blank: the first convolution and the classifier.")
 
     def __post_init__(self):
         if isinstance(self.amount, list):
@@ -73,17 +82,19 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class IndicatorsConfig(RunConfig):
-    """Joint training of all candidate bit-widths. New keys: in_place_distillation; random_pass, whether each step has a pass
-    with a bit-width drawn for each layer (without, target_bits: [4] is plain training at 4 bits); init_from, a full-precision
-    checkpoint with pruning masks; prune, which only pruning.py reads."""
+    """Joint training of all candidate bit-widths. New keys: in_place_distillation, random_pass, init_from, prune."""
 
     LIMPQ_TEMPLATE: ClassVar = {"epochs": 3, "smoothing": 0.1, "weight_decay": 2.5e-5, "min_lr": 1e-5}
 
-    name: str = "indicators"
-    in_place_distillation: bool = False
-    random_pass: bool = True
-    init_from: str | None = None
-    prune: PruneConfig = PruneConfig()
+    name: str = described("indicators", help=NAME)
+    in_place_distillation: bool = described(
+        False, help="The narrower candidates learn from the outputs of the highest bit-width instead of from the labels.")
+    random_pass: bool = described(
+        True, help="Each step also has a pass with a bit-width drawn for each layer; without, target_bits: [4] is plain "
+                   "training at 4 bits.")
+    init_from: str | None = described(
+        None, help="A full-precision checkpoint, with or without pruning masks, whose weights this run starts from.")
+    prune: PruneConfig = described(PruneConfig(), help="Pruning level by level; read by pruning.py only.")
 
     def __post_init__(self):
         super().__post_init__()

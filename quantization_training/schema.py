@@ -4,53 +4,61 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from engine.optim import check_schedule
-from engine.schema import RunConfig
-from util.config import bounded
+from engine.schema import NAME, RunConfig
+from util.config import bounded, described
 from util.errors import UserError
 from util.exchange import BITS_OF, is_bit
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Learn from a full-precision network as well: teacher is a path to its checkpoint, or pre_trained."""
+    """Learn from a full-precision network as well."""
 
-    teacher: str | None = None
-    weight: float = bounded(0.5, low=0, high=1)
-    temperature: float = bounded(1.0, above=0)
+    teacher: str | None = described(
+        None, help="The full-precision network to learn from as well: the path of its checkpoint, or pre_trained; blank: no "
+                   "distillation.")
+    weight: float = bounded(0.5, low=0, high=1, help="Weight of the distillation loss; the loss on the labels has the rest.")
+    temperature: float = bounded(1.0, above=0, help="Temperature that the logits are divided by before the softmax.")
 
 
 @dataclass(frozen=True)
 class GradualPruneConfig:
-    """Pruning while training goes on, from start_epoch to end_epoch (by default three quarters of `epochs`), every
-    `frequency` steps; off without target_sparsity. excepts: by default the first convolution and the classifier."""
+    """Pruning while training goes on."""
 
-    target_sparsity: float | None = bounded(None, above=0, below=1)
-    type: Literal["unstructured", "structured"] = "unstructured"
-    scope: Literal["global", "layer"] = "global"
-    start_epoch: float = bounded(0, low=0)
-    end_epoch: float | None = bounded(None, above=0)
-    frequency: int = bounded(100, low=1)
-    excepts: list[str] | None = None
+    target_sparsity: float | None = bounded(
+        None, above=0, below=1, help="The sparsity of the prunable weights, or channels, at the end; blank: no pruning.")
+    type: Literal["unstructured", "structured"] = described(
+        "unstructured", help="unstructured: single weights by magnitude; structured: whole output channels by L2 norm.")
+    scope: Literal["global", "layer"] = described(
+        "global", help="global: all layers are compared; layer: the same share of each.")
+    start_epoch: float = bounded(0, low=0, help="When pruning begins, in epochs.")
+    end_epoch: float | None = bounded(
+        None, above=0, help="When the target is reached, in epochs; blank: three quarters of epochs.")
+    frequency: int = bounded(100, low=1, help="Steps between two removals; the end of each epoch is one too.")
+    excepts: list[str] | None = described(
+        None, help="Layers that are not pruned; [] for none; blank: the first convolution and the classifier.")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tuning at a policy's bits, or full-precision training. New keys: policy, init_from, sat, accumulation,
-    calibration_images, how many training images BatchNorm is re-estimated on before each validation; eval_calibration, whether
-    `eval: true` does that too, as LIMPQ does; distillation, prune."""
+    calibration_images, eval_calibration, distillation, prune."""
 
     LIMPQ_TEMPLATE: ClassVar = {"epochs": 90, "smoothing": 0.1, "lr": 0.04, "weight_decay": 2.5e-5, "min_lr": 1e-5,
                                 "warmup_epochs": 5, "cooldown_epochs": 5}
 
-    name: str = "finetune"
-    policy: str | None = None
-    init_from: str | None = None
-    sat: bool = True
-    accumulation: int = bounded(1, low=1)
-    calibration_images: int = bounded(6000, low=0)
-    eval_calibration: bool = False
-    distillation: DistillationConfig = DistillationConfig()
-    prune: GradualPruneConfig = GradualPruneConfig()
+    name: str = described("finetune", help=NAME)
+    policy: str | None = described(None, help="The policy file with the bit-widths, as search.py writes it.")
+    init_from: str | None = described(
+        None, help="A checkpoint of stage 1, whose weights, step sizes and BatchNorms of the policy's bits this run starts "
+                   "from.")
+    sat: bool = described(True, help="Scale-adjusted training of the classifier (SAT).")
+    accumulation: int = bounded(1, low=1, help="Batches per optimizer step.")
+    calibration_images: int = bounded(
+        6000, low=0, help="Training images that BatchNorm is re-estimated on before each validation; 0: not at all.")
+    eval_calibration: bool = described(False, help="Re-estimate BatchNorm before eval: true as well, as LIMPQ does.")
+    distillation: DistillationConfig = described(DistillationConfig(), help="Learn from a full-precision network too.")
+    prune: GradualPruneConfig = described(GradualPruneConfig(), help="Pruning while fine-tuning goes on, on a cubic schedule.")
 
     def __post_init__(self):
         super().__post_init__()

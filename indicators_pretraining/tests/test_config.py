@@ -1,15 +1,19 @@
 """The typed configuration: what it accepts, and what it says of everything else."""
 
+import dataclasses
+import importlib.util
 import pathlib
 import pickle
 import re
+import sys
+import typing
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.schema import describe_defaults
+from engine.schema import DataConfig, describe_defaults
 from schema import IndicatorsConfig, PruningConfig
 from util.command import split_configuration
 from util.config import (
@@ -19,6 +23,7 @@ from util.config import (
     build,
     decode_yaml,
     describe_idle,
+    described,
     differing_keys,
     load_config,
     plain,
@@ -381,9 +386,35 @@ def test_every_shipped_configuration_is_valid(path):
     assert load_config(IndicatorsConfig, [path]).name
 
 
-def test_bounds_hold_inside_and_outside():
-    import dataclasses
+def sections_in(hint):
+    """The dataclasses that a type names, at any depth."""
+    return [hint] if dataclasses.is_dataclass(hint) else [inner for arm in typing.get_args(hint) for inner in sections_in(arm)]
 
+
+def without_meaning(schema):
+    """The fields of a schema, and of its sections, that do not say what they mean in one plain sentence."""
+    hints = typing.get_type_hints(schema)
+    return [name for item in dataclasses.fields(schema)
+            for name in ([] if re.fullmatch(r"[^ ].{8,}\.", item.metadata.get("help", "")) else [item.name])
+            + [f"{item.name}.{inner}" for section in sections_in(hints[item.name]) for inner in without_meaning(section)]]
+
+
+@pytest.mark.parametrize(("stage", "name"), [("indicators_pretraining", "IndicatorsConfig"),
+                                             ("indicators_pretraining", "PruningConfig"),
+                                             ("quantization_training", "FinetuneConfig")])
+def test_every_key_says_what_it_means(stage, name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"schema_of_{stage}", ROOT / stage / "schema.py")
+    module = importlib.util.module_from_spec(spec)  # over this stage's layers, of which the other has equal copies
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    schema = getattr(module, name)
+    assert without_meaning(schema) == []
+    plain_key = dataclasses.make_dataclass("Plain", [("dataloader", DataConfig, described(DataConfig(), help="The images.")),
+                                                     ("lr", float, bounded(1.0, low=0))])
+    assert without_meaning(plain_key) == ["lr"]
+
+
+def test_bounds_hold_inside_and_outside():
     @dataclasses.dataclass(frozen=True)
     class Section:
         share: float = bounded(0.5, above=0, high=1)

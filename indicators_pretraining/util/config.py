@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import re
 import reprlib
 import types
@@ -40,9 +41,18 @@ NUMBER = re.compile(r"([-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9
 MERGE = re.compile(r"<<\Z")
 
 
-def bounded(default, low=None, high=None, above=None, below=None):
-    """A field whose number must satisfy low <= value <= high, or the strict bounds above < value < below."""
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "below": below})
+def bounded(default, low=None, high=None, above=None, below=None, help=""):
+    """A field whose number must satisfy low <= value <= high, or the strict bounds above < value < below.
+
+    Args:
+        help: what the key means, one plain sentence.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "above": above, "below": below, "help": help})
+
+
+def described(default, help):
+    """A field of any value of its type, and what the key means."""
+    return bounded(default, help=help)
 
 
 def check_bits(key, bits):
@@ -346,13 +356,15 @@ def to_float(value):
 
 
 def check_bounds(value, bounds, dotted, where):
-    limits = [(bounds.get("low"), "at least", lambda limit: value >= limit),
-              (bounds.get("high"), "at most", lambda limit: value <= limit),
-              (bounds.get("above"), "above", lambda limit: value > limit),
-              (bounds.get("below"), "below", lambda limit: value < limit)]
-    wanted = [f"{words} {limit}" for limit, words, _ in limits if limit is not None]
-    if not all(holds(limit) for limit, _, holds in limits if limit is not None):
-        raise UserError(f"{where.of(dotted)}: {dotted}: found {value}, allowed is {' and '.join(wanted)}")
+    holds = {"low": operator.ge, "high": operator.le, "above": operator.gt, "below": operator.lt}
+    if not all(compare(value, bounds[name]) for name, compare in holds.items() if bounds.get(name) is not None):
+        raise UserError(f"{where.of(dotted)}: {dotted}: found {value}, allowed is {describe_bounds(bounds)}")
+
+
+def describe_bounds(bounds):
+    """The numbers that a field's metadata allows, in words; '' where it allows all."""
+    words = {"low": "at least", "high": "at most", "above": "above", "below": "below"}
+    return " and ".join(f"{text} {bounds[name]}" for name, text in words.items() if bounds.get(name) is not None)
 
 
 def expected(hint):
@@ -366,7 +378,8 @@ def expected(hint):
         return f"a list, each element {expected(arguments[0])}"
     if kind is dict or dataclasses.is_dataclass(hint):
         return "a section"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, str(hint))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", typing.Any: "anything"}
+    return words.get(hint, str(hint))
 
 
 def describe(value):

@@ -3,44 +3,52 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from util.config import AUTO, bounded
+from util.config import AUTO, bounded, described
 
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    mode: Literal["lsq"] = "lsq"
-    bit: int | None = bounded(None, low=2, high=8)
-    per_channel: bool = False
-    symmetric: bool = False
-    all_positive: bool = False
-    init: Literal["lsq", "three_sigma"] = "lsq"
+    mode: Literal["lsq"] = described("lsq", help="The quantizer; there is LSQ only.")
+    bit: int | None = bounded(None, low=2, high=8, help="Read from LIMPQ's files and without effect: target_bits, or a "
+                                                        "policy, says the bit-widths.")
+    per_channel: bool = described(False, help="Weights: one step size per output channel, not one per layer; activations "
+                                              "have one per layer.")
+    symmetric: bool = described(False, help="Leave out the lowest integer of a signed quantization range.")
+    all_positive: bool = described(False, help="Whether the quantization range is unsigned; weights are always signed, so "
+                                               "false is the only value.")
+    init: Literal["lsq", "three_sigma"] = described(
+        "lsq", help="Initial step sizes of weights: LSQ's from the mean magnitude, or LIMPQ's from mean and standard "
+                    "deviation; activations start from their first batch.")
 
 
 @dataclass(frozen=True)
 class ActQuantizerConfig(QuantizerConfig):
-    all_positive: Literal["auto"] | bool = AUTO
+    all_positive: Literal["auto"] | bool = described(
+        AUTO, help="Whether inputs have an unsigned quantization range; auto: those without a negative value in the first "
+                   "training batch.")
 
 
 @dataclass(frozen=True)
 class ExceptedQuantizerConfig:
-    bit: int | None = bounded(None, low=2, high=8)
-    all_positive: Literal["auto"] | bool | None = None
+    bit: int | None = bounded(None, low=2, high=8, help="Bit-width of this layer; blank: not quantized in stage 1, 8 bits in "
+                                                        "stage 3, where the input of the first convolution stays as it is.")
+    all_positive: Literal["auto"] | bool | None = described(
+        None, help="As in quan.act, for this layer; blank: what quan.act says. Weights are always signed.")
 
 
 @dataclass(frozen=True)
 class ExceptionConfig:
-    act: ExceptedQuantizerConfig = ExceptedQuantizerConfig()
-    weight: ExceptedQuantizerConfig = ExceptedQuantizerConfig()
+    act: ExceptedQuantizerConfig = described(ExceptedQuantizerConfig(), help="The input of the layer.")
+    weight: ExceptedQuantizerConfig = described(ExceptedQuantizerConfig(), help="The weight of the layer.")
 
 
 @dataclass(frozen=True)
 class QuanConfig:
-    """excepts: layers, and BatchNorms, by name; auto: the first convolution, its BatchNorm and the classifier, which the
-    graph of the network shows; none: the empty section."""
-
-    act: ActQuantizerConfig = ActQuantizerConfig()
-    weight: QuantizerConfig = QuantizerConfig()
-    excepts: Literal["auto", "none"] | dict[str, ExceptionConfig] = AUTO
+    act: ActQuantizerConfig = described(ActQuantizerConfig(), help="Quantizers of activations, the inputs of the layers.")
+    weight: QuantizerConfig = described(QuantizerConfig(), help="Quantizers of weights.")
+    excepts: Literal["auto", "none"] | dict[str, ExceptionConfig] = described(
+        AUTO, help="Layers and BatchNorms, by name, that have fixed bit-widths; auto: the first convolution, its BatchNorm "
+                   "and the classifier; none: the empty section.")
 
     def __post_init__(self):
         if self.excepts == "none":

@@ -637,6 +637,7 @@ def with_header(data, change):
     (lambda data: with_header(data, lambda header: {**header, "version": 2}), "a newer version of this project (format 2)"),
     (lambda data: with_header(data, lambda header: {**header, "arch": 3}), "arch: found 3"),
     (lambda data: with_header(data, lambda header: {**header, "num_classes": 2**62}), "the file holds"),
+    (lambda data: with_header(data, lambda header: {**header, "class_names": ["one", 2]}), "class_names: found"),
     (lambda data: with_header(data, change_layer("0", bits=2)), "header and tensors disagree (0: [4, 3, 1, 1] at 2 bits"),
     (lambda data: with_header(data, change_layer("1", kept=9)), "header and tensors disagree (1:"),
     (lambda data: with_header(data, change_layer("0", kept=9)), "header and tensors disagree (0: the packed weight or"),

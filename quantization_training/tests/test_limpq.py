@@ -14,6 +14,7 @@ from model.layer_table import trace
 from network import build_network
 from packed_network import load_any
 from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from quan.transfer import clamp_as_limpq
 from quan.utils import joint_modules, replace_module_by_names, step_quantizers
 from schema import FinetuneConfig
 from util.config import load_config
@@ -327,3 +328,11 @@ def test_joint_training_of_a_network_with_any_names_is_a_start(folder, factory, 
     for batchnorm, before in graph.batchnorms.items():
         copy = "bn" if batchnorm in excepts else f"bns.{BITS.index(dict(zip(searched, bits, strict=True))[before])}"
         assert torch.equal(tuned[f"{batchnorm}.running_var"], state[f"{batchnorm}.{copy}.running_var"])
+
+
+def test_step_sizes_in_limpqs_range_stay_as_they_are_and_are_not_spoken_of():
+    state = {"a.quan_w_fn.s": torch.tensor([1e-5, 1.0]), "a.weight": torch.tensor([3.0])}
+    assert clamp_as_limpq(state) == (state, "")
+    clamped, line = clamp_as_limpq({**state, "a.quan_a_fn.s": torch.tensor([1.5, 0.5])})
+    assert clamped["a.quan_a_fn.s"].tolist() == [1.0, 0.5] and clamped["a.weight"].item() == 3
+    assert line.startswith("1 step sizes") and line.endswith("those of a.quan_a_fn.s")

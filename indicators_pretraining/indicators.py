@@ -34,15 +34,15 @@ def extract(checkpoint, source, bits=None):
     """
     if bits and checkpoint.get("bits") and list(bits) != checkpoint["bits"]:
         raise UserError(f"--b: found {list(bits)}, but {source} was trained at {checkpoint['bits']}")
-    bits = checkpoint.get("bits") or bits
-    if not bits:
-        raise UserError(f"{source}: does not say its candidate bit-widths; give them by --b, in the order of training")
-    check_bits("--b", bits)
     steps = checkpoint["state_dict"]
     names = list(checkpoint.get("layers") or [name.removesuffix(".quan_w_fn.s") for name in steps
                                               if name.endswith(".quan_w_fn.s")])
     if not names:
         raise UserError(f"{source}: holds no step sizes; is it a checkpoint of indicators_pretraining?")
+    bits = checkpoint.get("bits") or bits
+    if not bits:
+        raise UserError(f"{source}: does not say its candidate bit-widths; give them by --b, in the order of training")
+    check_bits("--b", bits)
     _warn_of_zeros(steps, names, source)
     masks = checkpoint.get("masks", {})
     is_published = is_foreign(checkpoint) and checkpoint.get("arch") in MOBILENETS

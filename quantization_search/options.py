@@ -209,14 +209,15 @@ def parse_arguments(description, arguments=None):
     _add_search(parser)
     _add_budgets(parser.add_argument_group("budgets", "Any of these together. Once one that LIMPQ lacks is given "
                                            "(all but --cr and --bops), --cr and --bops are off unless typed."))
-    _add_outputs(parser.add_argument_group("answers"))
+    _add_outputs(parser.add_argument_group("output"))
     typed = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     typed["fix"] = _pins(typed.get("fix", []))
     try:
         return SearchConfig(**typed)
     except UserError as error:  # raised by __post_init__, whose messages begin with the key
         key, colon, rest = str(error).partition(":")
-        raise UserError(f"--{key.replace('_', '-')}{colon}{rest}") from None
+        flag = {"bits": "b", "indicators": "i"}.get(key, key.replace("_", "-"))
+        raise UserError(f"--{flag}{colon}{rest}") from None
 
 
 def _add_search(parser):

@@ -6,6 +6,7 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 
 import process
 from engine.interruption import signals_noted
+from engine.keys import help_config
 from engine.monitor import open_monitor
 from engine.optim import create_optimizer
 from engine.passes import prepare
@@ -22,7 +23,8 @@ from util.errors import user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(__doc__, arguments)
+    configs, overrides, is_dry_run = parse_training_arguments(
+        __doc__, lambda: help_config(IndicatorsConfig), arguments)
     config = load_config(IndicatorsConfig, configs, overrides)
     with (distributed.process_group(config.training_device) as device,
           alone_in(RunFolder.of(config).path, reads_only=is_dry_run or config.eval)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import rewinding
 from engine.interruption import signals_noted
+from engine.keys import help_config
 from engine.monitor import log_start, open_monitor
 from engine.optim import create_optimizer
 from engine.passes import prepare
@@ -26,7 +27,8 @@ from util.errors import user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(__doc__, arguments)
+    configs, overrides, is_dry_run = parse_training_arguments(
+        __doc__, lambda: help_config(PruningConfig), arguments)
     config = load_config(PruningConfig, configs, overrides).for_levels()
     with (distributed.process_group(config.training_device) as device,
           alone_in(PruningFolder.of(config).path, reads_only=is_dry_run)):

@@ -9,6 +9,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import pytest
 
 import demo
@@ -257,3 +258,18 @@ def test_the_demo_records_its_table_and_its_time_where_all_of_it_ran(tmp_path, m
         assert figures.read_text().splitlines() == ["name,value,unit,command", written, "other,2,s,y",
                                                     "demo packed,5,bytes,python demo.py --record"]
     assert (tmp_path / "measurements" / "demo.csv").read_text() == "network,top1\ndense,1.5\n"
+
+
+def test_the_page_of_all_keys_is_what_the_schemas_say():
+    made = forked.run(ROOT, "measurements/configuration.py")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("stage", "script", "key"), [
+    ("indicators_pretraining", "main.py", "random_pass"), ("indicators_pretraining", "pruning.py", "prune.amount"),
+    ("quantization_training", "main.py", "policy")])
+def test_help_config_says_every_key_without_a_configuration(stage, script, key):
+    said = forked.run(ROOT / stage, script, "--help-config")
+    assert said.returncode == 0 and re.search(rf"^{re.escape(key)}: .* \(default: ", said.stdout, re.MULTILINE)
+    assert "quan.excepts.LAYER.weight.bit: a whole number at least 2 and at most 8 (default: blank)\n    " in said.stdout

@@ -253,7 +253,8 @@ def test_extraction_never_overwrites_its_checkpoint(folder, capsys):
 
 
 def test_extraction_from_a_checkpoint_of_another_stage(folder, capsys):
-    save_checkpoint("c", {"state_dict": {"x": torch.ones(3)}, "bits": [4]})
-    assert "holds no step sizes" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
-    save_checkpoint("c", {"state_dict": {"x": torch.ones(3)}})
+    for bits in ({"bits": [4]}, {}):
+        save_checkpoint("c", {"state_dict": {"x": torch.ones(3)}, **bits})
+        assert "holds no step sizes" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+    save_checkpoint("c", {"state_dict": {"x.quan_w_fn.s": torch.ones(3)}})
     assert "--b" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")

@@ -20,6 +20,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class _Print(argparse.Action):
+    """Prints a text that is made when it is asked for, and exits."""
+
+    def __init__(self, option_strings, dest, text, help):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, help=help)
+        self.text = text
+
+    def __call__(self, parser, *_):
+        print(self.text())
+        parser.exit()
+
+
 def add_configuration(parser):
     """Let a parser take `CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]`."""
     parser.add_argument("words", nargs="+", metavar="CONFIG.yaml | dotted.key=value",
@@ -43,14 +55,18 @@ def is_path(word):
     return "=" not in word or os.path.isfile(word) or (word.endswith(YAML_ENDINGS) and not KEY.match(word))
 
 
-def parse_training_arguments(description, arguments=None):
+def parse_training_arguments(description, keys, arguments=None):
     """Read the command line of a training stage.
+
+    Args:
+        keys: what --help-config prints, called without arguments.
 
     Returns:
         (paths of YAML files, "key=value" strings, whether it is a dry run).
     """
     parser = Parser(description=description)
     add_configuration(parser)
+    parser.add_argument("--help-config", action=_Print, text=keys, help="say which keys there are, and exit")
     parser.add_argument("--dry-run", action="store_true",
                         help="build everything, compute one batch, report sizes, write nothing")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by torch.distributed.launch")

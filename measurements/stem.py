@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, ".")
 import bench
 
-ROUNDS = 9
+ROUNDS = 5
 
 
 def main(path):

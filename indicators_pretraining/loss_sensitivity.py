@@ -40,7 +40,7 @@ def losses(model, switch, batches):
 
     Returns:
         {"weight": {layer: {bit: loss}}, "act": the same}: the mean cross-entropy with the weight, or the input, of that layer
-        at `bit` bits and everything else at the highest candidate, the BatchNorm after it too: its copy for `bit` has the
+        at `bit` bits and everything else at the highest bit-width, the BatchNorm after it too: its copy for `bit` has the
         statistics of a network whose every layer is at `bit` bits.
     """
     highest = max(switch.bits)

@@ -23,8 +23,7 @@ from util.errors import user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(
-        __doc__, lambda: help_config(IndicatorsConfig), arguments)
+    configs, overrides, is_dry_run = parse_training_arguments(__doc__, lambda: help_config(IndicatorsConfig), arguments)
     config = load_config(IndicatorsConfig, configs, overrides)
     with (distributed.process_group(config.training_device) as device,
           alone_in(RunFolder.of(config).path, reads_only=is_dry_run or config.eval)):

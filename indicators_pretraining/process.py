@@ -31,8 +31,8 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
         images, target: a batch, [batch, 3, height, width] and [batch].
         criterion: loss of (logits, target).
         chosen: {layer: bit} for the last pass, or None.
-        in_place_distillation: passes after the highest learn from its soft_targets instead of from the labels: by plain
-            cross-entropy, so that one that gives the same soft_targets has nothing to learn.
+        in_place_distillation: passes after that of the highest bit-width learn from its outputs instead of from the labels: by
+            plain cross-entropy, so that one that gives the same outputs has nothing to learn.
         metrics: {bit or "random": Metrics} to add to.
         passes: the Passes of the model; None stands for plain ones.
     """

@@ -27,8 +27,7 @@ from util.errors import user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(
-        __doc__, lambda: help_config(PruningConfig), arguments)
+    configs, overrides, is_dry_run = parse_training_arguments(__doc__, lambda: help_config(PruningConfig), arguments)
     config = load_config(PruningConfig, configs, overrides).for_levels()
     with (distributed.process_group(config.training_device) as device,
           alone_in(PruningFolder.of(config).path, reads_only=is_dry_run)):

@@ -1,6 +1,6 @@
 """Does a test notice a changed line? Random one-line changes of the method's files, each tried against the tests.
 
-python tests/mutants.py [--count 100] [--seed 0] [--processes 2] [--only TEXT] [--again]
+python tests/mutants.py [--count 120] [--seed 0] [--processes 2] [--only TEXT] [--again]
 
 Rows of measurements/mutants.csv that are there are not tried again, so a run that was stopped goes on; delete rows to try them
 anew. Where a change makes no difference, write `equivalent` into `outcome` and the reason into `by`. A change of a text, of an

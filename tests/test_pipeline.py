@@ -18,7 +18,6 @@ pytestmark = pytest.mark.xdist_group("pipeline")  # one process makes what all r
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
 SMALL = ["dataloader.input_size=8", "dataloader.batch_size=32", "dataloader.data_fraction=0.1", "epochs=1"]
-DENSE = "results/resnet20_digits_dense/resnet20_digits_dense_checkpoint.pth.tar"
 JOINT = "results/resnet20_digits/resnet20_digits_checkpoint.pth.tar"
 BITS = ["6", "5", "4", "3", "2"]
 

@@ -4,10 +4,10 @@ from functools import partial
 
 import torch
 
-from engine.checkpoint import may_lack
 from model.weights import fit, is_step, load_state
 from util.errors import UserError, reason
 
+from .checkpoint import may_lack
 from .training_state import ResumeState, check_optimizer
 
 MOMENTA = {torch.optim.SGD: {"momentum_buffer"}, **dict.fromkeys((torch.optim.Adam, torch.optim.AdamW),

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine import interruption
-from engine.metrics import Metrics
-from engine.optim import learning_rate, set_learning_rate
-from engine.passes import Passes
-from engine.training_state import MidEpochState, training_state
 from quan.utils import check_all_reached, keep_steps_positive, step_quantizers
 from util import distributed
 from util.errors import Interrupted, UserError
+
+from . import interruption
+from .metrics import Metrics
+from .optim import learning_rate, set_learning_rate
+from .passes import Passes
+from .training_state import MidEpochState, training_state
 
 
 def training_step(model, batches, criterion, optimizer, metrics, passes=None):
@@ -158,7 +159,7 @@ class Training:
         number = distributed.largest_over_ranks(interruption.noted())
         if number or (log.checkpoint_steps and done % log.checkpoint_steps == 0):
             self.save(epoch, MidEpochState(done, time.time() - begun, self.images_per_step, False,
-                                    [value.sums for value in metrics.values()]))
+                                           [value.sums for value in metrics.values()]))
         if number:
             raise Interrupted(number, self.place(epoch, done))
 

@@ -5,9 +5,10 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from engine.interruption import watched
 from quan.utils import weights_quantized_once
 from util.distributed import sum_over_ranks
+
+from .interruption import watched
 
 
 class Metrics:

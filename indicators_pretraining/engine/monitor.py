@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from engine.checkpoint import FORMAT_VERSION
-from engine.metrics_file import SPLITS, MetricsFile, append
-from engine.plots import name_label, save_curves
-from engine.wandb_run import choose_wandb, start_wandb
 from quan.quantizer import kernel
 from util import distributed
 from util.config import to_plain
 from util.errors import UserError, reason
 from util.exchange import write_atomically
+
+from .checkpoint import FORMAT_VERSION
+from .metrics_file import SPLITS, MetricsFile, append
+from .plots import name_label, save_curves
+from .wandb_run import choose_wandb, start_wandb
 
 
 def main_rank_only(method):

@@ -4,7 +4,6 @@ Masks are {parameter name: bool tensor of its shape, True where it stays}. The n
 network in every stage. A parameter without a mask is whole.
 """
 
-
 import torch
 
 from util.errors import UserError, nearest

@@ -323,8 +323,6 @@ def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-
-
 def test_candidates_are_validated_at_each_cycle_and_after_the_last_epoch(monkeypatch):
     validated = []
     monkeypatch.setattr(process, "validate", lambda *words: validated.append(words[3]) or (1.0, 2.0))

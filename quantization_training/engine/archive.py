@@ -16,10 +16,11 @@ import zipfile
 
 import torch
 
-from engine.entries import CONTAINERS
 from util.config import MAX_NUMBER_BITS
 from util.errors import UserError, reason
 from util.exchange import CHECKSUM, CHECKSUM_LENGTH, checksum
+
+from .entries import CONTAINERS
 
 ZIP_BEGINNING, ZIP_ENDING = b"PK\3\4", b"PK\5\6"
 ENDING_LENGTH = 22  # of a zip archive without a comment; the last two bytes give the length of the comment

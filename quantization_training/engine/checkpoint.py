@@ -2,11 +2,12 @@
 
 import os
 
-from engine.archive import pack, unpack
-from engine.entries import check_entries, from_external, is_ours
 from sparsity.masks import checked_masks
 from util.errors import UserError
 from util.exchange import fit_names, write_atomically
+
+from .archive import pack, unpack
+from .entries import check_entries, from_external, is_ours
 
 FORMAT_VERSION = 2
 FIRST_WITH_CHECKSUM = 2

@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 
-from engine import interruption
-from engine.checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
 from model.model import create_traced
 from model.weights import is_step, load_state, load_weights
 from util import distributed
@@ -13,6 +11,8 @@ from util.config import AUTO, differing_keys, to_plain
 from util.errors import UserError
 from util.exchange import same_arch
 
+from . import interruption
+from .checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
 from .limpq import continue_limpq_run
 from .run_folder import find_checkpoint
 from .training_state import ResumeState, load_training_state
@@ -161,8 +161,7 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
         return ResumeState()
     if is_foreign(found.content) and not found.lean:
         return continue_limpq_run(found.content, model, optimizer, found.path)
-    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless,
-                                                       schedule_may_change)
+    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless, schedule_may_change)
     if found.lean:
         if config.eval:
             check_same_quantizers(found.content, config, found.path)

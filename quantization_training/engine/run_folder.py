@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import yaml
 
-from engine.checkpoint import load_checkpoint, save_checkpoint
 from util import distributed
 from util.config import flatten, read_yaml
 from util.errors import UserError
 from util.exchange import write_atomically
+
+from .checkpoint import load_checkpoint, save_checkpoint
 
 BEST, LAST = "_best.pth.tar", "_checkpoint.pth.tar"
 KINDS = {BEST: "the best on validation", LAST: "the last"}

@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 
-from engine.checkpoint import may_lack
 from model.weights import load_state
 from quan.quantizer import kernel
 from util import distributed
 from util.config import to_plain
 from util.errors import UserError, reason
+
+from .checkpoint import may_lack
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """The bit switch: a jointly trained network at one bit-width, or at a policy's."""
 
-
 import torch
 
-from quan.utils import searchable_layers
-
 from .func import SwitchableBatchNorm
+from .utils import searchable_layers
 
 
 class BitSwitch:

@@ -7,10 +7,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from model.layer_table import is_quantizable, skip_batchnorms, tensors_in, twin_of
-from quan.utils import BATCHNORM
 
 from .func import ExceptedBatchNorm, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import LsqQuan
+from .utils import BATCHNORM
 
 # What gives the same output whenever it gets the same input; a module that draws random numbers does not.
 SHAREABLE = (nn.Conv2d, nn.Linear, BATCHNORM, ExceptedBatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Identity, nn.ReLU, nn.ReLU6,

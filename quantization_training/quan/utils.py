@@ -7,11 +7,11 @@ from torch import nn
 
 from model.layer_table import QUANTIZABLE, shortened
 from model.names import put_modules
-from quan.config import ExceptionConfig
 from util.config import AUTO
 from util.errors import UserError, nearest
 from util.exchange import fit_names
 
+from .config import ExceptionConfig
 from .cost import FIXED_BIT, FLOAT_BIT
 from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import IdentityQuan, LsqQuan

@@ -186,6 +186,8 @@ class Prunable:
                             f"{self.unit} are removed already")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes next.
 
 
 def count_to_remove(total, left, amount, target=None):

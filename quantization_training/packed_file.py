@@ -16,7 +16,7 @@ import numpy as np
 from packing import packed_length
 from util.config import describe
 from util.errors import UserError, reason
-from util.exchange import is_bool, is_count, is_name, is_table
+from util.exchange import is_bool, is_count, is_name, is_table, read_file
 
 VERSION = 1
 KEY = "limpqp"
@@ -140,14 +140,7 @@ def read_packed(path):
         UserError: naming the file and what is wrong: damage, another kind of file, a newer version, or a header that does
             not fit the tensors.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
-        raise UserError(f"{path}: cannot read the packed model (not a regular file)")
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the packed model ({error.strerror})") from None
-    return parse_packed(data, path)
+    return parse_packed(read_file(path, "the packed model"), path)
 
 
 def parse_packed(data, path):

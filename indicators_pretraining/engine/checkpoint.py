@@ -1,10 +1,8 @@
 """Checkpoints: files of tensors and plain containers, whole at every moment, read without running any code in them."""
 
-import os
-
 from sparsity.masks import checked_masks
 from util.errors import UserError
-from util.exchange import fit_names, write_atomically
+from util.exchange import fit_names, read_file, write_atomically
 
 from .archive import pack, unpack
 from .entries import check_entries, from_external, is_ours
@@ -28,14 +26,7 @@ def load_checkpoint(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
-        raise UserError(f"{path}: cannot read the checkpoint (not a regular file)")
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the checkpoint ({error.strerror})") from None
-    content, has_checksum = unpack(data, path)
+    content, has_checksum = unpack(read_file(path, "the checkpoint"), path)
     if not has_checksum and not is_ours(content):
         content = from_external(content, path)
     elif not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):

@@ -298,6 +298,17 @@ def write_policy(path, policy):
     write_atomically(path, yaml.safe_dump(policy, sort_keys=False, default_flow_style=None, width=10**6).encode())
 
 
+def read_file(path, what):
+    """The bytes of a file of any size; `what` it holds is said in errors."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise UserError(f"{path}: cannot read {what} (not a regular file)")
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read {what} ({error.strerror})") from None
+
+
 def write_atomically(path, data):
     """Write bytes so that at every moment, also after a power cut, either the old or the new file lies there, whole."""
     partial, folder = f"{path}.partial", os.path.dirname(os.path.abspath(path))

@@ -91,8 +91,8 @@ sync:
 	rm quantization_search/models/training_pass.py
 	mkdir quantization_search/util
 	cp $(MASTER)/tests/fuzzing.py quantization_search/tests/
-	cp $(MASTER)/tests/fuzzing.py $(MASTER)/tests/comparing.py $(MASTER)/tests/shipped.py quantization_training/tests/
-	cp $(MASTER)/tests/comparing.py tests/
+	cd $(MASTER)/tests && cp fuzzing.py comparing.py shipped.py small_networks.py ../../quantization_training/tests/
+	cd $(MASTER)/tests && cp comparing.py small_networks.py ../../tests/
 	cd $(MASTER)/util && cp $(SEARCH_UTIL) ../../quantization_search/util/
 
 clean:

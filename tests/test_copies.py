@@ -11,7 +11,8 @@ SEARCH_UTIL = ["__init__.py", "command.py", "config.py", "errors.py", "exchange.
 LAYERS = ["util", "model", "sparsity", "quan", "engine"]
 NOT_SEARCHED = Path("training_pass.py")  # of model/: a search trains nothing
 TEST_HELPERS = {"fuzzing.py": ["quantization_search/tests", "quantization_training/tests"],
-                "comparing.py": ["quantization_training/tests", "tests"], "shipped.py": ["quantization_training/tests"]}
+                "comparing.py": ["quantization_training/tests", "tests"],
+                "small_networks.py": ["quantization_training/tests", "tests"], "shipped.py": ["quantization_training/tests"]}
 STAGES = ["indicators_pretraining", "quantization_search", "quantization_training"]
 
 

@@ -17,21 +17,15 @@ import torch
 from PIL import Image
 
 from comparing import assert_equal_folders
+from small_networks import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING, TRAINING = ROOT / "indicators_pretraining", ROOT / "quantization_training"
 KILLS = int(os.environ.get("LIMPQP_KILLS", "20"))  # over the three commands
 EPOCHS = max(4, KILLS // 4)
-NETWORK = """
+NETWORK = SMALL + """
+
 import time
-
-from torch import nn
-
-
-def make(num_classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False),
-                         nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                         nn.Linear(24, num_classes))
 
 
 class Wait(nn.Module):

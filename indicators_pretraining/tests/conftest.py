@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from small_networks import make_shallow
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -18,14 +20,6 @@ def no_curves(request, monkeypatch):
         monkeypatch.setattr("engine.monitor.save_curves", lambda *_: None)
     if request.function.__name__ != "test_the_report_says_what_the_checkpoints_hold":
         monkeypatch.setattr("pruning_report.draw", lambda *_: None)
-
-
-def make_shallow(patch):
-    """ResNet-20 with one block in each group instead of three: layers of the same names, in less than half the time."""
-    from model.model import OWN_MODELS
-    from model.resnet_cifar import CifarResNet
-
-    patch.setitem(OWN_MODELS, "resnet20", lambda num_classes: CifarResNet(1, num_classes))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_shallow
 from test_bad_input import complaint
 
 import importance_extractor
@@ -16,6 +15,7 @@ from engine.checkpoint import load_checkpoint
 from model.weights import load_state
 from network import build_network
 from schema import IndicatorsConfig
+from small_networks import make_shallow
 from util.config import load_config
 from util.data_loader import create_loaders
 from util.exchange import read_indicators

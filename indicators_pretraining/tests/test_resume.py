@@ -11,6 +11,7 @@ import process
 from comparing import assert_equal_folders, assert_equal_states
 from engine import metrics, run_folder
 from engine.run_folder import RunFolder
+from small_networks import SMALL
 from util import distributed
 from util.errors import Interrupted
 
@@ -23,16 +24,6 @@ quan: {act: {all_positive: true}, excepts: {'0': , '1': , '10': }}
 epochs: 3
 warmup_epochs: 1
 lr: 0.05
-"""
-
-SMALL = """
-from torch import nn
-
-
-def make(num_classes):
-    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False),
-                         nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                         nn.Linear(24, num_classes))
 """
 
 

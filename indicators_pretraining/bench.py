@@ -28,7 +28,6 @@ from model.layer_table import trace
 from quan.bit_switch import BitSwitch
 from quan.config import ExceptionConfig, QuanConfig
 from quan.quantizer import LsqQuan, Quantizer, kernel, lsq
-from quan.stem import SharedStem, find_stem
 from quan.utils import joint_modules, policy_modules, replace_module_by_names, searchable_layers, weights_quantized_once
 from util import distributed
 from util.command import Parser
@@ -201,7 +200,6 @@ class Workload:
         graph = trace(model, self.size, CLASSES)
         replace_module_by_names(model, joint_modules(model, graph, QuanConfig(excepts=excepts), bits))
         switch = BitSwitch(model.train(), graph, excepts, bits)
-        stem = None if chain else SharedStem(model, find_stem(model, self.size), len(bits) + 1)
         if chain:
             use_plain_chain(model)
             model.to(self.device)
@@ -209,7 +207,7 @@ class Workload:
             to_device(model, self.device)
         if compiled:
             switch.keep_as_data(self.device)
-        optimizer, passes = self.optimizer(model), Passes(model, precision, compiled, stem)
+        optimizer, passes = self.optimizer(model), Passes(model, precision, compiled)
         chosen = process.random_policy(list(switch.layers), bits, 0, 0, 0)
         return lambda: process.joint_step(model, switch, self.images, self.target, nn.functional.cross_entropy, optimizer,
                                           chosen, passes=passes)

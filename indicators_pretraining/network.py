@@ -11,7 +11,6 @@ from engine.schema import describe_defaults
 from model.layer_table import Graph, twin_of
 from model.training_pass import check_training
 from quan.bit_switch import BitSwitch
-from quan.stem import SharedStem, find_stem
 from quan.transfer import clamp_as_limpq
 from quan.unchanged import check_unchanged
 from quan.utils import (
@@ -100,13 +99,12 @@ def build_network(config, num_classes, input_size, found, device):
         freeze_weights(model)
     switch = BitSwitch(model, graph, config.quan.excepts, config.target_bits)
     description = describe_network(config, model, graph, num_classes, input_size, masks)
-    stem = SharedStem(model, [] if config.eval else find_stem(model, input_size), len(config.passes))
     to_device(model, device, graph)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())
     if config.compile:
         switch.keep_as_data(device)
-    passes = Passes(model, config.precision, config.compile, stem)
+    passes = Passes(model, config.precision, config.compile)
     remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 

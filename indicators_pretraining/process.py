@@ -39,19 +39,18 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
     passes = passes or Passes(model)
     highest, soft_targets = max(switch.bits), None
     first, last = [highest] if in_place_distillation else [], [] if chosen is None else [RANDOM]
-    with passes.entered(images) as entering:
-        for candidate in [*first, *(bit for bit in switch.bits if bit not in first), *last]:
-            if candidate == RANDOM:
-                switch.policy(chosen)
-            else:
-                switch.uniform(candidate)
-            logits = passes.logits(entering)
-            loss = criterion(logits, target) if soft_targets is None else F.cross_entropy(logits, soft_targets)
-            loss.backward()
-            if metrics is not None:
-                metrics[candidate].update(logits.detach(), target, loss.detach())
-            if in_place_distillation and candidate == highest:
-                soft_targets = logits.detach().softmax(1)
+    for candidate in [*first, *(bit for bit in switch.bits if bit not in first), *last]:
+        if candidate == RANDOM:
+            switch.policy(chosen)
+        else:
+            switch.uniform(candidate)
+        logits = passes.logits(images)
+        loss = criterion(logits, target) if soft_targets is None else F.cross_entropy(logits, soft_targets)
+        loss.backward()
+        if metrics is not None:
+            metrics[candidate].update(logits.detach(), target, loss.detach())
+        if in_place_distillation and candidate == highest:
+            soft_targets = logits.detach().softmax(1)
 
 
 def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_place_distillation=False, metrics=None,

@@ -74,19 +74,12 @@ class Passes:
         model: the network.
         precision: "fp32" or "bf16".
         compiled: whether torch.compile makes one function of the whole network.
-        stem: the SharedStem of a jointly trained network, computed once for all passes of a step; None: in each of them.
     """
 
-    def __init__(self, model, precision="fp32", compiled=False, stem=None):
-        self.model, self.precision, self.stem = model, precision, stem
+    def __init__(self, model, precision="fp32", compiled=False):
+        self.model, self.precision = model, precision
         self._compiled = torch.compile(model, dynamic=False) if compiled else None
         self._starting = compiled
-
-    def entered(self, images):
-        """The context of all passes over the same images; what it gives is what logits() takes."""
-        if self.stem is None:
-            return contextlib.nullcontext(images)
-        return self.stem.computed_once(images, autocast(images.device, self.precision))
 
     def logits(self, images):
         """The logits, [batch, classes], in the type of its loss: float32 where it computes in less."""

@@ -18,7 +18,6 @@ from quan.bit_switch import BitSwitch
 from quan.config import QuanConfig, QuantizerConfig
 from quan.quantizer import kernel, lsq
 from quan.quantizer.lsq import traceable_lsq
-from quan.stem import SharedStem, find_stem
 from quan.utils import joint_modules, replace_module_by_names
 from util.errors import UserError
 
@@ -59,8 +58,7 @@ def network(compiled):
     switch = BitSwitch(model.train(), graph, EXCEPTS, BITS)
     if compiled:
         switch.keep_as_data(torch.device("cpu"))
-    stem = SharedStem(model, find_stem(model, 9), len(BITS) + 1)
-    return model, switch, Passes(model, compiled=compiled, stem=stem)
+    return model, switch, Passes(model, compiled=compiled)
 
 
 @needs_compiler

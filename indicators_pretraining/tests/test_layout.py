@@ -16,7 +16,6 @@ from engine.passes import Passes, to_device
 from model.layer_table import trace
 from process import joint_gradients
 from quan.bit_switch import BitSwitch
-from quan.stem import SharedStem, find_stem
 from quan.utils import joint_modules, name_exceptions, replace_module_by_names
 from schema import IndicatorsConfig
 
@@ -228,7 +227,7 @@ class OnlyInTraining(Tutorial):
 
 
 class RectifiesBehindTheFirst(Tutorial):
-    """Changes what the shared stem gives."""
+    """Changes the output of its first layer."""
 
     def forward(self, x):
         return self.fc(self.conv2(self.conv1(x).mul_(2))[..., ::2, ::2].flatten(1))
@@ -242,11 +241,9 @@ def changing(kind):
 CHANGING = [Normalises, ScalesAChannel, BehindAutogradsBack, OnlyInTraining, nn.ReLU, RectifiesBehindTheFirst]
 
 
-@pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("kind", CHANGING)
-def test_all_passes_of_a_joint_step_see_the_same_images(kind, is_shared):
+def test_all_passes_of_a_joint_step_see_the_same_images(kind):
     model, switch, _ = joint(changing(kind), (4, 3, 2))
-    stem = SharedStem(model, find_stem(model, SIZE), 4) if is_shared else None
     images, target = torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % 3
     criterion, chosen = nn.CrossEntropyLoss(), dict.fromkeys(switch.layers, 3)
     switch.uniform(4)
@@ -261,7 +258,7 @@ def test_all_passes_of_a_joint_step_see_the_same_images(kind, is_shared):
         for name, parameter in model.named_parameters():
             wanted[name] += 0 if parameter.grad is None else parameter.grad
     model.zero_grad()
-    joint_gradients(model, switch, images, target, criterion, chosen, passes=Passes(model, stem=stem))
+    joint_gradients(model, switch, images, target, criterion, chosen, passes=Passes(model))
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6), name
 

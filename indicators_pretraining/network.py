@@ -1,5 +1,6 @@
 """The networks of this stage: full-precision and pruned, or quantized for all candidates and described for later stages."""
 
+import copy
 from dataclasses import dataclass
 
 from torch import nn
@@ -8,7 +9,7 @@ from engine.checkpoint import is_foreign, signedness_of
 from engine.passes import Passes, to_device
 from engine.resume import create_dense
 from engine.schema import describe_defaults
-from model.layer_table import Graph, twin_of
+from model.layer_table import Graph
 from model.training_pass import check_training
 from quan.bit_switch import BitSwitch
 from quan.transfer import clamp_as_limpq
@@ -89,7 +90,7 @@ def build_network(config, num_classes, input_size, found, device):
     defaults = "" if found else describe_defaults(config)
     config, exceptions = name_exceptions(config, graph)
     signed = signedness_of(found.content) if found else {}
-    plain = twin_of(model)
+    plain = copy.deepcopy(model)
     replace_module_by_names(model, joint_modules(model, graph, config.quan, config.target_bits, signed))
     check_unchanged(plain, model, graph, input_size, config.eval)
     del plain

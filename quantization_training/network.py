@@ -1,5 +1,6 @@
 """The network that is fine-tuned: built from a name, quantized at a policy's bits, with what it costs."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from engine.passes import Passes, to_device
 from engine.resume import check_arch, create_dense
 from engine.schema import describe_defaults
 from model import create_model, load_weights
-from model.layer_table import Graph, trace, twin_of
+from model.layer_table import Graph, trace
 from model.names import is_below, second_names
 from model.training_pass import check_training
 from model.weights import fit, is_step, load_state
@@ -98,7 +99,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     defaults = describe_defaults(config) if fresh else ""
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
-        plain = twin_of(model)
+        plain = copy.deepcopy(model)
         policy = quantize(model, graph, config, policy_file, checkpoint or joint, scaled_layers(graph, config, checkpoint))
         check_unchanged(plain, model, graph, input_size, config.eval)
         del plain

@@ -1,21 +1,22 @@
 """What a network does in training that it does not do in evaluation, found out before anything is trained."""
 
 import contextlib
+import copy
 
 import torch
 from torch import nn
 
 from util.errors import SINGLE_VALUE, UserError, reason
 
-from .layer_table import Notes, generators_put_back, shortened, twin_of
+from .layer_table import Notes, generators_put_back, shortened
 
 FEW_MACS = 10**8
 PASSES = 20  # in which every layer that training may skip at random is reached but for one time in a million
 
 
 def devices_for(graph):
-    """Where to run a pass that only shows what is called: on a device without data, which costs the same for any network, and
-    on the CPU where values are asked for; on that alone where the network is so small that this is faster."""
+    """Where to run a pass that only shows what is called: on meta, without data; on the CPU where that fails, because values
+    are asked for, and at once where the network is so small that this is faster."""
     return ["cpu"] if sum(call.macs_exact for call in graph.layers.values()) < FEW_MACS else ["meta", "cpu"]
 
 
@@ -24,11 +25,9 @@ def check_training(model, graph, input_size, num_classes):
 
     Args:
         model: the unquantized network; it is left as it is.
-        graph: its Graph.
-        input_size, num_classes: of the data.
 
     Returns:
-        a line for the log about outputs and layers that only training has, or ''.
+        lines for the log about outputs and layers that only training has, or ''.
 
     Raises:
         UserError: where the network fails in training or gives no logits there, or those of another head than in evaluation,
@@ -50,9 +49,10 @@ def check_training(model, graph, input_size, num_classes):
                         "train it; let both go the same way")
     modules = dict(model.named_modules())
     extra = [name for name in reached if name not in graph.layers and isinstance(modules[name], (nn.Conv2d, nn.Linear))]
-    return "\n".join([*([f"in training the network gives a {kind}; it is trained on the first tensor in it"]
-                        if kind != "Tensor" else []),
-                      *([f"reached in training only, and left in full precision: {shortened(extra)}"] if extra else [])])
+    lines = [f"in training the network gives a {kind}; it is trained on the first tensor in it"] if kind != "Tensor" else []
+    if extra:
+        lines.append(f"reached in training only, and left in full precision: {shortened(extra)}")
+    return "\n".join(lines)
 
 
 def _reached_in_training(model, graph, input_size):
@@ -72,11 +72,9 @@ def _reached_in_training(model, graph, input_size):
 
 
 def _pass(model, graph, input_size, device):
-    twin = twin_of(model).to(device, torch.float32).train()
-    reached, kinds = {}, []
-    notes = Notes({name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2})
+    twin = copy.deepcopy(model).to(device, torch.float32).train()
+    reached, kinds, notes = {}, [], Notes(twin)
     for name, module in twin.named_modules():
-        notes.watch(name, module)
         module.register_forward_pre_hook(lambda *_, name=name: reached.setdefault(name))
     twin.register_forward_hook(lambda module, inputs, output: kinds.append(type(output).__name__), prepend=True)
     with torch.no_grad(), generators_put_back(), notes.lineage:

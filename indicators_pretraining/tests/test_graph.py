@@ -456,7 +456,8 @@ def test_a_subclass_that_computes_as_its_layer_is_that_layer_with_all_that_it_kn
     torch.manual_seed(0)
     model, images = Asking(), torch.randn(2, 3, 8, 8)
     graph, expected = trace(model, 8, 5), model(images)
-    assert list(graph.layers) == ["stem", "body", "fc"] and not graph.left and graph.classifiers == graph.heads == ("fc",)
+    assert list(graph.layers) == ["stem", "body", "fc"] and not graph.unquantizable
+    assert graph.classifiers == graph.heads == ("fc",)
     excepts = name_exceptions(IndicatorsConfig(), graph)[0].quan.excepts
     signed = QuanConfig(act=ActQuantizerConfig(all_positive=False), excepts=excepts)
     names = set(model.state_dict())
@@ -476,14 +477,14 @@ def test_a_subclass_that_computes_as_its_layer_is_that_layer_with_all_that_it_kn
     (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "its weight is computed from other tensors")])
 def test_a_layer_that_computes_otherwise_is_named_with_why(layer, why):
     graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), 8)
-    assert list(graph.layers) == ["0", "4"] and graph.left == {"1": why}
+    assert list(graph.layers) == ["0", "4"] and graph.unquantizable == {"1": why}
     assert f"1: {why}, so it stays in full precision" in graph.describe().splitlines()
 
 
 def test_a_layer_whose_forward_was_replaced_is_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     model[1].forward = lambda x: x.relu()
-    assert trace(model, 8).left == {"1": "it was given a forward of its own"}
+    assert trace(model, 8).unquantizable == {"1": "it was given a forward of its own"}
 
 
 @pytest.mark.parametrize("head", [Cosine(4, 5), Head(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))])

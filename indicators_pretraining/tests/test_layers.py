@@ -167,7 +167,7 @@ class Odd(nn.Module):
 
 def test_macs_parameters_and_elements_of_each_layer():
     graph = trace(Odd(), 10)
-    assert graph.uncounted == {"unused.weight": 25} and "25 weights (unused.weight)" in graph.describe_uncounted()
+    assert graph.uncounted == {"unused.weight": 25} and "25 weights (unused.weight)" in graph.describe()
     rows = {name: (call.macs_published, call.macs_exact, call.params, call.act_elements)
             for name, call in graph.layers.items()}
     # (10 - 3) / 2 + 1 = 4.5 before rounding down: int(4.5 * 4.5) = 20 against 16 outputs

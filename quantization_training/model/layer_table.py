@@ -2,13 +2,12 @@
 
 import contextlib
 import copy
-import functools
 import math
 import os
 import random
 import traceback
-from collections import OrderedDict
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,31 +43,32 @@ class LayerCall:
     act_elements: int
 
     def after(self, earlier):
-        """This call and earlier ones of the same layer: a module that is used twice works twice as much."""
+        """This call and earlier ones of the same layer, counted together."""
         return replace(self, macs_published=earlier.macs_published + self.macs_published,
                        macs_exact=earlier.macs_exact + self.macs_exact,
                        act_elements=earlier.act_elements + self.act_elements)
 
     def as_row(self):
         """The entry of this layer in the table that an indicators file carries."""
-        row = dict(vars(self), shape=list(self.shape))
-        del row["name"]
-        return row
+        return {key: value for key, value in vars(self).items() if key != "name"} | {"shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
 class Graph:
     """What trace() found.
 
-    layers: {name: LayerCall} in the order in which they are first called. batchnorms: {name: the one layer before it,
-    or None}. uncounted: {name: elements} of matrices that belong to neither, such as position embeddings, attention that
-    cannot be taken apart, and layers that no forward pass reaches; they are not quantized, and count in neither size nor
-    MACs. non_layer_macs: {module: MACs} of matrix products outside of the layers, such as the two of attention, Q K^T and the
-    one with V; they are not quantized, and count in no BitOPs. output_shape: of what the network gives for one image.
-    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the output, one too.
-    left: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized. heads:
-    what gives the output, quantizable or not: names of modules, and of parameters that belong to the network itself.
-    indirect: BatchNorms between which and the layer before them something happens. input_size: of the image.
+    layers: {name: LayerCall}, in the order in which they are first called.
+    batchnorms: {name: the one layer before it, or None}.
+    uncounted: {name: elements} of matrices outside of these layers, such as position embeddings, attention that cannot be
+        decomposed, and layers that no forward pass reaches; they are not quantized, and count in neither size nor MACs.
+    non_layer_macs: {module: MACs} of matrix products outside of the layers, such as Q K^T in attention; they are not
+        quantized, and count in no BitOPs.
+    output_shape: of the output for one image, or the name of its type where that is no tensor.
+    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the output.
+    unquantizable: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized.
+    heads: what gives the output, quantizable or not: names of modules, and of parameters of the network itself.
+    indirect: BatchNorms between which and the layer before them something happens.
+    input_size: height and width of the image.
     contiguous: why the network has to be computed in contiguous memory, '' where convolutions can be channels last.
     changes_images: whether its forward pass changes the images in place.
     """
@@ -80,34 +80,19 @@ class Graph:
     output_shape: tuple
     first: tuple
     classifiers: tuple
-    left: dict
+    unquantizable: dict
     heads: tuple
     indirect: tuple
     input_size: int
     contiguous: str = ""
     changes_images: bool = False
 
-    def describe_left(self, separator="\n"):
+    def describe_unquantizable(self, separator="\n"):
         """A line for each reason why layers cannot be quantized, or ''."""
         layers = {}
-        for name, why in self.left.items():
+        for name, why in self.unquantizable.items():
             layers.setdefault(why, []).append(name)
         return separator.join(f"{shortened(names)}: {why}, so it stays in full precision" for why, names in layers.items())
-
-    def describe_uncounted(self):
-        """A line about what is left alone, or '' where there is nothing."""
-        if not self.uncounted:
-            return ""
-        return (f"left in full precision, counted neither in size nor in BitOPs: {sum(self.uncounted.values()):,} weights "
-                f"({shortened(list(self.uncounted))})")
-
-    def describe_non_layer_macs(self):
-        """A line about matrix products outside of the layers, or '' where there are none."""
-        if not self.non_layer_macs:
-            return ""
-        layers = sum(call.macs_exact for call in self.layers.values())
-        return ("non-layer MACs, of matrix products as in attention, in full precision and counted in no BitOPs: "
-                f"{sum(self.non_layer_macs.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of the layers")
 
     def describe_layout(self):
         """A line about the memory layout where it is not the usual one, or ''."""
@@ -115,9 +100,17 @@ class Graph:
             if self.contiguous else ""
 
     def describe(self):
-        """These lines, those that there are."""
-        return "\n".join(filter(None, [self.describe_left(), self.describe_uncounted(), self.describe_non_layer_macs(),
-                                       self.describe_layout()]))
+        """Lines about what stays in full precision, and about the memory layout, or ''."""
+        lines = [self.describe_unquantizable()]
+        if self.uncounted:
+            lines.append("left in full precision, counted neither in size nor in BitOPs: "
+                         f"{sum(self.uncounted.values()):,} weights ({shortened(list(self.uncounted))})")
+        if self.non_layer_macs:
+            layers = sum(call.macs_exact for call in self.layers.values())
+            lines.append("non-layer MACs, of matrix products as in attention, in full precision and counted in no BitOPs: "
+                         f"{sum(self.non_layer_macs.values()) / 1e6:.3f} M MACs per image, beside {layers / 1e6:.3f} M of "
+                         "the layers")
+        return "\n".join(filter(None, [*lines, self.describe_layout()]))
 
 
 def shortened(names, most=3):
@@ -125,7 +118,7 @@ def shortened(names, most=3):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-# Functions that multiply matrices, by name: with a parameter in one of their places they are a layer, whoever calls them.
+# Functions that multiply matrices, by name: with a parameter among their arguments they are a layer, whoever calls them.
 PRODUCTS = {"linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
             "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "einsum", "tensordot",
             "inner", "cdist", "cosine_similarity"}
@@ -139,8 +132,7 @@ class _Lineage(TorchFunctionMode):
 
     Attributes:
         sources: {id of a tensor: the layers}.
-        makers: the same, but a product with one of the network's matrices outside of layers stands for a layer, too, under
-            the name of the matrix.
+        makers: the same, but a product with a matrix outside of layers counts as a layer, under the name of the matrix.
         feeding: makers whose output another one gets.
     """
 
@@ -186,11 +178,12 @@ def tensors_in(values):
     """Every tensor in a nest of dicts, lists, tuples and dataclasses."""
     if isinstance(values, torch.Tensor):
         yield values
-    elif is_dataclass(values) and not isinstance(values, type):
-        yield from tensors_in(list(vars(values).values()))
-    elif isinstance(values, dict):
-        yield from tensors_in(list(values.values()))
-    elif isinstance(values, (list, tuple)):
+        return
+    if is_dataclass(values) and not isinstance(values, type):
+        values = vars(values)
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
         for value in values:
             yield from tensors_in(value)
 
@@ -202,25 +195,24 @@ MATRIX_PRODUCTS = {ATEN.mm: 0, ATEN.bmm: 0, ATEN.mv: 0, ATEN.dot: 0, ATEN.addmm:
 class _Products(TorchDispatchMode):
     """Counts the MACs of matrix products and convolutions that happen outside of layers, by the module they happen in."""
 
-    def __init__(self):
+    def __init__(self, model):
         super().__init__()
         self.macs = {}
-        self.modules = [""]
+        self.modules = [""]  # in which the forward pass is, the innermost last
         self.layers_entered = 0
         self.contiguous = ""  # why the network has to be computed in contiguous memory
+        for name, module in model.named_modules():
+            is_layer = not why_unquantizable(module)
+            module.register_forward_pre_hook(partial(self._enter, name, is_layer))
+            module.register_forward_hook(partial(self._leave, is_layer))
 
-    def watch(self, name, module, is_layer):
-        """Know when the forward pass is in this module."""
-        def enter(*_):
-            self.modules.append(name)
-            self.layers_entered += is_layer
+    def _enter(self, name, is_layer, *_):
+        self.modules.append(name)
+        self.layers_entered += is_layer
 
-        def leave(*_):
-            self.modules.pop()
-            self.layers_entered -= is_layer
-
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+    def _leave(self, is_layer, *_):
+        self.modules.pop()
+        self.layers_entered -= is_layer
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -240,10 +232,8 @@ def _macs_of_operation(operation, args, result):
     """MACs of one of torch's operations that multiply matrices, 0 of any other."""
     if operation in MATRIX_PRODUCTS:
         return result.numel() * args[MATRIX_PRODUCTS[operation]].shape[-1]
-    if operation is ATEN.convolution and not args[6]:  # a transposed one has its sizes the other way round
-        return result.numel() * args[1][0].numel()
-    if operation is ATEN.convolution:
-        return args[0].numel() * args[1][0].numel()
+    if operation is ATEN.convolution:  # a transposed one, args[6], has its sizes the other way round
+        return (args[0] if args[6] else result).numel() * args[1][0].numel()
     if "scaled_dot_product" in str(operation):
         query, key, value = args[:3]
         return query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
@@ -267,16 +257,27 @@ def convolve_pixels(conv, x, weight, bias):
     return F.conv2d(x[..., ::conv.stride[0], ::conv.stride[1]], weight, bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pass.
+@contextlib.contextmanager
+def generators_put_back():
+    """Seed torch, numpy and Python on the CPU within; afterwards each goes on as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
+@generators_put_back()
 def trace(model, input_size, num_classes=None):
     """Run one image of shape [3, input_size, input_size] through the network, without data, and note what it meets.
 
     Args:
         model: an unquantized network; it is left as it is.
-        input_size: height and width of the image.
         num_classes: outputs that it has to have; None for any number.
 
     Returns:
@@ -290,11 +291,6 @@ def trace(model, input_size, num_classes=None):
         if nn.parameter.is_lazy(parameter):
             raise UserError(f"arch: the shape of {name} is open until the network is called; call it once in the function "
                             "that builds it")
-    with generators_put_back():
-        return _traced(model, input_size, num_classes)
-
-
-def _traced(model, input_size, num_classes):
     try:
         graph = _dry_pass(model, input_size, "meta")
     except UserError:
@@ -305,7 +301,7 @@ def _traced(model, input_size, num_classes):
             _check_reached(model, graph, input_size)
         except Exception as error:
             raise error if isinstance(error, UserError) else UserError(_why_it_fails(model, input_size, error)) from None
-    _check_answer(graph, num_classes)
+    _check_logits(graph, num_classes)
     _check_tied(model, graph)
     contiguous, changes_images = _in_both_modes(model, input_size)
     return replace(graph, contiguous=graph.contiguous or contiguous, changes_images=changes_images)
@@ -327,50 +323,17 @@ def _why_it_fails(model, input_size, error):
             f"({type(error).__name__}: {reason(error)})")
 
 
-@contextlib.contextmanager
-def generators_put_back(seed=0):
-    """Seed torch, numpy and Python on the CPU within; afterwards each goes on as if nothing had been drawn."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def twin_of(model):
-    """A deep copy. Most of the time would go into empty dicts of hooks, which each module has many of."""
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    return copy.deepcopy(model, {id(value): type(value)() for value in attributes
-                                 if type(value) in (dict, OrderedDict) and not value})
-
-
-def skip_batchnorms(model):
-    """Let BatchNorms give a tensor like their input: of one without data, torch computes them slowly, in Python."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module).forward is nn.BatchNorm2d.forward:
-            module.forward = functools.partial(_like_input, module)
-
-
-def _like_input(batchnorm, x):
-    fits = batchnorm.running_mean is not None and x.dim() > 1 and x.shape[1] == batchnorm.num_features
-    if not fits or batchnorm.training:
-        return type(batchnorm).forward(batchnorm, x)
-    batchnorm._check_input_dim(x)
-    return torch.empty_like(x)
-
-
 def _twin(model, device):
-    """A copy in evaluation mode; a network that cannot be copied, or whose modules take no hooks, is refused."""
+    """A copy in evaluation mode.
+
+    Raises:
+        UserError: where the network cannot be copied, or its modules take no hooks.
+    """
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(f"arch: {name or 'the network'} is compiled by torch.jit, which hides its layers; do without")
     try:
-        twin = twin_of(model)
+        twin = copy.deepcopy(model)
     except Exception as error:  # of the network's own attributes, which may be anything
         computed = [f"{name}.{key}" for name, module in model.named_modules() for key, value in vars(module).items()
                     if isinstance(value, torch.Tensor) and not value.is_leaf]
@@ -389,7 +352,7 @@ def _check_reached(model, graph, input_size):
     """
     twin, reached = _twin(model, "cpu"), set()
     for name, module in twin.named_modules():
-        if is_quantizable(module):
+        if not why_unquantizable(module):
             module.register_forward_hook(lambda *_, name=name: reached.add(name))
     draws = torch.Generator().manual_seed(0)
     light, contrast = (torch.randn(8, 3, 1, 1, generator=draws) for _ in range(2))
@@ -402,29 +365,22 @@ def _check_reached(model, graph, input_size):
 
 def _dry_pass(model, input_size, device):
     twin = _twin(model, device)
-    if device == "meta":
-        skip_batchnorms(twin)
-    matrices = {name: parameter for name, parameter in twin.named_parameters() if parameter.dim() >= 2}
-    notes, products = Notes(matrices), _Products()
-    for name, module in twin.named_modules():
-        products.watch(name, module, is_quantizable(module))
-        notes.watch(name, module)
+    notes, products = Notes(twin), _Products(twin)
     with torch.no_grad(), notes.lineage, products:
         output = twin(torch.zeros(1, 3, input_size, input_size, device=device))
-    uncounted = {name: parameter.numel() for name, parameter in matrices.items()
+    uncounted = {name: parameter.numel() for name, parameter in notes.matrices.items()
                  if name.rpartition(".")[0] not in notes.calls}
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
     classifiers, heads = notes.ends(output)
-    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers, notes.left, heads,
-                 tuple(notes.indirect), input_size, products.contiguous)
+    return Graph(notes.calls, notes.batchnorms, uncounted, products.macs, shape, notes.first(), classifiers,
+                 notes.unquantizable, heads, tuple(notes.indirect), input_size, products.contiguous)
 
 
 def _in_both_modes(model, input_size):
-    """(Why a network can be computed in contiguous memory only, '' where its convolutions can be channels last; whether it
-    changes its images).
+    """(contiguous, changes_images) of a Graph, in evaluation and in training.
 
-    It is computed with a batch of two: of one image alone, some dimensions can be merged in any layout. And it is computed
-    with values: without, convolutions do not lay out their results as they do in training.
+    It takes a batch of two, since of one image some dimensions can be merged in any layout, and values, since without them
+    convolutions do not lay out their results as they do in training.
     """
     contiguous, changes_images = "", False
     for training in (False, True):
@@ -438,7 +394,7 @@ def _in_both_modes(model, input_size):
 
 def _real_pass(model, input_size, training, layout):
     """(What a forward pass of two images raises, None where nothing; whether it changed the images)."""
-    twin = twin_of(model)
+    twin = copy.deepcopy(model)
     images = torch.linspace(-1, 1, 6 * input_size**2).view(2, 3, input_size, input_size)
     before, error = images.clone(), None
     try:
@@ -450,13 +406,9 @@ def _real_pass(model, input_size, training, layout):
     return error, bool(images._version) or not torch.equal(images, before)
 
 
-def is_quantizable(module):
-    """Whether a module is a convolution or a linear layer that computes as torch's does, with a weight of its own."""
-    return isinstance(module, QUANTIZABLE) and not why_left(module)
-
-
-def why_left(module):
-    """Why a layer cannot be quantized, or ''. A subclass that leaves the computation alone is the layer that it comes from."""
+def why_unquantizable(module):
+    """Why a module cannot be quantized, or '' for a convolution or linear layer that computes as torch's does, with a weight
+    of its own. A subclass that leaves the computation alone counts as the layer that it comes from."""
     kind, name = next((kind for kind in QUANTIZABLE if isinstance(module, kind)), None), type(module).__name__
     if kind is None:
         return f"its class {name} is neither a Conv2d nor a Linear"
@@ -470,11 +422,11 @@ def why_left(module):
     return ""
 
 
-def _check_answer(graph, num_classes):
+def _check_logits(graph, num_classes):
     if not graph.layers:
-        if not graph.left:
+        if not graph.unquantizable:
             raise UserError("arch: the network has no convolution and no linear layer that a forward pass reaches")
-        raise UserError(f"arch: no layer can be quantized; {graph.describe_left('; ')}")
+        raise UserError(f"arch: no layer can be quantized; {graph.describe_unquantizable('; ')}")
     shape = graph.output_shape
     if isinstance(shape, str) or len(shape) != 2 or shape[0] != 1:
         found = f"a {shape}" if isinstance(shape, str) else f"a tensor of shape {list(shape)}"
@@ -494,25 +446,29 @@ def _check_tied(model, graph):
 
 
 class Notes:
-    """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what."""
+    """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what.
 
-    def __init__(self, matrices):
-        self.lineage = _Lineage(matrices)
+    Args:
+        model: the network that is to be run; it is given hooks.
+    """
+
+    def __init__(self, model):
+        self.matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+        self.lineage = _Lineage(self.matrices)
         self.calls, self.batchnorms, self.kinds_of_attention = {}, {}, {}
-        self.left = {}  # layers that cannot be quantized, and why
+        self.unquantizable = {}  # layers that cannot be quantized, and why
         self.outputs = {}  # of each layer, when it was called last, and its version
         self.indirect = {}  # BatchNorms that get something else than such an output, in order
         self.sources = {}  # of the input of each layer, when it is called first
-
-    def watch(self, name, module):
-        if is_quantizable(module):
-            module.register_forward_hook(self._layer(name))
-        elif isinstance(module, OTHER_LAYERS):
-            module.register_forward_hook(self._other_layer(name, why_left(module)))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(self._batchnorm(name))
-        elif isinstance(module, SelfAttention):
-            module.register_forward_pre_hook(self._attention(name), with_kwargs=True)
+        for name, module in model.named_modules():
+            if not why_unquantizable(module):
+                module.register_forward_hook(partial(self._layer, name))
+            elif isinstance(module, OTHER_LAYERS):
+                module.register_forward_hook(partial(self._other_layer, name))
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(partial(self._batchnorm, name))
+            elif isinstance(module, SelfAttention):
+                module.register_forward_pre_hook(partial(self._attention, name), with_kwargs=True)
 
     def first(self):
         """Names of the convolutions that no layer comes before; in a network without, of such linear layers."""
@@ -520,47 +476,39 @@ class Notes:
         return tuple(name for name in found if self.calls[name].kind == "conv") or tuple(found)
 
     def ends(self, output):
-        """(classifiers, heads) of a Graph: what the output was computed from and what feeds no layer; else the layer that is
-        called last."""
+        """(classifiers, heads) of a Graph: what the output comes from and feeds no layer; else the layer called last."""
         makers = self.lineage.of(output, "makers") - self.lineage.feeding or set(list(self.calls)[-1:])
-        heads = [name if name in self.calls or name in self.left else name.rpartition(".")[0] or name for name in makers]
-        return tuple(name for name in self.calls if name in makers), tuple(sorted(set(heads)))
+        layers = self.calls.keys() | self.unquantizable.keys()
+        heads = {name if name in layers else name.rpartition(".")[0] or name for name in makers}
+        return tuple(name for name in self.calls if name in makers), tuple(sorted(heads))
 
-    def _layer(self, name):
-        def hook(module, inputs, output):
-            if not inputs:
-                raise UserError(f"arch: the layer {name} gets its input by keyword; call it with the input alone")
-            call = _layer_call(name, module, inputs[0], output)
-            self.sources.setdefault(name, self.lineage.enter(inputs))
-            self.calls[name] = call.after(self.calls[name]) if name in self.calls else call
-            self.lineage.mark(output, frozenset([name]))
-            self.outputs[name] = (output, output._version)
-        return hook
+    def _layer(self, name, module, inputs, output):
+        if not inputs:
+            raise UserError(f"arch: the layer {name} gets its input by keyword; call it with the input alone")
+        call = _layer_call(name, module, inputs[0], output)
+        self.sources.setdefault(name, self.lineage.enter(inputs))
+        self.calls[name] = call.after(self.calls[name]) if name in self.calls else call
+        self.lineage.mark(output, frozenset([name]))
+        self.outputs[name] = (output, output._version)
 
-    def _other_layer(self, name, why):
-        def hook(module, inputs, output):
-            self.lineage.enter(inputs)
-            self.left[name] = why
-            self.lineage.mark(output, frozenset([name]))
-        return hook
+    def _other_layer(self, name, module, inputs, output):
+        self.lineage.enter(inputs)
+        self.unquantizable[name] = why_unquantizable(module)
+        self.lineage.mark(output, frozenset([name]))
 
-    def _batchnorm(self, name):
-        def hook(module, inputs):
-            sources = self.lineage.of(inputs)
-            before = next(iter(sources)) if len(sources) == 1 and sources <= self.calls.keys() else None
-            output, version = self.outputs.get(before, (None, None))
-            if output is not inputs[0] or output._version != version:
-                self.indirect[name] = True
-            self.batchnorms[name] = before if self.batchnorms.setdefault(name, before) == before else None
-        return hook
+    def _batchnorm(self, name, module, inputs):
+        sources = self.lineage.of(inputs)
+        before = next(iter(sources)) if len(sources) == 1 and sources <= self.calls.keys() else None
+        output, version = self.outputs.get(before, (None, None))
+        if output is not inputs[0] or output._version != version:
+            self.indirect[name] = True
+        self.batchnorms[name] = before if self.batchnorms.setdefault(name, before) == before else None
 
-    def _attention(self, name):
-        def hook(module, args, kwargs):
-            inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            is_own = attends_to_itself(inputs["query"], inputs["key"], inputs["value"])
-            if self.kinds_of_attention.setdefault(name, is_own) != is_own:
-                raise UserError(f"arch: the attention {name} is used within one input and between two; make it two modules")
-        return hook
+    def _attention(self, name, module, args, kwargs):
+        inputs = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        is_own = attends_to_itself(inputs["query"], inputs["key"], inputs["value"])
+        if self.kinds_of_attention.setdefault(name, is_own) != is_own:
+            raise UserError(f"arch: the attention {name} is used within one input and between two; make it two modules")
 
 
 def _layer_call(name, module, entering, leaving):
@@ -576,10 +524,6 @@ def _layer_call(name, module, entering, leaving):
 
 def _unrounded_output(conv, entering, axis):
     """Output size of a convolution along one axis, before it is rounded down."""
-    kernel, stride, dilation = conv.kernel_size[axis], conv.stride[axis], conv.dilation[axis]
-    if isinstance(conv.padding, str):
-        padding = dilation * (kernel - 1) if conv.padding == "same" else 0
-    else:
-        padding = 2 * conv.padding[axis]
-    size = entering.shape[-2:][axis]
-    return max((size + padding - dilation * (kernel - 1) - 1) / stride + 1, math.ulp(1.0))
+    reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+    padding = {"same": reach, "valid": 0}[conv.padding] if isinstance(conv.padding, str) else 2 * conv.padding[axis]
+    return max((entering.shape[-2:][axis] + padding - reach - 1) / conv.stride[axis] + 1, math.ulp(1.0))

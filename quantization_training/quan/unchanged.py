@@ -1,11 +1,12 @@
 """Whether a network computes the same once its layers are replaced: a forward pass may ask for their types and attributes."""
 
+import copy
 import itertools
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.layer_table import generators_put_back, twin_of
+from model.layer_table import generators_put_back
 from model.training_pass import devices_for
 from util.errors import UserError, reason
 
@@ -25,7 +26,7 @@ def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
     Raises:
         UserError: naming the module in which they begin to differ.
     """
-    quantized = twin_of(model)
+    quantized = copy.deepcopy(model)
     for module in quantized.modules():
         if isinstance(module, LsqQuan):
             module.forward = _as_it_is
@@ -33,7 +34,7 @@ def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
             module.sat = False
     modes = (False,) if evaluation_only else (False, True)
     for device in devices_for(graph):
-        pair = [twin_of(network) if device == "meta" else network for network in (plain, quantized)]
+        pair = [copy.deepcopy(network) if device == "meta" else network for network in (plain, quantized)]
         try:
             wanted = [_operations(pair[0], is_training, input_size, device) for is_training in modes]
         except Exception:  # on meta, of a network that looks at values; on the CPU it is reported where it is met

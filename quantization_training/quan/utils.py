@@ -43,16 +43,16 @@ def name_exceptions(config, graph):
     if not searchable_layers(graph, excepts):
         ends = ", ".join(f"{name} ({role})" for name, role in roles.items())
         raise UserError("; ".join(filter(None, [f"arch: no layer is left to be searched: {ends} have fixed bits",
-                                                graph.describe_left("; ")])))
+                                                graph.describe_unquantizable("; ")])))
     found = ", ".join(f"{name} ({role})" for name, role in roles.items())
     return replace(config, quan=replace(config.quan, excepts=excepts)), f"exceptions found in the graph: {found}"
 
 
 def _check_rest(graph, excepts):
     for name, entry in excepts.items():
-        if name in graph.left and (entry.weight.bit or entry.act.bit):
-            raise UserError(f"quan.excepts.{name}: asks for bits, but {graph.left[name]}, so it stays in full precision; "
-                            "leave its bits blank")
+        if name in graph.unquantizable and (entry.weight.bit or entry.act.bit):
+            raise UserError(f"quan.excepts.{name}: asks for bits, but {graph.unquantizable[name]}, so it stays in full "
+                            "precision; leave its bits blank")
     if not searchable_layers(graph, excepts):
         raise UserError(f"quan.excepts: {', '.join(excepts)} leave no layer to be searched")
 

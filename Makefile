@@ -71,15 +71,15 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 
 bench: $(READY)
-	cd $(MASTER) && $(RUN) bench.py
-	cd quantization_search && $(RUN) bench.py
+	cd $(MASTER) && $(RUN) ../measurements/bench_training.py
+	cd quantization_search && $(RUN) ../measurements/bench_search.py
 
 record: $(READY)
 	$(RUN) demo.py --record
 	$(RUN) demo.py --pruned --record
 	LIMPQP_RECORD=1 $(RUN) -m pytest -q tests/test_own_network.py
-	cd $(MASTER) && $(RUN) bench.py --more --output ../measurements/bench_training_2_cores.csv
-	cd quantization_search && $(RUN) bench.py --output ../measurements/bench_search_2_cores.csv
+	cd $(MASTER) && $(RUN) ../measurements/bench_training.py --more --output ../measurements/bench_training_2_cores.csv
+	cd quantization_search && $(RUN) ../measurements/bench_search.py --output ../measurements/bench_search_2_cores.csv
 	$(RUN) -m measurements.pages
 
 sync:

@@ -61,7 +61,7 @@ def two_digits(value, unit):
 
 
 def search_table(found):
-    """quantization_search/bench.py"""
+    """measurements/bench_search.py"""
     own = {"proven": "", "HiGHS's word": ", ties not compared"}
     lines = []
     for line in found:
@@ -74,7 +74,7 @@ def search_table(found):
 
 
 def training_table(found):
-    """indicators_pretraining/bench.py; the quantizer alone has no full-precision side."""
+    """measurements/bench_training.py; the quantizer alone has no full-precision side."""
     keys = [f"{what}_over_{side}" for what in ("time", "memory") for side in ("chain", "floor")]
     lines = []
     for line in found:

@@ -1,22 +1,25 @@
 """The benchmark measures what it says: the same step, with ratios to the right side, and the memory that tensors take."""
 
 import csv
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "measurements"))
+import bench_training as bench
 import pytest
 import torch
 
-import bench
 from quan.quantizer import lsq
 from util.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def test_ratios_are_against_floor_and_chain(monkeypatch):
+def test_ratios_are_against_full_precision_and_reference(monkeypatch):
     clock = bench.Clock(CPU, 1)
     monkeypatch.setattr(clock, "in_turn", lambda sides, before: dict(zip(sides, (10.0, 30.0, 15.0), strict=True)))
     monkeypatch.setattr(clock, "peak", lambda work: work() * bench.MB)
-    rows = bench.table(clock, "case", "what", {bench.FLOOR: lambda: 4, bench.CHAIN: lambda: 8, "ours": lambda: 6},
+    rows = bench.table(clock, "case", "what", {bench.FULL_PRECISION: lambda: 4, bench.REFERENCE: lambda: 8, "ours": lambda: 6},
                        kept=4 * bench.MB, notes={"ours": "a note"})
     ours = rows[-1]
     assert (ours["time_over_floor"], ours["time_over_chain"]) == (1.5, 0.5)
@@ -34,30 +37,30 @@ def test_the_peak_counts_what_lies_in_memory_at_a_time():
     assert 3 * 2**20 <= bench.Clock(CPU, 1).peak(work) < 3.1 * 2**20
 
 
-def test_the_chain_keeps_three_times_its_input_and_the_quantizer_once():
+def test_the_reference_keeps_three_times_its_input_and_the_quantizer_once():
     x = torch.rand(64, 64, generator=torch.Generator().manual_seed(0))
     size = x.numel() * x.element_size()
-    assert round(bench.kept_bytes(bench.plain_chain, x, 15, 0.1) / size, 1) == 3.0
+    assert round(bench.kept_bytes(bench.reference_lsq, x, 15, 0.1) / size, 1) == 3.0
     assert bench.kept_bytes(lsq, x, 15, 0.1) <= size + 64
 
 
 @pytest.mark.parametrize("chain", [False, True])
 def test_a_workload_takes_the_steps_of_training(chain):
     work = bench.Workload(CPU, "resnet20", 2, 16)
-    for make in (lambda: work.joint((3, 2), chain=chain), lambda: work.tuned(chain=chain), lambda: work.floor(2)):
+    for make in (lambda: work.joint((3, 2), chain=chain), lambda: work.tuned(chain=chain), lambda: work.full_precision(2)):
         step = make()
         step()
         step()
-    assert work.kept == 8 * sum(parameter.numel() for parameter in work.model().parameters())
+    assert work.kept() == 8 * sum(parameter.numel() for parameter in work.model().parameters())
 
 
-def test_a_table_and_a_picture_are_written(tmp_path, monkeypatch, capsys):
+def test_a_table_and_a_plot_are_written(tmp_path, monkeypatch, capsys):
     rows = [{"case": "joint step", "what": "x", "side": side, "ms": 1.0, "peak_mb": 1.0, "time_over_floor": ratio,
-             "memory_over_floor": ratio} for side, ratio in ((bench.FLOOR, 1.0), ("ours", 1.1))]
+             "memory_over_floor": ratio} for side, ratio in ((bench.FULL_PRECISION, 1.0), ("ours", 1.1))]
     monkeypatch.setattr(bench, "CASES", {"joint": lambda clock: rows})
     bench.main(["--output", str(tmp_path / "bench.csv")])
     with open(tmp_path / "bench.csv", newline="") as file:
-        assert [row["side"] for row in csv.DictReader(file)] == [bench.FLOOR, "ours"]
+        assert [row["side"] for row in csv.DictReader(file)] == [bench.FULL_PRECISION, "ours"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(bench, "MORE_CASES", {"joint_compiled": lambda clock: [{"case": "compiled"}]})
     bench.main(["--more", "--output", str(tmp_path / "bench.csv")])

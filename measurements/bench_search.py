@@ -1,10 +1,10 @@
-"""How long a search takes, next to a plain build of the same model, and how that grows with the work.
+"""How long a search takes, next to a reference implementation of the same model, and how that grows with the work.
 
-python bench.py [INDICATORS.pkl ...] [--output results/bench.csv]
+In quantization_search: python ../measurements/bench_search.py [INDICATORS.pkl ...] [--output results/bench.csv]
 
-The plain build has every pair (w, a) as a variable and 1e8 for each erased indicator, and goes through PuLP to a solver
-as it comes: HiGHS and CBC. Medians of five runs; where the first takes more than a second, of that one. All in one run on
-one machine, so that their ratios mean something.
+The reference implementation has every pair (w, a) as a variable and 1e8 for each erased indicator, and goes through PuLP to
+a solver as it comes: HiGHS and CBC. Medians of five runs; where the first takes more than a second, of that one. All in one
+run on one machine, so that their ratios mean something.
 """
 
 import glob
@@ -12,18 +12,18 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
+sys.path.insert(0, ".")  # the search
+
 import pulp
+from timing import show, timed
 
 import ilp
 from options import SearchConfig
 from study import Study
 from util.command import Parser
 from util.errors import user_errors_on_one_line
-from util.exchange import write_atomically
-from util.tables import aligned, csv_text
 
 COLUMNS = ("case", "layers", "candidates", "whole_command_s", "solving_s", "plain_highs_s", "plain_cbc_s", "highs_over_ours",
            "cbc_over_ours", "ours", "plain_highs", "plain_cbc")
@@ -33,21 +33,20 @@ RUNS, SLOW = 5, 1.0
 LIMIT = 15  # seconds for one solution
 PENALTY = 1e8
 GROWTH = [(layers, candidates) for candidates in (5, 8) for layers in (10, 50, 200, 1000)]
-WIDEST_PLAIN = 200  # layers, for CBC; beyond, its runs do not end in time
+MOST_LAYERS_CBC = 200  # beyond, its runs do not end in time
 
 
 def median_time(work):
     """(median seconds, what the last run gave)."""
     times = []
     while not times or (len(times) < RUNS and max(times) < SLOW):
-        begun = time.perf_counter()
-        result = work()
-        times.append(time.perf_counter() - begun)
+        seconds, result = timed(work)
+        times.append(seconds)
     return statistics.median(times), result
 
 
-def plain_build(problem, solver):
-    """Solve the model as it is written down in the paper; returns (policy or None, status)."""
+def reference(problem, solver):
+    """The policy, as indices of pairs, of the model as it is written down in the paper."""
     model = pulp.LpProblem("plain", pulp.LpMinimize)
     rows = [[pulp.LpVariable(f"x_{i}_{p}", cat="Binary") for p in range(len(pairs))]
             for i, pairs in enumerate(problem.pairs)]
@@ -58,12 +57,11 @@ def plain_build(problem, solver):
     for constraint in problem.constraints:
         model += pulp.lpSum(constraint.use[i][p] * v for i, p, v in cells) <= constraint.bound
     model.solve(solver)
-    chosen = [max(range(len(row)), key=lambda p: row[p].varValue or 0) for row in rows]
-    return chosen, pulp.LpSolution[model.sol_status]
+    return [max(range(len(row)), key=lambda p: row[p].varValue or 0) for row in rows]
 
 
 def judge(problem, best, chosen):
-    """What the plain build's policy is worth, exactly: whether it keeps the budgets and how far it is from ours."""
+    """What the reference's policy is worth, exactly: whether it keeps the budgets and how far it is from ours."""
     if any(constraint.amount(chosen) > constraint.bound for constraint in problem.constraints):
         return "breaks a budget"
     penalty = sum(row[pair] for row, pair in zip(problem.penalties, chosen, strict=True))
@@ -84,10 +82,10 @@ def measure(case, make_problem, candidates, command=None):
     if command:
         row["whole_command_s"], _ = median_time(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
     solvers = {"highs": pulp.HiGHS(msg=False, timeLimit=LIMIT)}
-    if len(problem.names) <= WIDEST_PLAIN:
+    if len(problem.names) <= MOST_LAYERS_CBC:
         solvers["cbc"] = pulp.PULP_CBC_CMD(msg=False, timeLimit=LIMIT)
     for name, solver in solvers.items():
-        seconds, (chosen, _) = median_time(lambda solver=solver: plain_build(problem, solver))
+        seconds, chosen = median_time(lambda solver=solver: reference(problem, solver))
         row |= {f"plain_{name}_s": seconds, f"{name}_over_ours": seconds / ours,
                 f"plain_{name}": judge(problem, solution, chosen) + (" (out of time)" if seconds > LIMIT else "")}
     return row
@@ -129,9 +127,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     paths = options.indicators or sorted(glob.glob("indicators/*.pkl"))
     rows = [measure(*case) for cases in (file_cases(paths), growth_cases()) for case in cases]
-    print(aligned(COLUMNS, rows, digits=3))
-    write_atomically(options.output, csv_text(COLUMNS, rows).encode())
-    print(f"table written to {options.output}")
+    show(options.output, COLUMNS, rows, digits=3)
 
 
 if __name__ == "__main__":

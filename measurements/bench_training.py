@@ -1,21 +1,23 @@
-"""What quantization costs in time and memory, next to the plain chain of operations and to the network without quantizers.
+"""What quantization costs in time and memory, next to a reference implementation and to the network without quantizers.
 
-python bench.py [--output results/bench.csv] [--more] [--only CASE ...] [--rounds N]
+In indicators_pretraining: python ../measurements/bench_training.py [--output FILE.csv] [--more] [--only CASE ...] [--rounds N]
 
-Both sides of each comparison run in turn in one process, on buffers already touched; medians are printed, and ratios. The
-plain chain is what published LSQ code computes (divide, clamp, round with a straight-through gradient, multiply); the floor
-is the network without quantizers in the default memory layout, as many passes and one optimizer step. Memory is the peak
-of what tensors take during a step. On a GPU the table is the one for ResNet-50 at 224x224.
+All sides of a comparison run in turn in one process, on buffers already touched; medians are printed, and ratios. The
+reference, `plain chain`, is what published LSQ code computes (divide, clamp, round with a straight-through gradient,
+multiply); the `floor` is the network without quantizers in the default memory layout, as many passes and one optimizer step.
+Memory is the peak of what tensors take during a step. On a GPU the table is the one for ResNet-50 at 224x224.
 """
 
-import functools
+import itertools
 import os
 import socket
 import statistics
 import sys
-import time
+
+sys.path.insert(0, ".")  # the stage, also in the processes that this one starts
 
 import torch
+from timing import show, timed
 from torch import nn
 
 import process
@@ -33,8 +35,6 @@ from util import distributed
 from util.command import Parser
 from util.data_loader import CROP_PADDING, CropAndFlip, normalise
 from util.errors import UserError, nearest, user_errors_on_one_line
-from util.exchange import write_atomically
-from util.tables import aligned, csv_text
 
 BITS = (6, 5, 4, 3, 2)
 EXCEPTS = {"mobilenetv1": ("stem.0", "stem.1", "fc")}
@@ -42,7 +42,8 @@ USUAL_EXCEPTS = ("conv1", "bn1", "fc")
 CLASSES = 1000
 COLUMNS = ("case", "what", "side", "ms", "peak_mb", "time_over_floor", "time_over_chain", "memory_over_floor",
            "memory_over_chain", "note")
-FLOOR, CHAIN = "floor", "plain chain"
+FULL_PRECISION, REFERENCE = "floor", "plain chain"  # sides, as the rows name them
+OVER = {FULL_PRECISION: "floor", REFERENCE: "chain"}  # in the names of columns
 MB = 2**20
 
 
@@ -58,10 +59,7 @@ class Clock:
 
     def milliseconds(self, work):
         self.wait()
-        begun = time.perf_counter()
-        work()
-        self.wait()
-        return 1e3 * (time.perf_counter() - begun)
+        return 1e3 * timed(lambda: (work(), self.wait()))[0]
 
     def wait(self):
         if self.device.type == "cuda":
@@ -95,18 +93,14 @@ class Clock:
             work()
         events = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
                         if event.name() == "[memory]")
-        taken = most = 0
-        for _, size in events:
-            taken += size
-            most = max(most, taken)
-        return most
+        return max(itertools.accumulate((size for _, size in events), initial=0))
 
 
 def table(clock, case, what, sides, kept=0, notes=None, before=lambda side: None):
     """Rows of a comparison.
 
     Args:
-        sides: {side: callable}; FLOOR and CHAIN are what the others are compared with.
+        sides: {side: callable}; the others are compared with FULL_PRECISION and REFERENCE.
         kept: bytes that lie in memory all the while, such as parameters and their momentum.
         before: called with a side each time before it is measured.
     """
@@ -115,14 +109,13 @@ def table(clock, case, what, sides, kept=0, notes=None, before=lambda side: None
     for side, work in sides.items():
         before(side)
         peaks[side] = (clock.peak(work) + kept) / MB
-    rows = []
-    for side in sides:
-        row = {"case": case, "what": what, "side": side, "ms": times[side], "peak_mb": peaks[side],
-               "note": (notes or {}).get(side, "")}
-        for other, key in ((FLOOR, "floor"), (CHAIN, "chain")):
+    rows = [{"case": case, "what": what, "side": side, "ms": times[side], "peak_mb": peaks[side],
+             "note": (notes or {}).get(side, "")} for side in sides]
+    for row in rows:
+        for other, name in OVER.items():
             if other in sides:
-                row |= {f"time_over_{key}": times[side] / times[other], f"memory_over_{key}": peaks[side] / peaks[other]}
-        rows.append(row)
+                row[f"time_over_{name}"] = row["ms"] / times[other]
+                row[f"memory_over_{name}"] = row["peak_mb"] / peaks[other]
     return rows
 
 
@@ -130,14 +123,14 @@ def table(clock, case, what, sides, kept=0, notes=None, before=lambda side: None
 # What is compared.
 
 
-def plain_chain(v, s, qn, qp, scale):
+def reference_lsq(v, s, qn, qp, scale):
     s = (s - s * scale).detach() + s * scale
     clipped = (v / s).clamp(-qn, qp)
     return ((clipped.round() - clipped).detach() + clipped) * s
 
 
-class ChainQuan(Quantizer):
-    """The step sizes of an LsqQuan, used by the plain chain."""
+class ReferenceQuan(Quantizer):
+    """The step sizes of an LsqQuan, used by reference_lsq."""
 
     def __init__(self, inner):
         super().__init__()
@@ -148,17 +141,7 @@ class ChainQuan(Quantizer):
 
     def forward(self, x):
         self.inner.observe(x)
-        return plain_chain(x, *self.inner.quantization_parameters(x))
-
-
-def use_plain_chain(model):
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LsqQuan):
-            replace_module_by_names(model, {name: ChainQuan(module)})
-
-
-def excepts_of(arch):
-    return {name: ExceptionConfig() for name in EXCEPTS.get(arch, USUAL_EXCEPTS)}
+        return reference_lsq(x, *self.inner.quantization_parameters(x))
 
 
 class Workload:
@@ -170,6 +153,7 @@ class Workload:
 
     def __init__(self, device, arch, batch, size):
         self.device, self.arch, self.size = device, arch, size
+        self.config = QuanConfig(excepts={name: ExceptionConfig() for name in EXCEPTS.get(arch, USUAL_EXCEPTS)})
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(batch, 3, size, size, generator=generator).to(device)
         self.target = torch.randint(CLASSES, (batch,), generator=generator).to(device)
@@ -178,13 +162,21 @@ class Workload:
         torch.manual_seed(0)
         return create_model(self.arch, CLASSES)
 
+    def on_device(self, model, chain):
+        """The model in training, laid out as ours, or with quantizers and layout of the reference."""
+        model.train()
+        if not chain:
+            return to_device(model, self.device)
+        quantizers = {name: module for name, module in model.named_modules() if isinstance(module, LsqQuan)}
+        replace_module_by_names(model, {name: ReferenceQuan(module) for name, module in quantizers.items()})
+        return model.to(self.device)
+
     def optimizer(self, model):
         return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
-    def floor(self, passes, precision="fp32", channels_last=False, compiled=False):
+    def full_precision(self, passes, precision="fp32", channels_last=False, compiled=False):
         """Forward and backward passes of the network without quantizers, and one optimizer step."""
-        model = self.model().train()
-        model = to_device(model, self.device) if channels_last else model.to(self.device)
+        model = self.on_device(self.model(), chain=not channels_last)
         optimizer, computing = self.optimizer(model), Passes(model, precision, compiled)
 
         def step():
@@ -196,15 +188,11 @@ class Workload:
 
     def joint(self, bits=BITS, chain=False, precision="fp32", compiled=False):
         """A step of joint training."""
-        model, excepts = self.model(), excepts_of(self.arch)
+        model = self.model()
         graph = trace(model, self.size, CLASSES)
-        replace_module_by_names(model, joint_modules(model, graph, QuanConfig(excepts=excepts), bits))
-        switch = BitSwitch(model.train(), graph, excepts, bits)
-        if chain:
-            use_plain_chain(model)
-            model.to(self.device)
-        else:
-            to_device(model, self.device)
+        replace_module_by_names(model, joint_modules(model, graph, self.config, bits))
+        switch = BitSwitch(model, graph, self.config.excepts, bits)
+        self.on_device(model, chain)
         if compiled:
             switch.keep_as_data(self.device)
         optimizer, passes = self.optimizer(model), Passes(model, precision, compiled)
@@ -214,27 +202,19 @@ class Workload:
 
     def tuned(self, chain=False, precision="fp32", compiled=False):
         """A step of fine-tuning at 4 bits."""
-        model = self.tuned_model().train()
-        if chain:
-            use_plain_chain(model)
-            model.to(self.device)
-        else:
-            to_device(model, self.device)
-        optimizer, passes = self.optimizer(model), Passes(model, precision, compiled)
-        metrics = Metrics(self.device)
+        model = self.on_device(self.tuned_model(), chain)
+        optimizer, passes, metrics = self.optimizer(model), Passes(model, precision, compiled), Metrics(self.device)
 
         def criterion(logits, images, target):
             return nn.functional.cross_entropy(logits, target)
         return lambda: training_step(model, [(self.images, self.target)], criterion, optimizer, metrics, passes)
 
     def tuned_model(self):
-        model, excepts = self.model(), excepts_of(self.arch)
+        model = self.model()
         graph = trace(model, self.size, CLASSES)
-        bits = dict.fromkeys(searchable_layers(graph, excepts), 4)
-        return replace_module_by_names(model, policy_modules(model, graph, QuanConfig(excepts=excepts), bits, bits, {},
-                                                              graph.classifiers))
+        bits = dict.fromkeys(searchable_layers(graph, self.config.excepts), 4)
+        return replace_module_by_names(model, policy_modules(model, graph, self.config, bits, bits, {}, graph.classifiers))
 
-    @functools.cached_property
     def kept(self):
         """Bytes of the parameters with their momentum."""
         return 2 * 4 * sum(parameter.numel() for parameter in self.model().parameters())
@@ -248,8 +228,8 @@ def quantizer(clock):
     """Forward and backward of one quantizer, and what it keeps between them."""
     x = torch.randn(16, 256, 56, 56, generator=torch.Generator().manual_seed(0)).relu_()
     incoming, qp = torch.ones_like(x), 15
-    scale, rows = (x.numel() * qp) ** -0.5, []
-    compiled_chain = torch.compile(plain_chain)
+    scale = (x.numel() * qp) ** -0.5
+    functions = {REFERENCE: reference_lsq, FULL_PRECISION: torch.compile(reference_lsq), "not compiled": lsq, "compiled": lsq}
 
     def side(function):
         leaf, step = x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_()
@@ -259,13 +239,12 @@ def quantizer(clock):
             function(leaf, step, 0, qp, scale).backward(incoming)
         return work
 
-    functions = {CHAIN: plain_chain, FLOOR: compiled_chain, "not compiled": lsq, "compiled": lsq}
-    kept = {name: kept_bytes(function, x, qp, scale) / (x.numel() * 4) for name, function in functions.items()}
+    notes = {name: f"keeps {kept_bytes(function, x, qp, scale) / x.nbytes:.2f}x its input"
+             for name, function in functions.items() if name != FULL_PRECISION}
     rows = table(clock, "quantizer", "16x256x56x56, unsigned 4 bits",
                  {name: side(function) for name, function in functions.items()},
                  before=lambda name: kernel.use("plain" if name == "not compiled" else "auto"),
-                 notes={FLOOR: "the chain through torch.compile",
-                        **{name: f"keeps {kept[name]:.2f}x its input" for name in functions if name != FLOOR}})
+                 notes={FULL_PRECISION: "the chain through torch.compile", **notes})
     kernel.use("auto")
     return rows
 
@@ -279,48 +258,49 @@ def kept_bytes(function, x, qp, scale):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = function(x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_(), 0, qp, scale)
-    del out
+        function(x.clone().requires_grad_(), torch.tensor(0.3).requires_grad_(), 0, qp, scale)
     return sum(storages.values())
+
+
+def sides_of(work, step, passes):
+    """A step in float32 and bfloat16, as the reference computes it, and without quantizers."""
+    return {FULL_PRECISION: work.full_precision(passes),
+            "floor, channels last": work.full_precision(passes, channels_last=True),
+            "floor, bfloat16": work.full_precision(passes, "bf16", channels_last=True),
+            REFERENCE: step(chain=True), "float32": step(), "bfloat16": step(precision="bf16")}
 
 
 def joint(clock):
     """A step of joint training, against six passes of the network without quantizers."""
-    work, passes = Workload(clock.device, "resnet18", 16, 128), len(BITS) + 1
-    return table(clock, "joint step", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2", {
-        FLOOR: work.floor(passes), "floor, channels last": work.floor(passes, channels_last=True),
-        "floor, bfloat16": work.floor(passes, "bf16", channels_last=True),
-        CHAIN: work.joint(chain=True), "float32": work.joint(), "bfloat16": work.joint(precision="bf16")}, work.kept)
+    work = Workload(clock.device, "resnet18", 16, 128)
+    return table(clock, "joint step", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2",
+                 sides_of(work, work.joint, len(BITS) + 1), work.kept())
 
 
 def joint_compiled(clock):
     """The same with the whole network compiled."""
-    work, passes = Workload(clock.device, "resnet18", 16, 128), len(BITS) + 1
+    work = Workload(clock.device, "resnet18", 16, 128)
     return table(clock, "joint step, compiled", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2", {
-        FLOOR: work.floor(passes), "float32, compile: true": work.joint(compiled=True),
-        "bfloat16, compile: true": work.joint(precision="bf16", compiled=True)}, work.kept)
+        FULL_PRECISION: work.full_precision(len(BITS) + 1), "float32, compile: true": work.joint(compiled=True),
+        "bfloat16, compile: true": work.joint(precision="bf16", compiled=True)}, work.kept())
 
 
 def finetuning(clock):
     """A step of fine-tuning, against the network without quantizers."""
     work = Workload(clock.device, "resnet50", 8, 224)
-    return table(clock, "fine-tuning step", "ResNet-50, batch 8 at 224x224, W4A4", {
-        FLOOR: work.floor(1), "floor, channels last": work.floor(1, channels_last=True),
-        "floor, bfloat16": work.floor(1, "bf16", channels_last=True),
-        CHAIN: work.tuned(chain=True), "float32": work.tuned(), "bfloat16": work.tuned(precision="bf16")}, work.kept)
+    return table(clock, "fine-tuning step", "ResNet-50, batch 8 at 224x224, W4A4", sides_of(work, work.tuned, 1), work.kept())
 
 
 def scaling(clock):
     """How a joint step compares with as many passes, by batch size, by number of candidates, by network."""
     cases = [("batch", batch, "resnet18", batch, 64, BITS) for batch in (1, 4, 16, 64)]
-    cases += [("candidates", len(bits), "resnet18", 16, 64, bits) for bits in (range(2 + count - 1, 1, -1) for count in
-                                                                                 range(2, 8))]
+    cases += [("candidates", count, "resnet18", 16, 64, tuple(range(count + 1, 1, -1))) for count in range(2, 8)]
     cases += [("network", arch, arch, 4, 96, BITS) for arch in ("resnet18", "resnet50", "mobilenetv1")]
     rows, clock = [], Clock(clock.device, min(3, clock.rounds))
     for kind, value, arch, batch, size, bits in cases:
         work = Workload(clock.device, arch, batch, size)
-        rows += table(clock, f"scaling, {kind}", str(value), {FLOOR: work.floor(len(bits) + 1),
-                                                              "float32": work.joint(tuple(bits))}, work.kept)
+        rows += table(clock, f"scaling, {kind}", str(value),
+                      {FULL_PRECISION: work.full_precision(len(bits) + 1), "float32": work.joint(bits)}, work.kept())
     return rows
 
 
@@ -343,15 +323,13 @@ def augmentation(clock):
     images = torch.randint(256, (10_000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     crop = CropAndFlip(0, len(images), 32 // CROP_PADDING, True, torch.device("cpu"))
     scale, shift = torch.full((2, 1, 3, 1, 1), 0.5)
-    batches = torch.arange(len(images)).split(128)
 
     def epoch():
-        for indices in batches:
+        for indices in torch.arange(len(images)).split(128):
             normalise(crop(images[indices], 0, indices), scale, shift)
 
     [row] = table(clock, "augmentation", "32x32 colour images in batches of 128", {"one epoch of 10,000": epoch})
-    row["note"] = f"{len(images) / row['ms'] * 1e3:,.0f} images a second"
-    return [row]
+    return [{**row, "note": f"{len(images) / row['ms'] * 1e3:,.0f} images a second"}]
 
 
 def processes(clock):
@@ -361,29 +339,29 @@ def processes(clock):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        torch.multiprocessing.spawn(one_process, (count, port, clock.rounds, answers), nprocs=count)
-        milliseconds, reductions = answers.get()
+        results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        torch.multiprocessing.spawn(one_process, (count, port, clock.rounds, results), nprocs=count)
+        milliseconds, reductions = results.get()
         rows.append({"case": "processes", "what": "ResNet-18, 16 images at 128x128 in all", "side": f"{count} of {2 // count} "
                      "threads", "ms": milliseconds, "note": f"{reductions} reductions of gradients per step"})
     return rows
 
 
-def one_process(rank, count, port, rounds, answers):
+def one_process(rank, count, port, rounds, results):
     torch.set_num_threads(2 // count)
     kernel.use("auto")
     keep_freed_memory()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(count))
     reductions = []
     with distributed.process_group("cpu") as device:
-        clock, step = Clock(device, rounds), Workload(device, "resnet18", 16 // count, 128).joint()
-        milliseconds = clock.in_turn({"step": step})["step"]
+        step = Workload(device, "resnet18", 16 // count, 128).joint()
+        milliseconds = Clock(device, rounds).in_turn({"step": step})["step"]
         reduce = torch.distributed.all_reduce
         torch.distributed.all_reduce = lambda *words, **options: reductions.append(1) or reduce(*words, **options)
         step()
         torch.distributed.all_reduce = reduce
     if rank == 0:
-        answers.put((milliseconds, len(reductions)))
+        results.put((milliseconds, len(reductions)))
 
 
 def gpu(clock):
@@ -391,21 +369,21 @@ def gpu(clock):
     rows = []
     for batch in (64, 256):
         work = Workload(clock.device, "resnet50", batch, 224)
-        for kind, make, floor in (("fine-tuning", work.tuned, 1), ("joint", work.joint, len(BITS) + 1)):
-            for precision in ("fp32", "bf16"):
-                for compiled in (False, True):
-                    try:
-                        sides = {FLOOR: work.floor(floor, precision, True, compiled), "ours": make(precision=precision,
-                                                                                                  compiled=compiled)}
-                        if precision == "fp32" and not compiled:
-                            sides[CHAIN] = make(chain=True)
-                        found = table(clock, f"GPU, {kind}", f"ResNet-50, batch {batch} at 224x224, {precision}"
-                                      + (", compiled" if compiled else ""), sides, work.kept)
-                        found[1]["note"] = f"{100 * (1 - found[0]['ms'] / found[1]['ms']):.0f} % in quantizers"
-                        rows += found
-                    except torch.OutOfMemoryError:
-                        rows.append({"case": f"GPU, {kind}", "what": f"batch {batch}, {precision}", "note": "out of memory"})
-                    torch.cuda.empty_cache()
+        steps = {"fine-tuning": (work.tuned, 1), "joint": (work.joint, len(BITS) + 1)}
+        for kind, precision, compiled in itertools.product(steps, ("fp32", "bf16"), (False, True)):
+            step, passes = steps[kind]
+            try:
+                sides = {FULL_PRECISION: work.full_precision(passes, precision, True, compiled),
+                         "ours": step(precision=precision, compiled=compiled)}
+                if precision == "fp32" and not compiled:
+                    sides[REFERENCE] = step(chain=True)
+                found = table(clock, f"GPU, {kind}", f"ResNet-50, batch {batch} at 224x224, {precision}"
+                              + (", compiled" if compiled else ""), sides, work.kept())
+                found[1]["note"] = f"{100 * (1 - found[0]['ms'] / found[1]['ms']):.0f} % in quantizers"
+                rows += found
+            except torch.OutOfMemoryError:
+                rows.append({"case": f"GPU, {kind}", "what": f"batch {batch}, {precision}", "note": "out of memory"})
+            torch.cuda.empty_cache()
     return rows
 
 
@@ -420,40 +398,38 @@ GPU_CASES = {"gpu": gpu}
 
 
 def draw(path, rows):
-    """Draw the ratios to the floor into a PNG file: bars for each case, lines for how they grow."""
-    bars = [row for row in rows if row.get("time_over_floor") and row["side"] != FLOOR and not row["case"].startswith("scal")]
-    lines = [kind for kind in ("batch", "candidates", "network") if any(row["case"] == f"scaling, {kind}" for row in rows)]
-    if not bars and not lines:
+    """Draw the ratios to full precision into a PNG file: bars for each case, lines for how they grow."""
+    rows = [row for row in rows if row.get("time_over_floor") and row["side"] != FULL_PRECISION]
+    bars = [row for row in rows if not row["case"].startswith("scaling, ")]
+    grown = {kind: found for kind in ("batch", "candidates", "network")
+             if (found := [row for row in rows if row["case"] == f"scaling, {kind}"])}
+    if not rows:
         return
-    figure = new_figure("time and memory over the network without quantizers", (12, 7 if lines and bars else 4))
-    parts = figure.subfigures(bool(bars) + bool(lines), 1, squeeze=False).flatten()
+    figure = new_figure("time and memory over the network without quantizers", (12, 7 if grown and bars else 4))
+    parts = figure.subfigures(bool(bars) + bool(grown), 1, squeeze=False).flatten()
     if bars:
         draw_bars(parts[0].subplots(1, 2, sharey=True), bars)
-    if lines:
-        for axes, kind in zip(parts[-1].subplots(1, len(lines), squeeze=False).flatten(), lines, strict=True):
-            draw_growth(axes, kind, [row for row in rows if row["case"] == f"scaling, {kind}" and row["side"] != FLOOR])
+    if grown:
+        for axes, kind in zip(parts[-1].subplots(1, len(grown), squeeze=False).flatten(), grown, strict=True):
+            draw_growth(axes, kind, grown[kind])
     save_figure(figure, path)
 
 
 def draw_bars(panels, rows):
-    names = [f"{row['case']}: {row['side']}" for row in rows]
     for axes, key, title in zip(panels, ("time_over_floor", "memory_over_floor"), ("time", "peak memory"), strict=True):
-        values = [row[key] for row in rows]
-        colours = ["0.6" if row["side"] == CHAIN or row["side"].startswith(FLOOR) else "tab:blue" for row in rows]
-        axes.barh(names, values, color=colours)
-        for place, value in enumerate(values):
-            axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+        colours = ["0.6" if row["side"].startswith((REFERENCE, FULL_PRECISION)) else "tab:blue" for row in rows]
+        bars = axes.barh([f"{row['case']}: {row['side']}" for row in rows], [row[key] for row in rows], color=colours)
+        axes.bar_label(bars, fmt=" {:.2f}", fontsize=8)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)
-        axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].invert_yaxis()  # the axis is shared, and was turned twice
+    panels[0].invert_yaxis()  # the axis is shared
 
 
 def draw_growth(axes, kind, rows):
-    labels = [row["what"] for row in rows]
     for key, name in (("time_over_floor", "time"), ("memory_over_floor", "peak memory")):
-        axes.plot(labels, [row[key] for row in rows], marker="o", linestyle="" if kind == "network" else "-", label=name)
+        axes.plot([row["what"] for row in rows], [row[key] for row in rows], marker="o",
+                  linestyle="" if kind == "network" else "-", label=name)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylim(bottom=0)
     axes.set_xlabel({"batch": "batch size", "candidates": "number of candidates", "network": ""}[kind])
@@ -482,10 +458,8 @@ def main(arguments=None):
     clock = Clock(device, options.rounds)
     print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers on the CPU by {kernel.describe()}")
     rows = [row for name in options.only or usual for row in cases[name](clock)]
-    print(aligned(COLUMNS, rows, digits=2))
-    write_atomically(options.output, csv_text(COLUMNS, rows).encode())
     draw(os.path.splitext(options.output)[0] + ".png", rows)
-    print(f"table written to {options.output}")
+    show(options.output, COLUMNS, rows, digits=2)
 
 
 if __name__ == "__main__":

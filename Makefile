@@ -15,7 +15,7 @@ RUN := $(abspath $(VENV))/bin/python
 STAGES := indicators_pretraining quantization_search quantization_training
 MASTER := indicators_pretraining
 LAYERS := util model sparsity quan engine
-SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py tables.py
+SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py figures.py tables.py
 
 .PHONY: demo demo-pruned experiments experiments-quick test soak networks mutants lint bench record sync clean environment
 .DELETE_ON_ERROR:

@@ -5,12 +5,12 @@ import os
 
 import yaml
 
-from engine.plots import new_figure, save_figure
 from engine.run_folder import read_summary
 from quan.cost import full_precision_cost, nonzero_macs
 from sparsity.masks import weights_left
 from util import distributed
 from util.exchange import write_atomically
+from util.figures import clear_panel, new_figure, save_figure
 from util.tables import csv_text
 
 COLUMNS = ("level", "removed", "sparsity", "loss", "top1", "top5", "size_mb", "sparse_size_mb", "sparse_ratio", "macs",
@@ -96,8 +96,6 @@ def draw(path, title, rows):
     axes.plot(*zip(*points, strict=True), marker="o", markersize=4.5, color="tab:blue", label="each level")
     axes.set_xlabel("weights that are zero (%)")
     axes.set_ylabel("top-1 accuracy on the test set (%)")
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clear_panel(axes)
     axes.legend(frameon=False)
     save_figure(figure, path)

@@ -1,19 +1,18 @@
-"""The same search for a range of one budget: a table of what each value costs and gains."""
+"""The same search for a range of one budget, and the Pareto frontier: what each value costs and gains."""
 
 import os
-import sys
 
 from cost import Costs
 from ilp import BITOPS_PER_G
 from study import Impossible, make_policy, solve
 from util.exchange import write_atomically, write_policy
+from util.figures import save_figure
 from util.tables import csv_text
 
 COLUMNS = ("status", "gap", "objective", "penalty", "size_mb", "compression_ratio", "bitops_published", "bitops_exact",
            "mean_weight_bits", "mean_act_bits", "policy")
 SPARSE_COLUMNS = ("sparsity", "sparse_size_mb", "sparse_compression_ratio", "effective_bitops_published",
                   "effective_bitops_exact")  # of a pruned network
-INFEASIBLE, NONE_DRAWN, RANDOM = "infeasible", "none drawn", "random"
 
 
 def run_sweep(config, study):
@@ -22,14 +21,16 @@ def run_sweep(config, study):
     Raises:
         Impossible: when not one of the points can be kept.
     """
+    from tqdm import tqdm
+
     key, points = config.sweep.partition("=")[0], config.points()
     rows, first_refusal = [], None
-    for text, point in _with_progress(points):
+    for text, point in tqdm(points, unit="point", disable=None):  # where a terminal shows it
         try:
             rows.append({key: text} | solve_point(config, study, key, text, point))
         except Impossible as error:
             first_refusal = first_refusal or error
-            rows.append({key: text, "status": NONE_DRAWN if config.baseline == "random" else INFEASIBLE})
+            rows.append({key: text, "status": "none drawn" if config.baseline == "random" else "infeasible"})
     found = [row for row in rows if "objective" in row]
     if not found:
         raise first_refusal
@@ -42,20 +43,12 @@ def run_sweep(config, study):
         f"can be kept, {sum(row['status'] == 'optimal' for row in found)} of them proven to be optimal"))
 
 
-def _with_progress(points):
-    if not sys.stderr.isatty():
-        return points
-    from tqdm import tqdm
-
-    return tqdm(points, unit="point")
-
-
 def solve_point(config, study, key, text, point):
     """One row of the table; its policy file is written where that is asked."""
     problem = study.problem(point)
     solution = solve(problem, point)
     costs = Costs(study.network, solution)
-    status = RANDOM if solution.seed is not None else "optimal" if solution.optimal else "not proven"
+    status = "random" if solution.seed is not None else "optimal" if solution.optimal else "not proven"
     row = {"status": status, "gap": solution.gap,
            "objective": float(solution.objective), "penalty": float(solution.penalty)} | costs.as_plain()
     if config.sweep_policies:
@@ -75,8 +68,8 @@ def write_table(config, rows, columns):
 
 
 def draw(config, study, key, rows):
-    """The frontier: what each policy achieved against its objective."""
-    from plots import save_frontier_plot
+    """The Pareto frontier: what each policy achieved against its objective."""
+    from plots import frontier_figure
 
     achieved, label = {"cr": ("compression_ratio", "compression ratio"),
                        "bops": (f"bitops_{config.macs}", f"BitOPs in G ({config.macs} MACs)")}[key]
@@ -85,5 +78,5 @@ def draw(config, study, key, rows):
         achieved, label = f"{before}_{achieved}", f"{before} {label}"
     unit = BITOPS_PER_G if key == "bops" else 1
     points = [{"x": row[achieved] / unit, "y": row["objective"], "label": row[key]} for row in rows]
-    save_frontier_plot(config.plot, points, label, "objective (importance cost)",
-                       f"{study.network.arch}: {len(points)} policies over {config.sweep}")
+    title = f"{study.network.arch}: {len(points)} policies over {config.sweep}"
+    save_figure(frontier_figure(points, label, "objective (importance cost)", title), config.plot)

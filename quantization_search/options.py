@@ -17,7 +17,7 @@ LARGEST_SEED = 2**63 - 1
 MOST_POINTS = 1000
 BUDGETS = ("bops_budget", "size_budget", "avg_wb", "avg_ab", "act_mem", "latency_budget")  # those that LIMPQ lacks
 SWEPT = {"cr": "cr", "bops": "bops_budget"}
-PICTURES = (".png", ".svg")
+PLOT_ENDINGS = (".png", ".svg")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SearchConfig:
                 raise UserError("tie: found an empty list, expected the names of layers")
         if (self.latency is None) != (self.latency_budget is None):
             raise UserError("latency, latency_budget: the table and the limit in ms belong together")
-        if self.plot is not None and os.path.splitext(self.plot)[1].lower() not in PICTURES:
+        if self.plot is not None and os.path.splitext(self.plot)[1].lower() not in PLOT_ENDINGS:
             raise UserError(f"plot: found {self.plot!r}, expected a file ending in .png or .svg")
         for key in ("avg_ab", "act_mem", "same_bits"):
             if self.weights_only and getattr(self, key):

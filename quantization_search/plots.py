@@ -1,15 +1,9 @@
 """The plots of a search: a policy layer by layer beside its indicators, and the trade-off curve of a sweep."""
 
-import io
 import math
-import os
-import textwrap
 
-from util.errors import UserError
-from util.exchange import write_atomically
+from util.figures import clear_panel, new_figure, spread_colours
 
-FORMATS = {".png": "png", ".svg": "svg"}
-DPI = 120
 KINDS = {"weight": "weights", "act": "activations"}
 
 # Lengths in inches.
@@ -25,138 +19,65 @@ PER_TICK = 0.14
 
 LONGEST_NAME = 32
 SMALL = 7.5
-BRIGHTEST = 0.88  # the colour map's light end is hard to see on white
 SIZE_COLOUR, BITOPS_COLOUR = "#0072b2", "#e69f00"  # told apart by colour-blind readers too
 NOT_POSITIVE_COLOUR = "0.72"
 FIXED_COLOUR = "0.9"
 MAP_DECADES = 4  # the heat map's colours reach this far below the largest indicator
-STYLE = {"hatch.linewidth": 0.7, "svg.hashsalt": "limpqp", "svg.fonttype": "path"}  # the salt: the same ids every time
-
-
-def plot_format(path):
-    """'png' or 'svg', by the ending of the path; any other ending is a UserError."""
-    ending = os.path.splitext(path)[1].lower()
-    if ending not in FORMATS:
-        raise UserError(f"{path}: a plot is written as PNG or SVG; expected a name that ends in .png or .svg")
-    return FORMATS[ending]
-
-
-def save_policy_plot(path, arch, names, weight_bits, act_bits, candidates, size_shares, bitops_shares, indicators,
-                     erased, title, fixed=frozenset()):
-    """Draw the bits of each layer, its shares of size and BitOPs, and its indicators, into a PNG or SVG file.
-
-    Args:
-        path: the file to write; its ending says the format.
-        arch: name of the network.
-        names: all layers in network order.
-        weight_bits, act_bits: {name: bit}.
-        candidates: the bit-widths that were searched.
-        size_shares, bitops_shares: {name: share of the whole network, from 0 to 1}.
-        indicators: {'weight': {name: {bit: value}}, 'act': likewise}; fixed layers have none.
-        erased: {'weight': {name: [bit]}, 'act': likewise}, the indicators that break the order.
-        title: what stands above the plot.
-        fixed: names of the layers that were not searched.
-
-    Raises:
-        UserError: for another ending, or where the file cannot be written.
-    """
-    kind = plot_format(path)
-    figure = policy_figure(arch, names, weight_bits, act_bits, candidates, size_shares, bitops_shares, indicators,
-                           erased, title, fixed)
-    write_atomically(path, rendered(figure, kind))
-
-
-def save_frontier_plot(path, rows, x_label, y_label, title):
-    """Draw a trade-off curve into a PNG or SVG file.
-
-    Args:
-        path: the file to write; its ending says the format.
-        rows: one dict for each point: the numbers x and y, and label, a text or ''. A label is left out where it would
-            cover another one or the curve.
-        x_label, y_label: what the axes show, with units.
-        title: what stands above the plot.
-
-    Raises:
-        UserError: for another ending, or where the file cannot be written.
-    """
-    kind = plot_format(path)
-    write_atomically(path, rendered(frontier_figure(rows, x_label, y_label, title), kind))
-
-
-def rendered(figure, kind):
-    """The bytes of the figure as 'png' or 'svg', the same for the same figure."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    plot = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        if kind == "png":
-            FigureCanvasAgg(figure).print_png(plot)
-        else:
-            FigureCanvasSVG(figure).print_svg(plot, metadata={"Date": None})
-    return plot.getvalue()
-
-
-def new_figure(width, height, title):
-    # The object interface, because pyplot keeps figures and a backend for the whole process.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, int(width * 9))), fontsize=13, parse_math=False)
-    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A policy.
 
 
-def policy_figure(arch, names, weight_bits, act_bits, candidates, size_shares, bitops_shares, indicators, erased, title,
-                  fixed=frozenset()):
-    """The figure that save_policy_plot writes."""
-    width = min(max(BESIDE + PER_LAYER * len(names), NARROWEST), WIDEST)
-    pitch = (width - BESIDE) / len(names)
+def policy_figure(arch, shares, candidates, indicators, erased, title, fixed=frozenset()):
+    """The bits of each layer, its shares of size and BitOPs, and its indicators, in panels one below the other.
+
+    Args:
+        arch: name of the network.
+        shares: {layer: cost.Share} of all layers in network order.
+        candidates: the bit-widths that were searched.
+        indicators: {'weight': {layer: {bit: value}}, 'act': likewise}; fixed layers have none.
+        erased: {'weight': {layer: [bit]}, 'act': likewise}, the indicators that break the order.
+        title: what stands above the plot.
+        fixed: names of the layers that were not searched.
+    """
+    width = min(max(BESIDE + PER_LAYER * len(shares), NARROWEST), WIDEST)
+    pitch = (width - BESIDE) / len(shares)
     map_height = max(PER_CANDIDATE * len(candidates), LOWEST_MAP)
     heights = [BITS_HEIGHT, SHARES_HEIGHT, map_height, map_height]
-    figure = new_figure(width, sum(heights) + HEADINGS_HEIGHT, title)
+    figure = new_figure(title, (width, sum(heights) + HEADINGS_HEIGHT))
     bits_axes, share_axes, *map_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    draw_bits(bits_axes, names, weight_bits, act_bits, colour_bits({*candidates, *weight_bits.values(),
-                                                                    *act_bits.values()}), fixed, pitch)
-    draw_shares(share_axes, names, size_shares, bitops_shares)
+    draw_bits(bits_axes, shares, candidates, fixed, pitch)
+    draw_shares(share_axes, shares.values())
     cell = min(pitch, map_height / len(candidates))
     for axes, kind in zip(map_axes, KINDS, strict=True):
-        draw_indicators(axes, names, sorted(candidates), indicators[kind], erased[kind], kind, cell)
+        draw_indicators(axes, list(shares), sorted(candidates), indicators[kind], erased[kind], kind, cell)
     for axes in (bits_axes, share_axes, *map_axes):
-        mark_fixed(axes, names, fixed)
-    name_layers(map_axes[-1], arch, names, pitch)
+        for index, name in enumerate(shares):
+            if name in fixed:
+                axes.axvspan(index - 0.5, index + 0.5, color=FIXED_COLOUR, linewidth=0, zorder=0)
+    name_layers(map_axes[-1], arch, list(shares), pitch)
     return figure
 
 
-def colour_bits(bits):
-    """Give each bit-width a colour, dark for wide and bright for narrow; {bit: colour}, highest first."""
-    from matplotlib import colormaps
-
-    ordered = sorted(bits, reverse=True)
-    spread = BRIGHTEST / max(len(ordered) - 1, 1)
-    return {bit: colormaps["viridis"](position * spread) for position, bit in enumerate(ordered)}
-
-
-def draw_bits(axes, names, weight_bits, act_bits, colours, fixed, pitch):
+def draw_bits(axes, shares, candidates, fixed, pitch):
     """Two bars for each layer, on either side of one line: weights upwards, activations downwards and hatched."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     hatch = "///" if pitch >= SEEN_APART else None
-    places = range(len(names))
+    weight_bits = [share.weight_bits for share in shares.values()]
+    act_bits = [share.act_bits for share in shares.values()]
+    colours = spread_colours(sorted({*candidates, *weight_bits, *act_bits}, reverse=True))
     for bits, sign, pattern in ((weight_bits, 1, None), (act_bits, -1, hatch)):
-        axes.bar(places, [sign * bits[name] for name in names], width=0.84 if pitch >= SEEN_APART else 1, hatch=pattern,
-                 color=[colours[bits[name]] for name in names], edgecolor="white", linewidth=0)
+        axes.bar(range(len(bits)), [sign * bit for bit in bits], width=0.84 if hatch else 1, hatch=pattern,
+                 color=[colours[bit] for bit in bits], edgecolor="white", linewidth=0)
     top = max(colours)
-    axes.scatter([place for place in places if names[place] in fixed], [top * 1.12] * len(fixed.intersection(names)),
-                 marker="v", s=22, color="black", zorder=3, clip_on=False)
+    marked = [index for index, name in enumerate(shares) if name in fixed]
+    axes.scatter(marked, [top * 1.12] * len(marked), marker="v", s=22, color="black", zorder=3, clip_on=False)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_ylim(-top * 1.06, top * 1.2)
-    ticks = apart([*colours, 0], PER_TICK * (axes.get_ylim()[1] - axes.get_ylim()[0]) / BITS_HEIGHT)
+    ticks = apart([*colours, 0], PER_TICK * top * 2.26 / BITS_HEIGHT)
     axes.set_yticks([*ticks, *(-tick for tick in ticks if tick)], [*ticks, *(tick for tick in ticks if tick)])
     finish_panel(axes, "bit-width of each layer: weights upwards, activations downwards", "bits")
     handles = [Patch(color=colour, label=f"{bit} bit" + "s" * (bit > 1)) for bit, colour in colours.items()]
@@ -177,14 +98,13 @@ def apart(descending, distance):
     return kept
 
 
-def draw_shares(axes, names, size_shares, bitops_shares):
+def draw_shares(axes, shares):
     """Two bars for each layer: what part of the network's size and of its BitOPs it takes."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    for shares, shift, colour, label in ((size_shares, -0.21, SIZE_COLOUR, "size"),
-                                         (bitops_shares, 0.21, BITOPS_COLOUR, "BitOPs")):
-        axes.bar([place + shift for place in range(len(names))], [shares[name] for name in names], width=0.42,
-                 color=colour, label=label)
+    for values, shift, colour, label in (([share.size for share in shares], -0.21, SIZE_COLOUR, "size"),
+                                         ([share.bitops for share in shares], 0.21, BITOPS_COLOUR, "BitOPs")):
+        axes.bar([index + shift for index in range(len(values))], values, width=0.42, color=colour, label=label)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
     finish_panel(axes, "share of the whole network", "share")
@@ -211,13 +131,11 @@ def draw_indicators(axes, names, candidates, table, erased, kind, cell):
         "not positive": [(place, row) for row, place in np.argwhere(values <= 0)],
     })
     axes.set_yticks(range(len(candidates)), candidates)
-    finish_panel(axes, f"indicators of the {KINDS[kind]}, on a logarithmic scale", "bits", grid=False)
+    finish_panel(axes, f"indicators of the {KINDS[kind]}, on a logarithmic scale", "bits", grid=None)
 
 
 def mark_suspects(axes, cell, places):
     """A cross or a ring on cells of the heat map, and a legend that says what they mean; places: {mark: [(x, y)]}."""
-    from matplotlib.lines import Line2D
-
     cell *= 72  # in points, as markers are
     styles = {
         "erased": {"marker": "X", "markersize": min(max(0.5 * cell, 3), 8), "markerfacecolor": "white",
@@ -225,15 +143,12 @@ def mark_suspects(axes, cell, places):
         "not positive": {"marker": "o", "markersize": min(max(0.78 * cell, 3), 12), "markerfacecolor": "none",
                          "markeredgewidth": min(0.06 * cell, 1), "zorder": 3},
     }
-    handles = []
     for mark, found in places.items():
         if found:
-            style = {"linestyle": "", "markeredgecolor": "black", "label": mark, **styles[mark]}
-            axes.plot(*zip(*found, strict=True), **style)
-            handles.append(Line2D([], [], **{**style, "markersize": 7, "markeredgewidth": 0.7}))
-    if handles:
-        axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=SMALL,
-                    borderpad=0.1, handletextpad=0.1)
+            axes.plot(*zip(*found, strict=True), linestyle="", markeredgecolor="black", label=mark, **styles[mark])
+    if axes.lines:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=SMALL, borderpad=0.1,
+                    handletextpad=0.1)
 
 
 def paint(axes, values, lines):
@@ -273,12 +188,6 @@ def add_colour_bar(axes, mesh, lowest, highest, values):
     bar.outline.set_visible(False)
 
 
-def mark_fixed(axes, names, fixed):
-    for place, name in enumerate(names):
-        if name in fixed:
-            axes.axvspan(place - 0.5, place + 0.5, color=FIXED_COLOUR, linewidth=0, zorder=0)
-
-
 def name_layers(axes, arch, names, pitch):
     """Names below the layers, all of them or every second, third, ... where they would touch each other."""
     step = math.ceil(PER_NAME / pitch)
@@ -297,15 +206,12 @@ def shortened(name):
     return f"{name[:half]}…{name[-half:]}"
 
 
-def finish_panel(axes, heading, y_label, grid=True):
+def finish_panel(axes, heading, y_label, grid="y"):
     axes.set_title(heading, loc="left", fontsize=10)
     axes.set_ylabel(y_label)
     axes.tick_params(labelsize=SMALL + 0.5)
     axes.tick_params(axis="x", length=2)
-    if grid:
-        axes.grid(axis="y", color="0.85", linewidth=0.6)
-        axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clear_panel(axes, grid)
 
 
 def add_legend_beside(axes, handles):
@@ -317,8 +223,15 @@ def add_legend_beside(axes, handles):
 
 
 def frontier_figure(rows, x_label, y_label, title):
-    """The figure that save_frontier_plot writes."""
-    figure = new_figure(8.5, 5.2, title)
+    """A trade-off curve.
+
+    Args:
+        rows: one dict for each point: the numbers x and y, and label, a text or ''. A label is left out where it would
+            cover another one or the curve.
+        x_label, y_label: what the axes show, with units.
+        title: what stands above the plot.
+    """
+    figure = new_figure(title, (8.5, 5.2))
     axes = figure.subplots()
     rows = sorted(rows, key=lambda row: (row["x"], row["y"]))
     axes.plot([row["x"] for row in rows], [row["y"] for row in rows], color=SIZE_COLOUR, linewidth=1.6, marker="o",
@@ -326,55 +239,35 @@ def frontier_figure(rows, x_label, y_label, title):
     axes.set_xlabel(x_label, parse_math=False)
     axes.set_ylabel(y_label, parse_math=False)
     axes.margins(0.06, 0.1)
-    axes.grid(color="0.88")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if rows:
-        place_labels(figure, axes, rows)
+    clear_panel(axes)
+    place_labels(figure, axes, rows)
     return figure
 
 
 def place_labels(figure, axes, rows):
     """Write each point's label on the first side of it where it covers neither the curve nor another label.
 
-    Nor may it lie closer to another point than to its own.
+    Nor may its middle lie closer to another point than to its own.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()  # so that the layout, and with it where things lie, is known
-    points = axes.transData.transform([(row["x"], row["y"]) for row in rows])
-    curve = dense(points)
+    curve = axes.lines[0].get_path().transformed(axes.transData)
     room, taken = axes.get_window_extent(renderer), []
     sides = [(0, 6, "center", "bottom"), (5, 5, "left", "bottom"), (-5, 5, "right", "bottom"), (7, 0, "left", "center"),
              (-7, 0, "right", "center"), (0, -6, "center", "top"), (5, -5, "left", "top"), (-5, -5, "right", "top")]
-    for row, point in zip(rows, points, strict=True):
+    for index, row in enumerate(rows):
         for dx, dy, across, along in sides if row["label"] else ():
             text = axes.annotate(row["label"], (row["x"], row["y"]), (dx, dy), textcoords="offset points", ha=across,
                                  va=along, fontsize=SMALL, color="0.2", parse_math=False)
             text.set_in_layout(False)
             box = text.get_window_extent(renderer).padded(1.5)
-            inside = room.x0 <= box.x0 and box.x1 <= room.x1 and room.y0 <= box.y0 and box.y1 <= room.y1
-            nearest = np.min(distances(box, points)) >= distances(box, point[None])[0]
-            if inside and nearest and not box.count_contains(curve) and not box.count_overlaps(taken):
+            inside = room.count_contains(box.corners()) == 4
+            middle = (box.min + box.max) / 2
+            is_nearest = np.hypot(*(curve.vertices - middle).T).argmin() == index
+            if inside and is_nearest and not curve.intersects_bbox(box, filled=False) and not box.count_overlaps(taken):
                 taken.append(box)
                 break
             text.remove()
-
-
-def distances(box, points):
-    """How far each of the points, an array [count, 2], is from the nearest side of the box."""
-    import numpy as np
-
-    beside = np.maximum(np.maximum(box.min - points, points - box.max), 0)
-    return np.hypot(*beside.T)
-
-
-def dense(points, steps=50):
-    """The points, an array [count, 2], and others on the straight lines between them."""
-    import numpy as np
-
-    along = np.arange(steps)[:, None, None] / steps
-    between = points[:-1] + along * (points[1:] - points[:-1])
-    return np.concatenate([between.reshape(-1, 2), points[-1:]])

@@ -11,6 +11,7 @@ from study import Study, make_policy, solve
 from util.config import describe_idle
 from util.errors import UserError, nearest
 from util.exchange import write_policy
+from util.figures import save_figure
 
 MORE = "1.01"  # of a budget, for its shadow price
 
@@ -59,21 +60,17 @@ def shadow_prices(problem, config):
 
 
 def draw(config, study, costs):
-    """The plot of the policy and its indicators."""
-    from plots import save_policy_plot
+    """Write the plot of the policy and its indicators."""
+    from plots import policy_figure
 
-    layers, bits = {layer.name: layer for layer in study.layers}, study.bits
-    fixed = list(study.network.fixed)
-    names = [*fixed[:1], *layers, *fixed[1:]] if len(fixed) > 1 else [*layers, *fixed]
-    shares = costs.shares()
-    indicators = {kind: {name: {bit: getattr(layer, kind)[bit] for bit in bits if bit in getattr(layer, kind)}
-                         for name, layer in layers.items()} for kind in ("weight", "act")}
-    save_policy_plot(
-        config.plot, study.network.arch, names, {name: shares[name].weight_bits for name in names},
-        {name: shares[name].act_bits for name in names}, bits, {name: shares[name].size for name in names},
-        {name: shares[name].bitops for name in names}, indicators,
-        {kind: {name: erased(row, list(row)) for name, row in table.items()} for kind, table in indicators.items()},
-        report.headline(study.network, costs), fixed=set(fixed))
+    fixed, shares = list(study.network.fixed), costs.shares()
+    ahead = fixed[:1] if len(fixed) > 1 else []  # the first layer; what is fixed alone is the last one
+    in_order = {name: shares[name] for name in dict.fromkeys([*ahead, *shares])}
+    indicators = {kind: {layer.name: {bit: getattr(layer, kind)[bit] for bit in study.bits if bit in getattr(layer, kind)}
+                         for layer in study.layers} for kind in ("weight", "act")}
+    suspects = {kind: {name: erased(row, list(row)) for name, row in table.items()} for kind, table in indicators.items()}
+    save_figure(policy_figure(study.network.arch, in_order, study.bits, indicators, suspects,
+                              report.headline(study.network, costs), set(fixed)), config.plot)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,21 +83,19 @@ def check_outputs(config):
              ((config.indicators, "the indicators file"), (config.latency, "the latency table")) if path}
     for key in ("output", "plot", "sweep_output", "sweep_policies"):
         path = getattr(config, key)
-        if path:
-            _check_writable(key, path, is_folder=key == "sweep_policies")
-            where = os.path.realpath(path)
-            if where in taken:
-                raise UserError(f"{key}: {path} is {taken[where]} itself")
-            taken[where] = f"the file of {key}"
-
-
-def _check_writable(key, path, is_folder):
-    folder = os.path.abspath(path) if is_folder else os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if (not is_folder and os.path.isdir(path)) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{key}: {path} cannot be written; expected a "
-                        f"{'folder' if is_folder else 'file in a folder'} that is writable")
+        if not path:
+            continue
+        is_folder = key == "sweep_policies"
+        folder = os.path.abspath(path) if is_folder else os.path.dirname(os.path.abspath(path))
+        while not os.path.exists(folder):
+            folder = os.path.dirname(folder)
+        if (not is_folder and os.path.isdir(path)) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UserError(f"{key}: {path} cannot be written; expected a "
+                            f"{'folder' if is_folder else 'file in a folder'} that is writable")
+        where = os.path.realpath(path)
+        if where in taken:
+            raise UserError(f"{key}: {path} is {taken[where]} itself")
+        taken[where] = f"the file of {key}"
 
 
 def check_solver(name):

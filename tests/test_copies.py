@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MASTER = ROOT / "indicators_pretraining"
-SEARCH_UTIL = ["__init__.py", "command.py", "config.py", "errors.py", "exchange.py", "tables.py"]
+SEARCH_UTIL = ["__init__.py", "command.py", "config.py", "errors.py", "exchange.py", "figures.py", "tables.py"]
 LAYERS = ["util", "model", "sparsity", "quan", "engine"]
 NOT_SEARCHED = Path("training_pass.py")  # of model/: a search trains nothing
 TEST_HELPERS = {"fuzzing.py": ["quantization_search/tests", "quantization_training/tests"],

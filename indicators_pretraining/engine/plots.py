@@ -1,8 +1,6 @@
 """The plots of a run: loss and accuracy over the epochs."""
 
-import io
-
-from util.exchange import write_atomically
+from util.figures import clear_panel, new_figure, save_figure, spread_colours
 
 SPLIT_STYLES = {
     "train": {"linestyle": "--", "linewidth": 1.2, "alpha": 0.75},
@@ -11,7 +9,6 @@ SPLIT_STYLES = {
 PANELS = (("loss", "loss"), ("top1", "top-1 accuracy (%)"))
 PLAIN_COLOUR = "tab:blue"
 RANDOM_COLOUR = "0.55"  # a grey, outside the order of the bit-widths
-BRIGHTEST = 0.88  # the colour map's light end is hard to see on white
 
 
 def save_curves(path, rows, title):
@@ -25,46 +22,30 @@ def save_curves(path, rows, title):
     Returns:
         False where there is nothing to draw, and no file is written.
     """
+    figure = draw_curves(rows, title)
+    if figure is not None:
+        save_figure(figure, path)
+    return figure is not None
+
+
+def draw_curves(rows, title):
+    """The figure that save_curves writes, None where there is nothing to draw."""
     rows = [row for row in rows if row["split"] in SPLIT_STYLES]
     if not rows:
-        return False
+        return None
     figure = new_figure(title, (11, 4.4))
     colours = colour_labels({row["bits"] for row in rows})
     for axes, (key, name) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         draw_panel(axes, rows, key, name, colours)
     add_legend(figure, colours, [split for split in SPLIT_STYLES if any(row["split"] == split for row in rows)])
-    save_figure(figure, path)
-    return True
-
-
-def new_figure(title, size):
-    """An empty figure, its size in inches, with a title above."""
-    # The object interface, because pyplot keeps figures and a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13)
     return figure
-
-
-def save_figure(figure, path):
-    """Write a figure into a PNG file."""
-    plot = io.BytesIO()
-    figure.canvas.print_png(plot)
-    write_atomically(path, plot.getvalue())
 
 
 def colour_labels(labels):
     """Give each bit-width a colour, dark for wide and bright for narrow; {label: colour}, highest first."""
-    from matplotlib import colormaps
-
     bits = sorted((label for label in labels if label.isdecimal()), key=int, reverse=True)
     others = sorted(label for label in labels if not label.isdecimal() and label not in ("", "mean", "random"))
-    ordered = bits + others
-    spread = BRIGHTEST / max(len(ordered) - 1, 1)
-    colours = {label: colormaps["viridis"](position * spread) for position, label in enumerate(ordered)}
+    colours = spread_colours(bits + others)
     if "random" in labels:
         colours["random"] = RANDOM_COLOUR
     for whole in ("mean", ""):
@@ -93,9 +74,7 @@ def draw_panel(axes, rows, key, name, colours):
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    clear_panel(axes)
 
 
 def add_legend(figure, colours, splits):

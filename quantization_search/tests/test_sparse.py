@@ -276,8 +276,8 @@ def test_shadow_prices_of_sparse_budgets(capsys, path):
 def test_a_sweep_of_a_sparse_budget(capsys, path, tmp_path, monkeypatch, words, achieved, per_unit):
     import plots
 
-    drawn = []
-    monkeypatch.setattr(plots, "save_frontier_plot", lambda *arguments: drawn.append(arguments))
+    drawn, frontier_figure = [], plots.frontier_figure
+    monkeypatch.setattr(plots, "frontier_figure", lambda *arguments: drawn.append(arguments) or frontier_figure(*arguments))
     table, policies = tmp_path / "table.csv", tmp_path / "policies"
     printed(capsys, path, f"{words} --sweep-output {table} --sweep-policies {policies} --plot {tmp_path / 'plot.svg'}")
     rows = list(csv.DictReader(table.open()))
@@ -289,7 +289,7 @@ def test_a_sweep_of_a_sparse_budget(capsys, path, tmp_path, monkeypatch, words, 
         assert {key: float(row[key]) for key in worked_out(policy)} == worked_out(policy)
         amount = float(row[achieved]) / per_unit
         assert amount >= float(row["cr"]) if "cr" in row else amount <= float(row["bops"])
-    [(_, points, label, *_)] = drawn
+    [(points, label, *_)] = drawn
     assert [point["x"] for point in points] == [float(row[achieved]) / per_unit for row in kept]
     assert label == {1: "sparse compression ratio", 10**9: "effective BitOPs in G (published MACs)"}[per_unit]
 
@@ -299,11 +299,11 @@ def test_a_sweep_of_a_sparse_budget(capsys, path, tmp_path, monkeypatch, words, 
 def test_a_dense_budget_or_network_is_drawn_by_its_dense_size(capsys, save, tmp_path, monkeypatch, made, words):
     import plots
 
-    drawn = []
-    monkeypatch.setattr(plots, "save_frontier_plot", lambda *arguments: drawn.append(arguments))
+    drawn, frontier_figure = [], plots.frontier_figure
+    monkeypatch.setattr(plots, "frontier_figure", lambda *arguments: drawn.append(arguments) or frontier_figure(*arguments))
     out = printed(capsys, save(made), f"{words} --plot {tmp_path / 'plot.svg'}")
     rows = list(csv.DictReader(line for line in out.splitlines() if line[0].isdecimal() or line.startswith("cr,")))
-    [(_, points, label, *_)] = drawn
+    [(points, label, *_)] = drawn
     assert label == "compression ratio"
     assert [point["x"] for point in points] == [float(row["compression_ratio"]) for row in rows if row["compression_ratio"]]
 

@@ -1,4 +1,4 @@
-"""Attention taken apart: projections that are layers of their own, so that they are found, counted and quantized.
+"""Attention decomposed into layers, so that its projections are found, counted and quantized.
 
 torch's nn.MultiheadAttention and torchvision's window attention of Swin hand the weights of their projections to one
 function. Here query, key and value come from one linear layer, as one matrix [3 * dim, dim], the output from another, and
@@ -6,6 +6,7 @@ the result is the same.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ SEPARATED = -100.0  # what Swin adds to the scores of tokens that only the cycli
 def decompose_attention(model):
     """Replace every attention module whose projections are hidden, in place; return the network.
 
-    What cannot be taken apart stays as it is, and its matrices are among those that trace() reports as uncounted: subclasses
-    of nn.MultiheadAttention, and those with keys or values of another width, extra tokens, hooks, or computed weights.
+    What cannot be decomposed stays as it is, and trace() reports its matrices as uncounted: subclasses of
+    nn.MultiheadAttention, and those with keys or values of another width, extra tokens, hooks, or computed weights.
     """
     replacements = {}
     for name, module in model.named_modules():
@@ -43,21 +44,10 @@ def _is_plain(attention):
             and not attention._forward_hooks and not attention._forward_pre_hooks)
 
 
-def rename_projections(own, state_dict):
-    """The tensors of a state_dict with torch's names of attention's projections changed to the network's.
-
-    Args:
-        own: names of the network.
-    """
-    return {_renamed(own, name): tensor for name, tensor in state_dict.items()}
-
-
-def _renamed(own, name):
-    for entry in ("weight", "bias"):
-        if name.endswith(f"in_proj_{entry}"):
-            ours = f"{name.removesuffix(f'in_proj_{entry}')}in_proj.{entry}"
-            return ours if ours in own else name
-    return name
+def name_of_projection(own, name):
+    """The name, among a network's own, of a tensor of attention's projections that torch calls `name`; any other stays."""
+    ours = re.sub("in_proj_(weight|bias)$", r"in_proj.\1", name)
+    return ours if ours in own else name
 
 
 class SelfAttention(nn.Module):
@@ -85,7 +75,7 @@ class SelfAttention(nn.Module):
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False):
         """Attention of query [batch, L, dim] on key and value [batch, S, dim]; [L, batch, dim] without batch_first, or
-        without the batch. Masks and the answer (output, weights or None) are those of nn.MultiheadAttention."""
+        without the batch. Masks and the result (output, weights or None) are those of nn.MultiheadAttention."""
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which is missing")
         is_batched = query.dim() == 3

@@ -1,4 +1,4 @@
-"""Networks that come from elsewhere: timm's, and those that a file of the user's own builds."""
+"""External networks: timm's, and those that a file of the user's own builds."""
 
 import contextlib
 import inspect
@@ -49,7 +49,7 @@ def create_from_file(arch, num_classes):
 
 
 def _check_tensors(arch, model):
-    """Refuse what could be trained, but not be read again from a checkpoint."""
+    """Refuse tensors that could be trained, but not be read again from a checkpoint."""
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor) or isinstance(value, nn.parameter.UninitializedTensorMixin):
             found = f"a {type(value).__name__}"
@@ -126,8 +126,8 @@ def create_from_timm(arch, num_classes, pre_trained, input_size):
     name = arch.removeprefix(TIMM)
     if not timm.is_model(name):
         raise UserError(f"arch: {name!r} is not a network of timm {timm.__version__}{nearest(name, timm.list_models())}")
-    facts, options = timm.get_pretrained_cfg(name), {}
-    if input_size and facts is not None and facts.fixed_input_size and input_size != facts.input_size[-1]:
+    published, options = timm.get_pretrained_cfg(name), {}
+    if input_size and published is not None and published.fixed_input_size and input_size != published.input_size[-1]:
         options["img_size"] = input_size
     try:
         return timm.create_model(name, pretrained=pre_trained, num_classes=num_classes, **options)

@@ -6,7 +6,7 @@ from torch import nn
 from util.errors import UserError, nearest
 from util.exchange import fit_names
 
-from .attention import rename_projections
+from .attention import name_of_projection
 from .names import is_below
 
 QUANTIZED_REMEDY = ("joint training goes on from its checkpoints by resume.path, and fine-tuning starts from them by "
@@ -40,18 +40,12 @@ def fit(own, state_dict):
         own: names of the network's tensors.
     """
     fitted = fit_names(own, state_dict)
-    return rename_projections(own, {fitted[name]: tensor for name, tensor in state_dict.items()})
-
-
-def set_tensors(model, tensors):
-    """Put {name: tensor} into a model; names that the model has and `tensors` lacks keep what they hold."""
-    state = model.state_dict()  # brings the version marks that some modules ask for when they are loaded
-    state.update(tensors)
-    model.load_state_dict(state)
+    return {name_of_projection(own, fitted[name]): tensor for name, tensor in state_dict.items()}
 
 
 def load_state(model, state_dict, source, may_lack=lambda name: False):
-    """Load a state_dict whose names and shapes have to be just those of the model.
+    """Load a state_dict whose names and shapes have to be just those of the model. Step sizes without marks are marked as
+    initialised.
 
     Args:
         may_lack: which names of the model the state_dict may lack; these keep what they hold.
@@ -66,16 +60,9 @@ def load_state(model, state_dict, source, may_lack=lambda name: False):
             raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
     for name, tensor in state_dict.items():
         _check_tensor(own, name, tensor, source)
-    set_tensors(model, state_dict)
-    _mark_steps(model, state_dict)
-
-
-def _mark_steps(model, state_dict):
-    """Mark the step sizes that came from a state_dict without marks as initialised."""
-    for name in state_dict:
-        mark = f"{name.removesuffix('.s')}.init_state"
-        if is_step(name) and mark not in state_dict:
-            set_tensors(model, {mark: torch.ones_like(model.state_dict()[mark])})
+    marks = {f"{name.removesuffix('.s')}.init_state" for name in state_dict if is_step(name)} - state_dict.keys()
+    own.update(state_dict | {mark: torch.ones_like(own[mark]) for mark in marks})
+    model.load_state_dict(own)  # own brings the version marks that some modules ask for
 
 
 def load_weights(model, state_dict, source, heads=None):
@@ -97,11 +84,11 @@ def load_weights(model, state_dict, source, heads=None):
     heads = set(heads or [classifier_name(model)])
     fitted = fit(own, state_dict)
     head = {name for name in (*own, *fitted) if is_below(name, heads)}
-    taken, parts = {}, {name.split(".")[0] for name in own}
     steps = [name for name in fitted if is_step(name) and name not in own]
     if steps:
         raise UserError(f"{source}: it is a quantized checkpoint ({steps[0]}), but weights in full precision are needed here; "
                         f"{QUANTIZED_REMEDY}")
+    taken, parts = {}, {name.split(".")[0] for name in own}
     for name, tensor in fitted.items():
         part = name.split(".")[0]
         if part.lower().startswith("aux") and part not in parts:
@@ -112,7 +99,8 @@ def load_weights(model, state_dict, source, heads=None):
     for name in own:
         if name not in taken and name not in head and not name.endswith("num_batches_tracked"):
             raise UserError(f"{source}: the tensor {name} of this network is missing in the file")
-    set_tensors(model, taken)
+    own.update(taken)
+    model.load_state_dict(own)
     return all(name in taken for name in head if name in own)
 
 

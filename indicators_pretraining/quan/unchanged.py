@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from model.layer_table import generators_put_back
 from model.training_pass import devices_for
@@ -14,13 +16,11 @@ from .quantizer import LsqQuan
 
 
 def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
-    """Compare the operations of a network, its quantizers left out, with those of the one that it was made from, in
-    evaluation and in training.
+    """Compare the operations of a network, its quantizers left out, with those of the one that it was made from.
 
     Args:
         plain: the unquantized network, which is of no use afterwards.
         model: the quantized one, with the same parameters; it is left as it is.
-        graph, input_size: its Graph, and the height and width of its images.
         evaluation_only: nothing is going to be trained.
 
     Raises:
@@ -34,7 +34,7 @@ def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
             module.sat = False
     modes = (False,) if evaluation_only else (False, True)
     for device in devices_for(graph):
-        pair = [copy.deepcopy(network) if device == "meta" else network for network in (plain, quantized)]
+        pair = copy.deepcopy((plain, quantized)) if device == "meta" else (plain, quantized)
         try:
             wanted = [_operations(pair[0], is_training, input_size, device) for is_training in modes]
         except Exception:  # on meta, of a network that looks at values; on the CPU it is reported where it is met
@@ -58,8 +58,8 @@ def _operations(model, is_training, input_size, device):
     """[(name of a module, an operation of torch in it with the shapes and numbers that it takes)], in order."""
     operations, handles = _Operations(), []
     for name, module in model.to(device).train(is_training).named_modules():
-        handles += [module.register_forward_pre_hook(operations.entering(name)),
-                    module.register_forward_hook(operations.leaving, always_call=True)]
+        handles += [module.register_forward_pre_hook(partial(operations.enter, name)),
+                    module.register_forward_hook(operations.leave, always_call=True)]
     with generators_put_back(), operations:
         model(torch.randn(2, 3, input_size, input_size, device=device))
     for handle in handles:
@@ -70,28 +70,22 @@ def _operations(model, is_training, input_size, device):
 class _Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.seen, self.inside = [], [""]
+        self.seen, self.modules = [], [""]
 
-    def entering(self, name):
-        return lambda *_: self.inside.append(name)
+    def enter(self, name, *_):
+        self.modules.append(name)
 
-    def leaving(self, *_):
-        self.inside.pop()
+    def leave(self, *_):
+        self.modules.pop()
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        self.seen.append((self.inside[-1], str(function), _described((args, kwargs or {}))))
+        self.seen.append((self.modules[-1], str(function), tree_map(_described, (args, kwargs or {}))))
         return function(*args, **(kwargs or {}))
 
 
 def _described(value):
-    """Arguments of an operation: of tensors their shapes and types, of anything else what it says of itself."""
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, dict):
-        return {key: _described(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_described(inner) for inner in value]
-    return repr(value)
+    """Shape and type of a tensor; of anything else what it says of itself."""
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _compare(expected, found, mode):

@@ -4,6 +4,7 @@ import re
 import warnings
 
 import torch
+from torchvision import models
 
 from util.errors import UserError, nearest, reason
 from util.exchange import split_arch
@@ -26,13 +27,11 @@ OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # norm.
 
 def list_architectures():
     """Every name that `arch:` accepts, besides timm:NAME and path/to/file.py:factory."""
-    from torchvision import models
-
     return sorted({*OWN_MODELS, *models.list_models(module=models)})
 
 
 def create_model(arch, num_classes, pre_trained=False, input_size=None):
-    """Build a network for images of shape [batch, 3, height, width], its attention taken apart into layers.
+    """Build a network for images of shape [batch, 3, height, width], its attention decomposed into layers.
 
     Args:
         arch: a name from list_architectures(); timm:NAME; or path/to/file.py:factory, whose code is then run.
@@ -42,8 +41,8 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
             None for those they were made for.
 
     Returns:
-        the network, with freshly initialised parameters wherever no pre-trained ones were taken. Where timm's or the user's
-        own gives several outputs, in a tuple, a dict or the like, it gives the first tensor in them.
+        the network, with freshly initialised parameters wherever no pre-trained ones were taken. Of several outputs of
+        timm's or the user's own, in a tuple, a dict or the like, it gives the first tensor, which has to be the logits.
 
     Raises:
         UserError: on an unknown name, a size or a file that does not fit, weights that do not exist or cannot be downloaded.
@@ -52,9 +51,9 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     if pre_trained and not (is_torchvision or arch.startswith(TIMM)):
         raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
     if split_arch(arch):
-        return _with_one_answer(decompose_attention(unwrap(create_from_file(arch, num_classes))))
+        return _with_one_output(decompose_attention(unwrap(create_from_file(arch, num_classes))))
     if arch.startswith(TIMM):
-        return _with_one_answer(decompose_attention(create_from_timm(arch, num_classes, pre_trained, input_size)))
+        return _with_one_output(decompose_attention(create_from_timm(arch, num_classes, pre_trained, input_size)))
     _check_name(arch)
     build = _torchvision_model if is_torchvision else _own_model
     try:
@@ -84,13 +83,13 @@ def create_traced(arch, num_classes, pre_trained, input_size):
     return model, graph
 
 
-def _with_one_answer(model):
+def _with_one_output(model):
     model.register_forward_hook(first_tensor)
     return model
 
 
 def first_tensor(module, inputs, output):
-    """A forward hook: of several outputs in a tuple, a dict and the like, the first tensor, which has to be the logits."""
+    """A forward hook that gives the first tensor of several outputs."""
     return None if isinstance(output, torch.Tensor) else next(tensors_in(output), output)
 
 
@@ -110,8 +109,6 @@ def _own_model(arch, num_classes, input_size):
 
 
 def _torchvision_model(arch, num_classes, input_size):
-    from torchvision import models
-
     options = {"num_classes": num_classes}
     if arch in AUXILIARY_HEADS:
         # Their second classifiers serve full-precision training only; the published weights expect inputs transformed.
@@ -127,8 +124,6 @@ def _torchvision_model(arch, num_classes, input_size):
 
 def _torchvision_weights(arch):
     """The weights that torchvision's `pretrained=True` stood for, IMAGENET1K_V1 where there are several."""
-    from torchvision import models
-
     choices = models.get_model_weights(arch)
     weights = getattr(choices, "IMAGENET1K_V1", getattr(choices, "DEFAULT", None))
     if weights is None:

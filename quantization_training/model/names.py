@@ -9,24 +9,17 @@ def put_modules(model, replacements):
     Args:
         replacements: {name of the module that goes: module that comes}; it comes under every name of the one that goes.
     """
-    names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    places = {name: names[id(model.get_submodule(name))] for name in replacements}
-    for name, module in replacements.items():
-        for place in places[name]:
-            parent, _, child = place.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
+    coming = {model.get_submodule(name): module for name, module in replacements.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in coming:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, coming[module])
 
 
 def second_names(model):
     """Names of modules that a network has under another name before; a state_dict holds their tensors once more."""
-    seen, second = set(), set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in seen:
-            second.add(name)
-        seen.add(id(module))
-    return second
+    first = dict(model.named_modules())
+    return {name for name, _ in model.named_modules(remove_duplicate=False) if name not in first}
 
 
 def is_below(name, modules):
@@ -38,22 +31,19 @@ def is_below(name, modules):
 def unwrap(model):
     """A network without the wrappers around it and around its parts (nn.DataParallel, torch.compile), whose names would
     stand in every name below them."""
-    while _is_wrapper(model):
+    while _inside(model) is not None:
         model = _inside(model)
-    wrapped = {name: module for name, module in model.named_modules() if _is_wrapper(module)}
-    for name in reversed(wrapped):  # the inner ones first
-        put_modules(model, {name: _inside(wrapped[name])})
+    inside = {name: _inside(module) for name, module in model.named_modules()}
+    for name in reversed(inside):  # the inner ones first
+        if inside[name] is not None:
+            put_modules(model, {name: inside[name]})
     return model
 
 
-def _is_wrapper(module):
-    return isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _is_compiled(module)
-
-
-def _is_compiled(module):
-    kind = type(module)  # of a module that takes a second to import
-    return kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
-
-
-def _inside(wrapper):
-    return wrapper._orig_mod if _is_compiled(wrapper) else wrapper.module
+def _inside(module):
+    """What a wrapper holds; None of a module that is none."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return module.module
+    kind = type(module)  # of torch.compile's wrapper, which takes a second to import
+    is_compiled = kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo")
+    return module._orig_mod if is_compiled else None

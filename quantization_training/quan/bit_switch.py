@@ -25,7 +25,7 @@ class BitSwitch:
         self.bit_indices = None
 
     def keep_as_data(self, device):
-        """Say in tensors, too, which bit-widths are selected, so that a network compiled once computes with all of them."""
+        """Keep the indices of the selected bit-widths in tensors, too, so that a network is compiled once for all of them."""
         switched = self.switched()
         self.bit_indices = torch.zeros(len(switched), dtype=torch.long, device=device)
         for bit_index, module in zip(self.bit_indices.split(1), switched, strict=True):
@@ -50,10 +50,14 @@ class BitSwitch:
         self.note_bit_indices()
 
     def policy(self, chosen, acts=None):
-        """Each searchable layer at its own bits, {layer: bit}; a BatchNorm follows the one searchable layer before it.
+        """Each searchable layer at its own bits.
 
-        A BatchNorm without such a layer uses the copy of the highest bit-width. With `acts`, {layer: bit}, these are the bits
-        of activations, and `chosen` those of weights.
+        A BatchNorm takes the copy for the weight bits of the one searchable layer before it, without one the copy of the
+        highest bit-width.
+
+        Args:
+            chosen: {layer: bit}, of weights, and of activations without `acts`.
+            acts: {layer: bit} of activations.
         """
         for name, layer in self.layers.items():
             layer.select(chosen[name], (acts or chosen)[name])

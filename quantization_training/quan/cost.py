@@ -32,13 +32,7 @@ def full_precision_cost(layers, left=None):
 
 
 def nonzero_macs(call, left, macs):
-    """The MACs of a layer with a weight that is not pruned: each weight is used equally often.
-
-    Args:
-        call: the LayerCall.
-        left: number of weights that are not pruned.
-        macs: its MACs by one of the two counts.
-    """
+    """Those of a layer's MACs whose weight is one of the `left` that are not pruned: each weight is used equally often."""
     return macs * left // call.params
 
 
@@ -48,19 +42,21 @@ def sparse_size(params, left, bit):
 
 
 def _cost(layers, bits, left):
-    size = sum(call.params * bits[name][0] for name, call in layers.items())
-    whole = sum(call.params * FLOAT_BIT for call in layers.values())
-    product = {name: weight * act for name, (weight, act) in bits.items()}
-    cost = {"size_mb": size / MB, "ratio": whole / size,
-            "gbitops": sum(call.macs_published * product[name] for name, call in layers.items()) / 1e9,
-            "gbitops_exact": sum(call.macs_exact * product[name] for name, call in layers.items()) / 1e9}
-    return cost if left is None else cost | _sparse_cost(layers, bits, left, whole)
+    whole = {name: call.params for name, call in layers.items()}
+    full_size = FLOAT_BIT * sum(whole.values())
+    size = sum(params * bits[name][0] for name, params in whole.items())
+    cost = {"size_mb": size / MB, "ratio": full_size / size, "gbitops": _gbitops(layers, bits, whole, "macs_published"),
+            "gbitops_exact": _gbitops(layers, bits, whole, "macs_exact")}
+    if left is None:
+        return cost
+    size = sum(sparse_size(params, left[name], bits[name][0]) for name, params in whole.items())
+    return cost | {"sparsity": 1 - sum(left.values()) / sum(whole.values()),
+                   "sparse_size_mb": size / MB, "sparse_ratio": full_size / size,
+                   "gbitops_effective": _gbitops(layers, bits, left, "macs_published"),
+                   "gbitops_effective_exact": _gbitops(layers, bits, left, "macs_exact")}
 
 
-def _sparse_cost(layers, bits, left, whole):
-    size = sum(sparse_size(call.params, left[name], bits[name][0]) for name, call in layers.items())
-    effective = {count: sum(nonzero_macs(call, left[name], getattr(call, f"macs_{count}")) * bits[name][0] * bits[name][1]
-                            for name, call in layers.items()) / 1e9 for count in ("published", "exact")}
-    return {"sparsity": 1 - sum(left.values()) / sum(call.params for call in layers.values()),
-            "sparse_size_mb": size / MB, "sparse_ratio": whole / size,
-            "gbitops_effective": effective["published"], "gbitops_effective_exact": effective["exact"]}
+def _gbitops(layers, bits, left, count):
+    """1e9 BitOPs of the MACs with one of the weights that are left, by one of the two counts."""
+    return sum(nonzero_macs(call, left[name], getattr(call, count)) * bits[name][0] * bits[name][1]
+               for name, call in layers.items()) / 1e9

@@ -18,7 +18,7 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
         checkpoint: a stage-1 checkpoint, with bits, batchnorms and state_dict.
         weight_bits, act_bits: {layer: bit}.
         source: the path of the checkpoint, for messages.
-        second_names: modules that the network has under another name before; what stands under these is left out.
+        second_names: those of the network, as second_names() gives them; their tensors are left out.
 
     Returns:
         {name: tensor} with the names of a network quantized at the policy's bits.
@@ -54,37 +54,33 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
 
 
 def names_in_joint_training(own, batchnorms, bits):
-    """The names that the tensors of a network have while it is trained jointly.
-
-    Args:
-        own: its names in full precision or at a policy's bits.
-        batchnorms: its BatchNorms.
-        bits: candidate bit-widths.
-    """
-    copies = ["bn", *(f"bns.{index}" for index in range(len(bits)))]
-    return [new for name in own for module, _, entry in [name.rpartition(".")]
-            for new in ([f"{module}.{copy}.{entry}" for copy in copies] if module in batchnorms else [name])]
+    """The names that tensors called `own`, in full precision or at a policy's bits, may have in joint training at `bits`."""
+    copies, names = ["bn", *(f"bns.{index}" for index in range(len(bits)))], []
+    for name in own:
+        module, _, entry = name.rpartition(".")
+        names += [f"{module}.{copy}.{entry}" for copy in copies] if module in batchnorms else [name]
+    return names
 
 
 def clamp_as_limpq(state_dict):
-    """A state_dict of LIMPQ's joint training with its step sizes as that uses them, and a line about those outside, or ''.
+    """A state_dict of LIMPQ's joint training with its step sizes clamped to [1e-5, 1], and a line about those, or ''.
 
-    Its forward pass clamps them to [1e-5, 1]; the parameters themselves leave that range, and stay where they get no gradient.
+    LIMPQ's forward pass clamps them; the parameters themselves leave that range, and stay where they get no gradient.
     """
-    clamped = {name: tensor.clamp(SMALLEST_STEP, 1.0) if is_step(name) else tensor for name, tensor in state_dict.items()}
-    outside = {name: int((tensor != clamped[name]).sum()) for name, tensor in state_dict.items() if is_step(name)}
+    clamped = {name: tensor.clamp(SMALLEST_STEP, 1.0) for name, tensor in state_dict.items() if is_step(name)}
+    outside = {name: int((state_dict[name] != tensor).sum()) for name, tensor in clamped.items()}
     names = [name for name, count in outside.items() if count]
     if not names:
         return state_dict, ""
-    return clamped, (f"{sum(outside.values())} step sizes are taken at the nearer end of [1e-5, 1], as LIMPQ does: those of "
-                     f"{', '.join(names)}")
+    line = f"{sum(outside.values())} step sizes are taken at the nearer end of [1e-5, 1], as LIMPQ does: those of "
+    return state_dict | clamped, line + ", ".join(names)
 
 
 def normalised_weights(state_dict):
-    """A state_dict of LIMPQ's fine-tuning as a network without normalised weights has it, and whether it was another.
+    """A state_dict of LIMPQ's fine-tuning with the weights that were quantized, and whether these were normalised.
 
-    LIMPQ's first code quantized (w - mean)/std of each convolution's weight and left a parameter act_rescale_p, which nothing
-    computes with, in its checkpoints; the later one does neither.
+    LIMPQ's first code quantized (w - mean)/std of each convolution's weight and left an unused parameter act_rescale_p in its
+    checkpoints; the later one does neither.
     """
     marks = [name for name in state_dict if name.endswith(".act_rescale_p")]
     weights = {f"{name.removesuffix('.act_rescale_p')}.weight" for name in marks}

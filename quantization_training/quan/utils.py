@@ -23,38 +23,34 @@ def name_exceptions(config, graph):
     """A configuration whose quan.excepts names its layers, and a line about those that were found, or have no effect, or ''.
 
     For `auto`, these are the first convolution (in a network without, the first layer), the BatchNorm after it, and the
-    classifier, the layer that gives the output; all of them, where several convolutions see the image or several layers
-    give the output.
+    classifier; all of them, where several convolutions see the image or several layers give the output.
 
     Raises:
-        UserError: where no layer is left to be searched.
+        UserError: where no layer is left to be searched, or bits are asked for a layer that cannot be quantized.
     """
-    if config.quan.excepts != AUTO:
+    if config.quan.excepts == AUTO:
+        batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
+        roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
+                 **dict.fromkeys(graph.classifiers, "classifier")}
+        excepts = {name: ExceptionConfig() for name in roles}
+        found = ", ".join(f"{name} ({role})" for name, role in roles.items())
+        if not searchable_layers(graph, excepts):
+            raise UserError("; ".join(filter(None, [f"arch: no layer is left to be searched: {found} have fixed bits",
+                                                    graph.describe_unquantizable("; ")])))
+        line = f"exceptions found in the graph: {found}"
+    else:
         names = fit_names([*graph.layers, *graph.batchnorms], config.quan.excepts)
         excepts = {names[name]: entry for name, entry in config.quan.excepts.items()}
-        _check_rest(graph, excepts)
-        idle = [name for name, entry in excepts.items() if name in graph.batchnorms and (entry.weight.bit or entry.act.bit)]
-        return (replace(config, quan=replace(config.quan, excepts=excepts)),
-                f"without effect here: quan.excepts.*.bit of {', '.join(idle)} (a BatchNorm)" if idle else "")
-    batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
-    roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
-             **dict.fromkeys(graph.classifiers, "classifier")}
-    excepts = {name: ExceptionConfig() for name in roles}
-    if not searchable_layers(graph, excepts):
-        ends = ", ".join(f"{name} ({role})" for name, role in roles.items())
-        raise UserError("; ".join(filter(None, [f"arch: no layer is left to be searched: {ends} have fixed bits",
-                                                graph.describe_unquantizable("; ")])))
-    found = ", ".join(f"{name} ({role})" for name, role in roles.items())
-    return replace(config, quan=replace(config.quan, excepts=excepts)), f"exceptions found in the graph: {found}"
-
-
-def _check_rest(graph, excepts):
-    for name, entry in excepts.items():
-        if name in graph.unquantizable and (entry.weight.bit or entry.act.bit):
-            raise UserError(f"quan.excepts.{name}: asks for bits, but {graph.unquantizable[name]}, so it stays in full "
-                            "precision; leave its bits blank")
-    if not searchable_layers(graph, excepts):
-        raise UserError(f"quan.excepts: {', '.join(excepts)} leave no layer to be searched")
+        with_bits = [name for name, entry in excepts.items() if entry.weight.bit or entry.act.bit]
+        for name in with_bits:
+            if name in graph.unquantizable:
+                raise UserError(f"quan.excepts.{name}: asks for bits, but {graph.unquantizable[name]}, so it stays in full "
+                                "precision; leave its bits blank")
+        if not searchable_layers(graph, excepts):
+            raise UserError(f"quan.excepts: {', '.join(excepts)} leave no layer to be searched")
+        idle = ", ".join(name for name in with_bits if name in graph.batchnorms)
+        line = f"without effect here: quan.excepts.*.bit of {idle} (a BatchNorm)" if idle else ""
+    return replace(config, quan=replace(config.quan, excepts=excepts)), line
 
 
 def check_exceptions(model, excepts):
@@ -70,50 +66,28 @@ def searchable_layers(graph, excepts):
     return [name for name in graph.layers if name not in excepts]
 
 
-def weight_quantizer(config, bits, module):
-    channels = module.weight.shape[0] if config.per_channel else None
-    return LsqQuan(bits, signed=True, symmetric=config.symmetric, channels=channels, init=config.init)
-
-
-def act_quantizer(config, bits, signed=None, all_positive=None):
-    """The quantizer of an input.
+def quantized_layer(module, config, entry, weight_bits, act_bits, signed, sat=False):
+    """The quantized layer that replaces a convolution or a linear layer.
 
     Args:
-        config: the `quan.act` section.
-        signed: whether it is signed, where that is decided already.
-        all_positive: what takes the place of the section's.
+        config: the `quan` section.
+        entry: that of the layer in its `excepts`, or None.
+        weight_bits, act_bits: candidate bit-widths; of an empty list, weight or input are not quantized.
+        signed: whether its activations are signed, or None, where the configuration says so.
+        sat: as for QuanLinear.
     """
-    if signed is None:
-        positive = config.all_positive if all_positive is None else all_positive
-        signed = None if positive == AUTO else not positive
-    return LsqQuan(bits, signed, config.symmetric)
-
-
-def quantized_layer(module, quan_w_fn, quan_a_fn, sat=False):
-    """The quantized layer that stands in for a convolution or a linear layer."""
+    quan_w_fn, quan_a_fn = IdentityQuan(), IdentityQuan()
+    if weight_bits:
+        channels = module.weight.shape[0] if config.weight.per_channel else None
+        quan_w_fn = LsqQuan(weight_bits, True, config.weight.symmetric, channels, config.weight.init)
+    if act_bits:
+        if signed is None:
+            positive = entry.act.all_positive if entry and entry.act.all_positive is not None else config.act.all_positive
+            signed = None if positive == AUTO else not positive
+        quan_a_fn = LsqQuan(act_bits, signed, config.act.symmetric)
     if isinstance(module, nn.Linear):
         return QuanLinear(module, quan_w_fn, quan_a_fn, sat)
     return QuanConv2d(module, quan_w_fn, quan_a_fn)
-
-
-def quantizers_of_exception(module, config, name, defaults, signed=None):
-    """Quantizers of an excepted layer: at the bits its entry gives, or `defaults` where an entry is blank.
-
-    Args:
-        module: the excepted convolution or linear layer.
-        config: the `quan` section.
-        name: the name of the layer.
-        defaults: (weight bit, activation bit); None stands for not quantized.
-        signed: whether its activations are signed, where that is decided already.
-
-    Returns:
-        (quan_w_fn, quan_a_fn).
-    """
-    entry = config.excepts[name]
-    weight_bit = entry.weight.bit or defaults[0]
-    act_bit = entry.act.bit or defaults[1]
-    return (weight_quantizer(config.weight, [weight_bit], module) if weight_bit else IdentityQuan(),
-            act_quantizer(config.act, [act_bit], signed, entry.act.all_positive) if act_bit else IdentityQuan())
 
 
 def joint_modules(model, graph, config, bits, signed=None):
@@ -121,7 +95,7 @@ def joint_modules(model, graph, config, bits, signed=None):
 
     Args:
         model: a full-precision network.
-        graph: its Graph, as model.layer_table.trace gives it.
+        graph: its Graph.
         config: the `quan` section, its exceptions named.
         bits: candidate bit-widths.
         signed: {layer: whether its activations are signed}, where that is decided already; others follow `config`.
@@ -130,16 +104,13 @@ def joint_modules(model, graph, config, bits, signed=None):
         {name: module to put there}. An excepted layer whose entry is blank is not replaced.
     """
     check_exceptions(model, config.excepts)
-    modules, signed = dict(model.named_modules()), signed or {}
-    replacements = {}
+    modules, signed, replacements = dict(model.named_modules()), signed or {}, {}
     for name in graph.layers:
-        module = modules[name]
-        if name not in config.excepts:
-            replacements[name] = quantized_layer(module, weight_quantizer(config.weight, bits, module),
-                                                 act_quantizer(config.act, bits, signed.get(name)))
-        elif config.excepts[name].weight.bit or config.excepts[name].act.bit:
-            replacements[name] = quantized_layer(module, *quantizers_of_exception(module, config, name, (None, None),
-                                                                                       signed.get(name)))
+        entry, weight_bits, act_bits = config.excepts.get(name), bits, bits
+        if entry:
+            weight_bits, act_bits = ([part.bit] if part.bit else [] for part in (entry.weight, entry.act))
+        if weight_bits or act_bits:
+            replacements[name] = quantized_layer(modules[name], config, entry, weight_bits, act_bits, signed.get(name))
     for name in graph.batchnorms:
         shared = name in config.excepts
         replacements[name] = ExceptedBatchNorm(modules[name]) if shared else SwitchableBatchNorm(modules[name], bits)
@@ -151,7 +122,7 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=(
 
     Args:
         model, graph, config: as for joint_modules.
-        weight_bits, act_bits: {layer: bit} for every searchable layer; an input at 32 bits is left alone.
+        weight_bits, act_bits: {layer: bit} for every searchable layer; an input at 32 bits is not quantized.
         signed: {layer: whether its activations are signed}, as decided before; others follow `config`.
         scaled: names of the linear layers with scale-adjusted training.
 
@@ -159,18 +130,16 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=(
         {name: module to put there}. Blank exceptions get 8 bits: convolutions in their weights, linear layers in both.
     """
     check_exceptions(model, config.excepts)
-    modules = dict(model.named_modules())
-    replacements = {}
+    modules, replacements = dict(model.named_modules()), {}
     for name in graph.layers:
-        module = modules[name]
-        if name in config.excepts:
-            defaults = (FIXED_BIT, FIXED_BIT if isinstance(module, nn.Linear) else None)
-            quantizers = quantizers_of_exception(module, config, name, defaults, signed.get(name))
+        module, entry = modules[name], config.excepts.get(name)
+        if entry:
+            weight_bit = entry.weight.bit or FIXED_BIT
+            act_bit = entry.act.bit or (FIXED_BIT if isinstance(module, nn.Linear) else FLOAT_BIT)
         else:
-            is_left_alone = act_bits[name] == FLOAT_BIT
-            quantizers = (weight_quantizer(config.weight, [weight_bits[name]], module), IdentityQuan() if is_left_alone
-                          else act_quantizer(config.act, [act_bits[name]], signed.get(name)))
-        replacements[name] = quantized_layer(module, *quantizers, sat=name in scaled)
+            weight_bit, act_bit = weight_bits[name], act_bits[name]
+        replacements[name] = quantized_layer(module, config, entry, [weight_bit], [] if act_bit == FLOAT_BIT else [act_bit],
+                                             signed.get(name), name in scaled)
     return replacements
 
 
@@ -185,6 +154,12 @@ def step_quantizers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LsqQuan)}
 
 
+def _activation_quantizers(model):
+    """{layer: the LSQ quantizer of its input}."""
+    return {name.removesuffix(".quan_a_fn"): quantizer for name, quantizer in step_quantizers(model).items()
+            if name.endswith(".quan_a_fn")}
+
+
 def keep_steps_positive(model):
     """Keep every step size of the network above zero; to be called after each optimizer step."""
     for quantizer in step_quantizers(model).values():
@@ -192,13 +167,13 @@ def keep_steps_positive(model):
 
 
 def check_all_reached(model):
-    """Refuse to go on where the input of a layer never came, so that its step sizes have no value from data.
+    """Refuse to go on where no input came to a layer, so that its step sizes have no value from data.
 
     Raises:
         UserError: naming the layers.
     """
-    names = [name.removesuffix(".quan_a_fn") for name, quantizer in step_quantizers(model).items()
-             if name.endswith(".quan_a_fn") and not (quantizer.is_reached or quantizer.is_initialized)]
+    names = [name for name, quantizer in _activation_quantizers(model).items()
+             if not (quantizer.is_reached or quantizer.is_initialized)]
     if names:
         raise UserError(f"arch: no image of the first epoch reached {shortened(names)}; name what only some images reach in "
                         "quan.excepts, or let all go through it")
@@ -232,15 +207,14 @@ def weights_quantized_once(model):
 
 def set_batch_parts(model, parts):
     """Tell every activation quantizer in how many equal parts a batch is computed: ranks times accumulated batches."""
-    for name, quantizer in step_quantizers(model).items():
-        if name.endswith("quan_a_fn"):
-            quantizer.batch_parts = parts
+    for quantizer in _activation_quantizers(model).values():
+        quantizer.batch_parts = parts
 
 
 def signedness_in_use(model):
     """{layer: whether its activations are signed} of the layers whose input is quantized, where it is decided."""
-    return {name.removesuffix(".quan_a_fn"): bool(quantizer.signed) for name, quantizer in step_quantizers(model).items()
-            if name.endswith(".quan_a_fn") and quantizer.signed is not None}
+    return {name: bool(quantizer.signed) for name, quantizer in _activation_quantizers(model).items()
+            if quantizer.signed is not None}
 
 
 def bits_in_use(model):

@@ -1,7 +1,6 @@
-"""Pruning masks: which weights of a network are removed, and how these stay at zero.
+"""Pruning masks: {parameter name: bool tensor of its shape, True where it stays}; a parameter without one is whole.
 
-Masks are {parameter name: bool tensor of its shape, True where it stays}. The names are those of the full-precision
-network in every stage. A parameter without a mask is whole.
+The names are those of the full-precision network in every stage.
 """
 
 import torch
@@ -10,13 +9,9 @@ from util.errors import UserError, nearest
 
 
 class PrunedParameters:
-    """Holds the removed parameters of a network at zero.
+    """Holds the removed parameters of a network, full-precision or quantized, at zero.
 
-    A mask of a normalization layer holds for every copy of it that a quantized network has.
-
-    Args:
-        model: the network, full-precision or quantized.
-        masks: as checked_masks gives them.
+    A mask of a BatchNorm holds for every copy of it that a quantized network has.
 
     Attributes:
         masks: the masks in force, on the CPU.
@@ -64,13 +59,12 @@ def checked_masks(model, masks, source):
         if not is_mask(mask):
             raise UserError(f"{source}: masks: {name} is not a mask")
         if mask.shape != shapes[name]:
-            raise UserError(f"{source}: masks: {name} has shape {list(mask.shape)}, this network's is "
-                            f"{list(shapes[name])}")
+            raise UserError(f"{source}: masks: {name} has shape {list(mask.shape)}, this network's is {list(shapes[name])}")
     return masks
 
 
 def is_mask(value):
-    """Whether a value is a bool tensor that holds its entries one by one: not sparse, and not without data."""
+    """Whether a value is a dense bool tensor with data."""
     return (isinstance(value, torch.Tensor) and value.dtype == torch.bool and value.layout == torch.strided
             and not value.is_meta)
 

@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 
@@ -17,7 +18,6 @@ def prunable_layers(graph, excepts=None):
     """Names of the layers that are pruned, in network order.
 
     Args:
-        graph: the Graph of the network.
         excepts: layers to leave dense; None stands for the convolutions that see the image and the classifiers.
 
     Raises:
@@ -36,7 +36,7 @@ def prunable_layers(graph, excepts=None):
 
 
 def coupled_parameters(model, graph, layer):
-    """Names of what goes with an output channel of a layer: its bias, and weight and bias of the BatchNorms after it."""
+    """Names of the parameters that go with an output channel: the layer's bias, weight and bias of the BatchNorms after it."""
     names = [f"{layer}.bias", *(f"{batchnorm}.{entry}" for batchnorm, before in graph.batchnorms.items()
                                 if before == layer for entry in ("weight", "bias"))]
     parameters = dict(model.named_parameters())
@@ -47,40 +47,31 @@ def coupled_parameters(model, graph, layer):
 def mixed_channels(model, graph, layers):
     """{layer: the BatchNorm after it} of those layers whose channels do not reach that BatchNorm one by one and in order.
 
-    Channels of a layer that some function splits, joins, shuffles or mixes before the BatchNorm (GLU, pixel shuffle, ...)
-    are not channels of the BatchNorm. It is tried on a copy of the network: values that are no numbers take the place of
-    some channels, and have to come out at just these. Every two channels differ in one of the choices, in both directions.
-
-    Args:
-        model: the network, full-precision or at a policy's bits; it is left as it is.
-        graph: its Graph.
-        layers: names of layers.
+    Channels that some function splits, joins, shuffles or mixes before the BatchNorm (GLU, pixel shuffle, ...) are not those
+    of the BatchNorm. It is tried on a copy of the network, full-precision or at a policy's bits: NaN takes the place of some
+    channels, and has to come out at just these. Every two channels differ in one of the choices, in both directions.
     """
     pairs = {name: graph.batchnorms[name] for name in graph.indirect if graph.batchnorms[name] in layers}
     if not pairs:
         return {}
     twin, mixed = copy.deepcopy(model).cpu().float().eval(), {}
-    spoiled = dict.fromkeys(pairs.values())  # which channels are no numbers
+    spoiled = dict.fromkeys(pairs.values())  # which channels are NaN
 
-    def replace_output(layer):
-        def hook(module, inputs, output):
-            axis = 1 if graph.layers[layer].kind == "conv" else -1
-            values = torch.ones_like(output).movedim(axis, 0)
-            values[spoiled[layer]] = math.nan
-            return values.movedim(0, axis)
-        return hook
+    def replace_output(layer, module, inputs, output):
+        axis = 1 if graph.layers[layer].kind == "conv" else -1
+        values = torch.ones_like(output).movedim(axis, 0)
+        values[spoiled[layer]] = math.nan
+        return values.movedim(0, axis)
 
-    def compare(batchnorm, layer):
-        def hook(module, inputs):
-            found = inputs[0].isnan().transpose(0, 1).flatten(1).any(1)
-            if not torch.equal(found, spoiled[layer]):
-                mixed[layer] = batchnorm
-        return hook
+    def compare(batchnorm, layer, module, inputs):
+        found = inputs[0].isnan().transpose(0, 1).flatten(1).any(1)
+        if not torch.equal(found, spoiled[layer]):
+            mixed[layer] = batchnorm
 
     for layer in spoiled:
-        twin.get_submodule(layer).register_forward_hook(replace_output(layer))
+        twin.get_submodule(layer).register_forward_hook(partial(replace_output, layer))
     for batchnorm, layer in pairs.items():
-        twin.get_submodule(batchnorm).register_forward_pre_hook(compare(batchnorm, layer))
+        twin.get_submodule(batchnorm).register_forward_pre_hook(partial(compare, batchnorm, layer))
     most = max(graph.layers[layer].shape[0] for layer in spoiled)
     for bit, wanted in itertools.product(range(max(most - 1, 1).bit_length()), (0, 1)):
         for layer in spoiled:
@@ -91,24 +82,22 @@ def mixed_channels(model, graph, layers):
 
 @dataclass(frozen=True)
 class Group:
-    """Weights or channels that are compared with each other, of one layer or of all: how many there are in all, how many of
-    them are left, and how many of these stay in any case."""
+    """Weights or channels that are compared with each other.
+
+    layers: one, or all. total: how many weights or channels there are; left: not removed; spared: never to be removed.
+    """
 
     layers: tuple
     total: int
     left: int
     spared: int
 
-    @property
-    def most(self):
-        """How many can be removed in all."""
-        return self.total - self.spared
-
     def due(self, target):
         """How many are removed in all where the target, a share, is reached."""
         return rounded(Fraction(str(target)) * self.total)
 
     def to_remove(self, amount, target):
+        """How many a step removes; arguments as for count_to_remove."""
         return min(count_to_remove(self.total, self.left, amount, target), self.left - self.spared)
 
 
@@ -123,10 +112,10 @@ def sums_of(groups):
 
 
 class Prunable:
-    """The weights of a network that may be pruned, as one kind and scope of pruning sees them.
+    """The weights of a network that may be pruned by one kind and scope of pruning.
 
     Args:
-        network: what has a model and its graph; weights are taken as they are when they are asked for.
+        network: what has a model and its graph.
         prune: a configuration with type, scope and excepts.
 
     Attributes:
@@ -153,41 +142,29 @@ class Prunable:
     def weights(self):
         return {name: self.model.get_submodule(name).weight.detach().cpu() for name in self.layers}
 
-    def left(self, masks):
-        """{layer: which of its weights or channels are left}."""
-        return units(self.weights(), masks, self.prune.type)[1]
-
     def more_masks(self, masks, amount, target):
-        """Masks that remove more, ranked by the weights as they are now; arguments as for next_masks."""
+        """next_masks of the weights as they are now."""
         return next_masks(self.weights(), masks, self.coupled, self.prune.type, self.prune.scope, amount, target)
 
     def groups(self, masks):
         """A Group for all layers together, or for each layer, as the scope says."""
-        left, spares_one = self.left(masks), self.prune.type == "structured"
+        left, spares_one = units(self.weights(), masks, self.prune.type)[1], self.prune.type == "structured"
         return [Group(tuple(names), *counted(left, names), sum(bool(left[name].any()) for name in names) if spares_one else 0)
                 for names in groups_of(self.layers, self.prune.scope)]
 
     def check_target(self, groups, target):
-        """Refuse a target that is out of reach because one channel of each layer stays, or below what is removed already.
-
-        Args:
-            groups: as they are.
-            target: the share of the weights, or channels, to be removed in all.
-        """
+        """Refuse a target share that is out of reach because one channel of each layer stays, or below what is removed."""
         for group in groups:
-            if group.due(target) > group.most:
+            most = group.total - group.spared
+            if group.due(target) > most:
                 where = "all layers" if self.prune.scope == "global" else group.layers[0]
                 raise UserError(f"prune.target_sparsity: found {float(target):g}, but one channel of each layer stays; "
-                                f"{group.most} of {group.total} channels of {where} can go "
-                                f"({math.floor(1e4 * group.most / group.total) / 1e4:g})")
+                                f"{most} of {group.total} channels of {where} can go "
+                                f"({math.floor(1e4 * most / group.total) / 1e4:g})")
         total, left = sums_of(groups)
         if sum(group.due(target) for group in groups) < total - left:
             raise UserError(f"prune.target_sparsity: found {float(target):g}, but {100 * (1 - left / total):.2f} % of the "
                             f"{self.unit} are removed already")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes next.
 
 
 def count_to_remove(total, left, amount, target=None):
@@ -208,7 +185,7 @@ def rounded(exact):
 def next_masks(weights, masks, coupled, kind, scope, amount, target=None):
     """Masks that remove more: the smallest weights by magnitude, or whole output channels by L2 norm.
 
-    Ties go by position: of equal ones the earlier goes. At least one channel of each layer stays.
+    Of equal ones the earlier goes. At least one channel of each layer stays, and nothing that is removed comes back.
 
     Args:
         weights: {layer: weight tensor [out_channels, ...]} of the layers to prune, on the CPU.
@@ -220,7 +197,7 @@ def next_masks(weights, masks, coupled, kind, scope, amount, target=None):
         target: share of all that is removed at most.
 
     Returns:
-        new masks; those given are not changed. Removed is removed: nothing comes back.
+        new masks; those given are not changed.
     """
     scores, left = units(weights, masks, kind)
     for names in groups_of(left, scope):
@@ -241,7 +218,7 @@ def next_masks(weights, masks, coupled, kind, scope, amount, target=None):
 
 
 def units(weights, masks, kind):
-    """What is compared and removed as one: ({layer: scores}, {layer: which are left}), by weight or by channel."""
+    """({layer: scores}, {layer: which are left}) of what is removed as one, weights or channels."""
     kept = {name: mask_of(masks, f"{name}.weight", weight) for name, weight in weights.items()}
     if kind == "unstructured":
         return {name: weight.detach().abs() for name, weight in weights.items()}, kept

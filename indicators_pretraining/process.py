@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.loop import Hooks, Training
-from engine.metrics import Metrics, evaluate
+from engine.metrics import Metrics, evaluate, evaluate_best
 from engine.monitor import log_start
 from engine.passes import Passes
-from engine.resume import evaluate_best
 from engine.run_folder import describe_evaluated
 from quan.utils import keep_steps_positive
 from schema import RANDOM
@@ -113,7 +112,6 @@ def validate(model, switch, loader, epoch, monitor):
         monitor.epoch(epoch, "val", row, bits=bit)
     top1, top5 = (float(np.mean([row[key] for row in figures.values()])) for key in ("top1", "top5"))
     monitor.scores(epoch, top1, top5)
-    monitor.save_plots()
     return top1, top5
 
 

@@ -196,7 +196,6 @@ class Pruning:
         figures, number = evaluate(self.model, self.loaders.val), epochs_before(level, self.config) + epoch + 1
         self.monitor.epoch(number, "val", figures)
         self.monitor.scores(number, figures["top1"], figures["top5"])
-        self.monitor.save_plots()
         return figures["top1"], figures["top5"]
 
     def write(self, path, state, level):

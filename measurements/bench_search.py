@@ -17,11 +17,11 @@ from fractions import Fraction
 sys.path.insert(0, ".")  # the search
 
 import pulp
-from timing import show, timed
 
 import ilp
 from options import SearchConfig
 from study import Study
+from timing import show, timed
 from util.command import Parser
 from util.errors import user_errors_on_one_line
 

@@ -17,7 +17,6 @@ import sys
 sys.path.insert(0, ".")  # the stage, also in the processes that this one starts
 
 import torch
-from timing import show, timed
 from torch import nn
 
 import process
@@ -31,6 +30,7 @@ from quan.bit_switch import BitSwitch
 from quan.config import ExceptionConfig, QuanConfig
 from quan.quantizer import LsqQuan, Quantizer, kernel, lsq
 from quan.utils import joint_modules, policy_modules, replace_module_by_names, searchable_layers, weights_quantized_once
+from timing import show, timed
 from util import distributed
 from util.command import Parser
 from util.data_loader import CROP_PADDING, CropAndFlip, normalise

@@ -36,7 +36,7 @@ from schema import FinetuneConfig
 from sparsity.masks import PrunedParameters, weights_left
 from util import distributed
 from util.config import describe_idle
-from util.errors import UserError, nearest
+from util.errors import UserError, naming, nearest
 from util.exchange import read_policy
 
 IMAGENET_CLASSES = 1000
@@ -86,14 +86,12 @@ def build_network(config, num_classes, input_size, checkpoint, device):
         device: where the network is to live.
     """
     fresh = checkpoint is None
-    # Small files that may be wrong come before anything is downloaded.
-    policy_file = read_policy(config.policy) if config.policy else None
-    joint = load_checkpoint(config.init_from) if fresh and config.init_from else None
+    policy_file, joint = read_files(config, fresh)  # small files that may be wrong come before anything is downloaded
     model, graph, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained if fresh else False)
     if checkpoint is not None:
         masks = masks_of(checkpoint, model, "resume.path")
     elif joint is not None:
-        masks = masks_of(joint, model, config.init_from)
+        masks = masks_of(joint, model, f"init_from: {config.init_from}")
     training = "" if config.eval else check_training(model, graph, input_size, num_classes)
     description, exceptions, clamped, scaling = {"num_classes": num_classes, "input_size": input_size}, "", "", ""
     defaults = describe_defaults(config) if fresh else ""
@@ -123,6 +121,14 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)
 
 
+def read_files(config, fresh):
+    """(the content of config.policy or None, that of config.init_from where a run begins from it or None)."""
+    with naming("policy"):
+        policy = read_policy(config.policy) if config.policy else None
+    with naming("init_from"):
+        return policy, load_checkpoint(config.init_from) if fresh and config.init_from else None
+
+
 def quantize(model, graph, config, policy_file, checkpoint, scaled):
     """Put quantized layers at the policy's bits into the network; return the policy.
 
@@ -148,7 +154,7 @@ def start_from_joint_training(model, graph, policy, checkpoint, masks, config):
     Returns:
         a line about step sizes that were taken otherwise than they stand in the checkpoint, or ''.
     """
-    source, remark = config.init_from, ""
+    source, remark = f"init_from: {config.init_from}", ""
     check_arch(checkpoint, config.arch, source)
     if is_foreign(checkpoint):
         checkpoint, remark = joint_from_elsewhere(checkpoint, graph, config)
@@ -266,6 +272,7 @@ def create_teacher(config, num_classes, device, input_size):
         model = create_model(config.arch, num_classes, pre_trained=True, input_size=input_size)
     else:
         model = create_model(config.arch, num_classes, input_size=input_size)
-        if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
-            raise UserError(f"distillation.teacher: {teacher} has another number of classes than the data ({num_classes})")
+        with naming("distillation.teacher"):
+            if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
+                raise UserError(f"{teacher} has another number of classes than the data ({num_classes})")
     return to_device(model.eval().requires_grad_(False), device, trace(model, input_size, num_classes))

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 
 from engine.interruption import watched
 from engine.loop import Hooks, Training, grouped, training_step
-from engine.metrics import Metrics, evaluate, evaluation_mode
+from engine.metrics import Metrics, evaluate, evaluate_best, evaluation_mode
 from engine.monitor import log_start
-from engine.resume import evaluate_best
 from engine.run_folder import describe_evaluated
 from quan.utils import BATCHNORM, weights_quantized_once
 from util import distributed
@@ -125,7 +124,6 @@ def validate(model, loaders, config, epoch, monitor):
     figures = evaluate(model, loaders.val)
     monitor.epoch(epoch + 1, "val", figures)
     monitor.scores(epoch + 1, figures["top1"], figures["top5"])
-    monitor.save_plots()
     return figures["top1"], figures["top5"]
 
 

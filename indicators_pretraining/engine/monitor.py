@@ -24,7 +24,7 @@ from util.exchange import write_atomically
 
 from .checkpoint import FORMAT_VERSION
 from .metrics_file import SPLITS, MetricsFile, append
-from .plots import name_label, save_curves
+from .plots import SPLIT_STYLES, name_label, save_curves
 from .wandb_run import choose_wandb, start_wandb
 
 
@@ -65,6 +65,7 @@ class Monitor:
     def _open(self, folder, config, resumed_epoch, device_name, world_size):
         self.folder, self.config = folder, config
         self._bar = self._wandb = None
+        self._drawn = []  # rows that curves.png shows
         self._finished = False
         # Refused before anything is written.
         wandb, mode, remark = choose_wandb(config.wandb)
@@ -176,16 +177,21 @@ class Monitor:
 
     @main_rank_only
     def scores(self, epoch, top1, top5):
-        """Put an epoch on the scoreboard and log the best epochs so far."""
+        """Put an epoch on the scoreboard, log the best epochs so far, and draw curves.png."""
         self._scoreboard.add(int(epoch), float(top1), float(top5))
         for line in self._scoreboard.lines():
             self.log(line)
+        self.save_plots()
 
     @main_rank_only
     def save_plots(self):
-        """Draw curves.png from the rows so far."""
+        """Draw curves.png from the rows so far, unless it shows them already."""
+        rows = [row for row in self._metrics.rows if row["split"] in SPLIT_STYLES]
+        if rows == self._drawn:
+            return
+        self._drawn = rows
         try:
-            save_curves(self.folder / "curves.png", self._metrics.rows, self.config.name)
+            save_curves(self.folder / "curves.png", rows, self.config.name)
         except ImportError as error:
             self.log(f"no curves.png: {reason(error)}")  # a missing plotting library is no reason to lose a run
 

@@ -55,9 +55,6 @@ def complaint(capsys, command, *arguments):
     (["config.yaml", "quan.excepts.con1.weight.bit="], "no such layer; did you mean 'conv1'"),
     (["config.yaml", "arch=resnt20"], "arch: 'resnt20' is not a known network; did you mean 'resnet20'?"),
     (["config.yaml", "arch=resnet20", "pre_trained=true"], "pre_trained: torchvision has no weights of resnet20"),
-    (["config.yaml", "pre_trained=nowhere.pth"], "nowhere.pth: cannot read the checkpoint"),
-    (["config.yaml", "resume.path=nowhere.pth"], "nowhere.pth: cannot read the checkpoint"),
-    (["config.yaml", "resume.path=config.yaml"], "config.yaml: "),
     (["config.yaml", "dataloader.dataset=imagenet", "dataloader.path=missing", "dataloader.input_size="], "missing"),
     (["config.yaml", "dataloader.dataset=cifar10", "dataloader.input_size="], "dataloader.path"),
     (["config.yaml", "dataloader.batch_size=5000"], "dataloader.batch_size"),
@@ -73,6 +70,32 @@ def complaint(capsys, command, *arguments):
 ])
 def test_training(folder, capsys, arguments, message):
     assert message in complaint(capsys, main.main, *arguments)
+
+
+@pytest.mark.parametrize("words", [["pre_trained"], ["init_from"], ["resume.path"], ["resume.path", "resume.lean=true"],
+                                   ["resume.path", "eval=true"]])
+def test_a_file_that_is_no_checkpoint_is_named_with_the_key_that_brought_it(folder, capsys, words):
+    key, *others = words
+    torch.save({"epoch": 1}, "empty.pth")
+    for path, message in (("nowhere.pth", "cannot read the checkpoint"), ("config.yaml", "damaged or not a checkpoint"),
+                          ("empty.pth", "not a checkpoint")):
+        said = complaint(capsys, main.main, "config.yaml", f"{key}={path}", *others)
+        assert said.startswith(f"error: {key}: {path}: {message}"), said
+
+
+def test_a_checkpoint_of_another_network_is_named_with_the_key_that_brought_it(folder, capsys):
+    save_checkpoint("other", {"state_dict": {}, "arch": "resnet18"})
+    for key in ("init_from", "resume.path"):
+        said = complaint(capsys, main.main, "config.yaml", f"{key}=other")
+        assert said == f"error: {key}: other: holds resnet18, but arch is resnet20\n"
+
+
+def test_the_checkpoint_of_the_run_itself_is_named_without_a_key(folder, capsys):
+    main.main(["config.yaml"])
+    capsys.readouterr()
+    path = "out/run/run_checkpoint.pth.tar"
+    pathlib.Path(path).write_bytes(pathlib.Path(path).read_bytes()[:-3000])
+    assert complaint(capsys, main.main, "config.yaml").startswith(f"error: {path}: damaged")
 
 
 def test_another_run_is_not_overwritten_and_a_lean_start_goes_on(folder, capsys):

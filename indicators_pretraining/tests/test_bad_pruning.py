@@ -197,7 +197,7 @@ def test_masks_of_another_network(folder, capsys, masks, message):
     for command in (main.main, pruning.main):
         for key in ("init_from", "pre_trained"):
             said = complaint(capsys, command, "config.yaml", f"{key}=dense")
-            assert said.startswith("error: dense: masks") and message in said
+            assert said.startswith(f"error: {key}: dense: masks") and message in said
 
 
 @pytest.mark.parametrize(("masks", "message"), WRONG_MASKS)

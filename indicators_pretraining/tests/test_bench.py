@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "measurements"))
-import bench_training as bench
 import pytest
 import torch
 
+import bench_training as bench
 from quan.quantizer import lsq
 from util.errors import UserError
 

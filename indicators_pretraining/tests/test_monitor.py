@@ -274,6 +274,18 @@ def test_curves_are_drawn_on_request_and_at_the_end_without_a_global_figure(tmp_
     assert (tmp_path / "curves.png").read_bytes() != early
 
 
+def test_curves_are_drawn_once_for_the_same_figures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("engine.monitor.save_curves", lambda path, rows, title: drawn.append(len(rows)))
+    with watch(tmp_path) as run:
+        for epoch in (1, 2):
+            run.epoch(epoch, "train", {"loss": 1})
+            run.epoch(epoch, "val", {"top1": 40})
+            run.scores(epoch, 40, 80)
+        run.epoch(2, "test", {"top1": 40})
+    assert drawn == [2, 4]
+
+
 def test_each_split_and_candidate_has_a_line_with_its_figures():
     from matplotlib.figure import Figure
 

@@ -95,7 +95,7 @@ def watched(monkeypatch):
         state = copy.deepcopy({"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()["state"],
                                "torch": torch.get_rng_state(), "python": random.getstate(),
                                "numpy": np.random.get_state()[1].tolist()})
-        epochs.append({"epoch": epoch, "number": training.epochs_before + epoch, **state})
+        epochs.append({"epoch": epoch, "number": training.hooks.epochs_before + epoch, **state})
         train(training, epoch, inside)
 
     def noted_step(model, batches, criterion, optimizer, metrics, passes):

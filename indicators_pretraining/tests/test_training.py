@@ -1,6 +1,7 @@
 """The schedule and the loop that every training shares, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -57,7 +58,7 @@ def test_bounds_of_a_schedule_can_be_followed():
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 6))
 def test_groups_hold_every_element_but_an_incomplete_rest(elements, size):
     groups = list(grouped(iter(elements), size))
-    assert sum(groups, []) == elements[:len(elements) // size * size] and {len(group) for group in groups} <= {size}
+    assert sum(groups, ()) == tuple(elements[:len(elements) // size * size]) and {len(group) for group in groups} <= {size}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,8 +210,8 @@ def test_an_epoch_goes_on_where_it_was_left_also_with_other_batches(monkeypatch)
 
 
 def spoil(loop):
-    step = loop.take_step
-    loop.take_step = lambda *words: (step(*words), loop.model.weight.data.fill_(math.nan))
+    step = loop.hooks.take_step
+    loop.hooks = replace(loop.hooks, take_step=lambda *words: (step(*words), loop.model.weight.data.fill_(math.nan)))
 
 
 def test_what_is_not_finite_is_named_with_what_to_do(monkeypatch):
@@ -227,7 +228,7 @@ def test_what_is_not_finite_is_named_with_what_to_do(monkeypatch):
     assert not done.saved
     loop, _ = make_loop([(1.0, 1.0)] * 2, monkeypatch)
     with pytest.raises(UserError, match=r"after epoch 2; .* \(a checkpoint from before is kept\)$"):
-        loop.validate = lambda epoch: spoil(loop) if epoch == 0 else None
+        loop.hooks = replace(loop.hooks, validate=lambda epoch: spoil(loop) if epoch == 0 else None)
         loop.run(beginning(), 2)
     loop, _ = make_loop([(1.0, 1.0)] * 2, monkeypatch, epochs_before=1)
     spoil(loop)

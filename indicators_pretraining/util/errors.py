@@ -57,6 +57,15 @@ def reason(error):
 
 
 @contextlib.contextmanager
+def naming(key):
+    """Let a UserError raised within begin with the key whose path it speaks of; '' leaves it as it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}" if key else error) from None
+
+
+@contextlib.contextmanager
 def user_errors_on_one_line():
     """Turn a UserError into one line on stderr and exit status 2, and a signal into one line and 128 plus its number."""
     try:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "measurements"))
 import bench_search as bench
-
 import ilp
 
 

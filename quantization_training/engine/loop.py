@@ -39,13 +39,8 @@ def training_step(model, batches, criterion, optimizer, metrics, passes=None):
 
 
 def grouped(iterable, size):
-    """Lists of `size` elements; an incomplete last one is left out."""
-    group = []
-    for element in iterable:
-        group.append(element)
-        if len(group) == size:
-            yield group
-            group = []
+    """Tuples of `size` elements; an incomplete last one is left out."""
+    return zip(*[iter(iterable)] * size, strict=False)
 
 
 @dataclass(frozen=True)
@@ -81,11 +76,9 @@ class Training:
 
     def __init__(self, model, optimizer, loader, config, monitor, hooks):
         self.model, self.optimizer, self.loader, self.config, self.monitor = model, optimizer, loader, config, monitor
-        self.take_step, self.validate, self.write = hooks.take_step, hooks.validate, hooks.write
-        self.labels, self.shown = hooks.labels, hooks.shown
-        self.batches_per_step, self.epochs_before = hooks.batches_per_step, hooks.epochs_before
-        self.steps = len(loader) // self.batches_per_step
-        self.images_per_step = loader.images // len(loader) * self.batches_per_step
+        self.hooks = hooks
+        self.steps = len(loader) // hooks.batches_per_step
+        self.images_per_step = loader.images // len(loader) * hooks.batches_per_step
         self.device = next(model.parameters()).device
         self.has_checkpoint = False  # whether this run, or the one that it goes on from, has left any
 
@@ -96,12 +89,12 @@ class Training:
             Interrupted: on all ranks, with a checkpoint written, where a signal came.
         """
         self.best = start.best
-        self.has_checkpoint = bool(self.epochs_before or start.epoch or start.inside)
+        self.has_checkpoint = bool(self.hooks.epochs_before or start.epoch or start.inside)
         for epoch in range(start.epoch, last):
             inside = start.inside if epoch == start.epoch else None
             if inside is None or not inside.is_trained:
                 self.train(epoch, inside)
-                if self.epochs_before + epoch == 0:
+                if self.number(epoch) == 1:
                     check_all_reached(self.model)
                     self.log_waiting_steps()
             scores = self.validate_or_save(epoch)
@@ -112,20 +105,20 @@ class Training:
 
     def train(self, epoch, inside=None):
         """Train for one epoch, from where a checkpoint was written inside it, and log what it reached."""
-        number = self.epochs_before + epoch + 1
-        metrics = {label: Metrics(self.device) for label in self.labels}
+        number = self.number(epoch)
+        metrics = {label: Metrics(self.device) for label in self.hooks.labels}
         first, seconds = self.continue_inside(inside, metrics)
         begun = time.time() - seconds
         self.model.train()
-        self.loader.set_epoch(epoch, first * self.batches_per_step)
-        batches = self.monitor.progress(grouped(self.loader, self.batches_per_step), f"epoch {number}",
+        self.loader.set_epoch(epoch, first * self.hooks.batches_per_step)
+        batches = self.monitor.progress(grouped(self.loader, self.hooks.batches_per_step), f"epoch {number}",
                                         self.images_per_step, self.steps, first)
         for step, group in enumerate(batches, first):
             set_learning_rate(self.optimizer, learning_rate(self.config, epoch + step / self.steps))
             # Before the step, which would spread what is not finite over the whole network.
             check = self.optimizer.register_step_pre_hook(lambda *_, done=step + 1: self.check_where_due(epoch, done, metrics))
             try:
-                self.take_step(group, epoch, step, metrics)
+                self.hooks.take_step(group, epoch, step, metrics)
             finally:
                 check.remove()
             self.after_step(epoch, step + 1, metrics, begun)
@@ -152,8 +145,8 @@ class Training:
         """Show figures, and write a checkpoint or stop where it is due, after `done` steps of an epoch."""
         log, is_last = self.config.log, done == self.steps
         if done % log.print_freq == 0:
-            figures = metrics[self.shown].result()
-            self.monitor.step(self.epochs_before + epoch + 1, done, self.steps, loss=figures["loss"], top1=figures["top1"])
+            figures = metrics[self.hooks.shown].result()
+            self.monitor.step(self.number(epoch), done, self.steps, loss=figures["loss"], top1=figures["top1"])
         if is_last:
             return  # what follows the epoch ends in a checkpoint, or in one that says it is trained
         number = distributed.largest_over_ranks(interruption.noted())
@@ -166,14 +159,18 @@ class Training:
     def validate_or_save(self, epoch):
         """Validate; a signal that comes meanwhile leaves a checkpoint of the epoch that is trained but not validated."""
         try:
-            return self.validate(epoch)
+            return self.hooks.validate(epoch)
         except Interrupted as stop:
             self.save(epoch, MidEpochState(self.steps, 0.0, self.images_per_step, True, []))
             raise Interrupted(stop.number, self.place(epoch, self.steps)) from None
 
+    def number(self, epoch):
+        """The number that an epoch of this training has in the run; the first is 1."""
+        return self.hooks.epochs_before + epoch + 1
+
     def place(self, epoch, done):
-        number = self.epochs_before + epoch + 1
-        return f" after epoch {number}" if done == self.steps else f" in epoch {number}, after {done} of {self.steps} steps"
+        where = f" in epoch {self.number(epoch)}, after {done} of {self.steps} steps"
+        return f" after epoch {self.number(epoch)}" if done == self.steps else where
 
     def save(self, epochs, inside=None, is_best=False):
         """Write a checkpoint after `epochs` completed epochs, or inside the one that follows."""
@@ -185,7 +182,7 @@ class Training:
         if inside is not None:
             state["inside"] = replace(inside, sums=distributed.gather_objects([sums.cpu() for sums in inside.sums]),
                                       batchnorms=distributed.batchnorm_statistics(self.model)).as_plain()
-        self.write(state, is_best)
+        self.hooks.write(state, is_best)
         self.has_checkpoint = True
 
     def check_where_due(self, epoch, done, metrics):
@@ -200,7 +197,7 @@ class Training:
             return
         culprit = not_finite(self.model)
         what = f"{culprit} is not finite" if culprit else "all weights and step sizes are finite, the activations are not"
-        raise UserError(f"the loss is not finite in epoch {self.epochs_before + epoch + 1}, step {done} of {self.steps}: "
+        raise UserError(f"the loss is not finite in epoch {self.number(epoch)}, step {done} of {self.steps}: "
                         f"{what}; {self.remedy()}")
 
     def remedy(self):

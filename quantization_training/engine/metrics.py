@@ -1,14 +1,18 @@
 """Loss, top-1 and top-5, summed where the data are and read once."""
 
 import contextlib
+import os
 
 import torch
 import torch.nn.functional as F
 
+from model.weights import load_state
 from quan.utils import weights_quantized_once
-from util.distributed import sum_over_ranks
+from util import distributed
+from util.errors import UserError
 
-from .interruption import watched
+from .checkpoint import load_checkpoint
+from .interruption import put_off, watched
 
 
 class Metrics:
@@ -26,7 +30,7 @@ class Metrics:
 
     def result(self):
         """Mean loss, top-1 and top-5 in percent over all ranks."""
-        loss, top1, top5, images = sum_over_ranks(self.sums.clone()).tolist()
+        loss, top1, top5, images = distributed.sum_over_ranks(self.sums.clone()).tolist()
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
 
 
@@ -51,3 +55,30 @@ def evaluate(model, loader):
             logits = model(images)
             metrics.update(logits, target, F.cross_entropy(logits, target))
     return metrics.result()
+
+
+def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
+    """What the best checkpoint's weights reach, and their epoch; the model is left as it was.
+
+    Args:
+        evaluate_model: gives the figures of the model as it is.
+        figures: those of the last epoch, which are taken where it is the best one.
+        monitor: where to log that the best checkpoint cannot be read.
+
+    Returns:
+        (epoch, figures); None where no epoch counted as the best, or its checkpoint cannot be read.
+    """
+    try:
+        content = distributed.on_main(load_checkpoint, folder.best) if distributed.on_main(os.path.exists, folder.best) else {}
+        if content.get("epoch", last_epoch) == last_epoch:
+            return (last_epoch, figures) if content else None
+        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        load_state(model, content["state_dict"], folder.best)
+    except UserError as error:  # no reason to lose the results of the last epoch
+        monitor.log(f"the best checkpoint is not evaluated: {error}")
+        return None
+    try:
+        with put_off():
+            return content["epoch"], evaluate_model()
+    finally:
+        model.load_state_dict(own)

@@ -1,6 +1,5 @@
 """Resuming: what may differ from the run that wrote a checkpoint, and how its state is restored."""
 
-import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -8,10 +7,9 @@ from model.model import create_traced
 from model.weights import is_step, load_state, load_weights
 from util import distributed
 from util.config import AUTO, differing_keys, to_plain
-from util.errors import UserError
+from util.errors import UserError, naming
 from util.exchange import same_arch
 
-from . import interruption
 from .checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
 from .limpq import continue_limpq_run
 from .run_folder import find_checkpoint
@@ -26,33 +24,6 @@ NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True, "lr_per"
 PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
-
-
-def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
-    """What the best checkpoint's weights reach, and their epoch; the model is left as it was.
-
-    Args:
-        evaluate_model: gives the figures of the model as it is.
-        figures: those of the last epoch, which are taken where it is the best one.
-        monitor: where to log that the best checkpoint cannot be read.
-
-    Returns:
-        (epoch, figures); None where no epoch counted as the best, or its checkpoint cannot be read.
-    """
-    try:
-        content = distributed.on_main(load_checkpoint, folder.best) if distributed.on_main(os.path.exists, folder.best) else {}
-        if content.get("epoch", last_epoch) == last_epoch:
-            return (last_epoch, figures) if content else None
-        own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        load_state(model, content["state_dict"], folder.best)
-    except UserError as error:  # no reason to lose the results of the last epoch
-        monitor.log(f"the best checkpoint is not evaluated: {error}")
-        return None
-    try:
-        with interruption.put_off():
-            return content["epoch"], evaluate_model()
-    finally:
-        model.load_state_dict(own)
 
 
 @dataclass(frozen=True)
@@ -76,10 +47,11 @@ def find_run(config, folder, read=load_checkpoint):
     path, lean = distributed.on_main(find_checkpoint, config, folder)
     if path is None:
         return None
-    content = distributed.on_main(read, path)
-    check_arch(content, config.arch, path)
-    if config.eval:
-        check_same_quantizers(content, config, path)
+    with naming("resume.path" if path == config.resume.path else ""):
+        content = distributed.on_main(read, path)
+        check_arch(content, config.arch, path)
+        if config.eval:
+            check_same_quantizers(content, config, path)
     return ResumeCheckpoint(path, content, lean)
 
 
@@ -109,12 +81,14 @@ def create_dense(arch, num_classes, input_size, pre_trained=False, init_from=Non
     if not isinstance(source, str):
         model, graph = create_traced(arch, num_classes, source, input_size)
         return model, graph, masks_of(found.content, model, found.path) if found else {}
-    content, (model, graph) = load_checkpoint(source), create_traced(arch, num_classes, False, input_size)
-    if init_from:
-        check_arch(content, arch, source)
-    if not load_weights(model, content["state_dict"], source, graph.heads) and init_from:
-        raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
-    return model, graph, masks_of(content, model, source)
+    model, graph = create_traced(arch, num_classes, False, input_size)
+    with naming("init_from" if init_from else "pre_trained"):
+        content = load_checkpoint(source)
+        if init_from:
+            check_arch(content, arch, source)
+        if not load_weights(model, content["state_dict"], source, graph.heads) and init_from:
+            raise UserError(f"{source}: has another number of classes than the data ({num_classes}), which pre_trained allows")
+        return model, graph, masks_of(content, model, source)
 
 
 def decided_keys(config):

@@ -51,18 +51,27 @@ def complaint(capsys, *arguments):
     (["weight_bit=3"], "weight_bit: unknown key; did you mean 'weight_bits'?"),
     (["weight_bits=[3, 3]", "act_bits=3"], "weight_bits: found 2 values"),
     (["weight_bits=12", "act_bits=3"], "weight_bits: found 12"),
-    (["policy=nowhere.yaml"], "nowhere.yaml: cannot read the file"),
-    (["policy=config.yaml"], "config.yaml: layer_name: not a policy file"),
-    (["weight_bits=3", "act_bits=3", "init_from=nowhere"], "nowhere: cannot read the checkpoint"),
+    (["policy=nowhere.yaml"], "error: policy: nowhere.yaml: cannot read the file"),
+    (["policy=config.yaml"], "error: policy: config.yaml: layer_name: not a policy file"),
     (["weight_bits=3", "act_bits=3", "quan.excepts.fcc.weight.bit=8"], "quan.excepts.fcc: the network has no such layer"),
     (["weight_bits=3", "act_bits=3", "accumulation=99"], "accumulation: found 99"),
-    (["weight_bits=3", "act_bits=3", "distillation.teacher=nowhere"], "nowhere: cannot read the checkpoint"),
     (["fp_model=true", "dataloader.dataset=folder", "dataloader.path=missing", "dataloader.num_classes=3",
       "dataloader.input_size=32"], "missing"),
     (["fp_model=true", "eval=true"], "resume.path: nothing to evaluate"),
 ])
 def test_training(folder, capsys, arguments, message):
     assert message in complaint(capsys, *arguments)
+
+
+@pytest.mark.parametrize("words", [["pre_trained"], ["init_from"], ["distillation.teacher"], ["resume.path"],
+                                   ["resume.path", "resume.lean=true"], ["resume.path", "eval=true"]])
+def test_a_file_that_is_no_checkpoint_is_named_with_the_key_that_brought_it(folder, capsys, words):
+    key, *others = words
+    torch.save({"epoch": 1}, "empty.pth")
+    for path, message in (("nowhere.pth", "cannot read the checkpoint"), ("config.yaml", "damaged or not a checkpoint"),
+                          ("empty.pth", "not a checkpoint")):
+        said = complaint(capsys, "weight_bits=3", "act_bits=3", f"{key}={path}", *others)
+        assert said.startswith(f"error: {key}: {path}: {message}"), said
 
 
 def test_a_policy_of_another_network(folder, capsys):

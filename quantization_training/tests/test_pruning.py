@@ -371,5 +371,5 @@ def test_masks_of_another_network(folder, capsys, masks, message):
     for source in ("pre_trained", "init_from", "resume.path"):
         said = complaint(capsys, f"{source}=start")
         assert "masks" in said and message in said
-        assert said.startswith(("error: start: masks", "error: resume.path: masks"))
+        assert said.startswith((f"error: {source}: start: masks", "error: resume.path: masks"))
     assert message in complaint(capsys, "resume.path=start", "eval=true")

@@ -290,10 +290,11 @@ def test_without_budgets_of_its_own_a_configuration_has_limpq_s():
     assert (config.ratio, config.uniform) == (0, False)
 
 
-def test_the_tables_in_the_repository_are_those_of_the_models():
-    import tables
+def test_the_tables_in_the_repository_are_those_of_the_models(monkeypatch):
+    monkeypatch.syspath_prepend(STAGE.parent / "measurements")
+    import layer_tables
 
-    assert pathlib.Path(TABLES).read_text() == tables.render()
+    assert pathlib.Path(TABLES).read_text() == layer_tables.render()
 
 
 BARE = """

@@ -1,6 +1,12 @@
-"""Write tables.json, the layer tables of built-in networks, so that a search needs no torch: python tables.py."""
+"""Write tables.json, the layer tables of built-in networks, so that a search needs no torch.
+
+In quantization_search: python ../measurements/layer_tables.py
+"""
 
 import json
+import sys
+
+sys.path.insert(0, ".")  # the search
 
 from network import CIFAR, CLASSES, INPUT_SIZE, TABLES, trace_rows
 from util.exchange import write_atomically

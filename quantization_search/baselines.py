@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from fractions import Fraction
 
-from ilp import Infeasible, solution_of
+from ilp import Infeasible, pairs_taken, solution_of, within_largest
 
 LEAST_USE = 99  # percent of each budget
 WALKS = 40
@@ -26,15 +26,10 @@ def mirrored(layers, bits):
     """The layers, each with the indicators of its mirror rank: the layer of the smallest mean has those of the largest.
 
     Weights and activations are ranked apart, by the mean over the candidates in use; equal means rank in network order.
-    The layer at rank r has the whole row of the one at rank L - 1 - r, L the number of layers. Done twice, this gives
-    back what was there where no two means are equal.
+    The layer at rank r has the whole row of the one at rank L - 1 - r, L the number of layers.
 
     Args:
-        layers: list of ilp.Layer in network order.
-        bits: the candidates in use; each row has them.
-
-    Returns:
-        list of ilp.Layer in the same order; names, MACs and weights stay.
+        layers: list of ilp.Layer in network order. bits: the candidates in use; each row has them.
     """
     weight, act = (_mirrored_rows([getattr(layer, kind) for layer in layers], bits) for kind in ("weight", "act"))
     return [replace(layer, weight=weight[index], act=act[index]) for index, layer in enumerate(layers)]
@@ -54,14 +49,13 @@ def _mirrored_rows(rows, bits):
 def draw(problem, seed):
     """A policy drawn at random that keeps every constraint and uses at least 99% of each that is a sum.
 
-    Amounts count as they are printed, fixed layers included, in integers. A constraint on the largest use is only kept.
-    Pins and ties hold: each group takes one of its choices. A walk starts at uniform choices and proposes uniform choices
-    for one or two groups at a time, taken where the budgets are missed by no more than before, until none is; it is begun
-    anew where it does not end. So not every policy is equally likely, and where very few are inside, none may be found.
+    Amounts count as they are printed, fixed layers included. A constraint on the largest use is only kept. A walk starts at
+    uniform choices and proposes uniform choices for one or two groups at a time, taken where the budgets are missed by no
+    more than before, until none is; it is begun anew where it does not end. So not every policy is equally likely, and where
+    very few are inside, none may be found.
 
     Args:
-        problem: ilp.Problem.
-        seed: a whole number >= 0; the same one gives the same policy.
+        problem: ilp.Problem. seed: a whole number >= 0; the same one gives the same policy.
 
     Returns:
         ilp.Solution that is not proven, with the seed in it.
@@ -70,7 +64,7 @@ def draw(problem, seed):
         ilp.Infeasible: when a constraint cannot be kept even alone.
         NoneDrawn: when a budget cannot be used to 99%, or no walk ended with every budget kept and in use.
     """
-    options = _within_largest(problem, list(problem.choices()))
+    options = _within_largest(problem, problem.choices())
     budgets = [constraint for constraint in problem.constraints if not constraint.largest]
     _check_reach(budgets, options)
     uses = [[tuple(_group_use(budget, group, pair) for budget in budgets) for pair in pairs] for group, pairs in options]
@@ -79,9 +73,8 @@ def draw(problem, seed):
     for _ in range(WALKS):
         found = _walk(rng, uses, fixed, limits)
         if found is not None:
-            pairs = {layer: pairs[option] for (group, pairs), option in zip(options, found, strict=True) for layer in group}
-            return solution_of(problem, [pairs[layer] for layer in sorted(pairs)], proven=False, solver_status=None,
-                               gap=None, penalty_gap=None, seed=seed)
+            return solution_of(problem, pairs_taken(options, found), proven=False, solver_status=None, gap=None,
+                               penalty_gap=None, seed=seed)
     raise NoneDrawn(f"no policy that keeps {' and '.join(budget.name for budget in budgets)} and uses at least {LEAST_USE}% "
                     f"of each was found in {WALKS} random walks")
 
@@ -96,9 +89,7 @@ def _within_largest(problem, options):
     broken = [(constraint, amount) for constraint, amount in least if amount > constraint.bound]
     if broken:
         raise Infeasible(broken)
-    largest = [constraint for constraint in problem.constraints if constraint.largest]
-    return [(group, [pair for pair in pairs if all(_group_use(limit, group, pair) <= limit.bound for limit in largest)])
-            for group, pairs in options]
+    return within_largest(options, problem.constraints)
 
 
 def _check_reach(budgets, options):

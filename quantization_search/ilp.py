@@ -2,10 +2,11 @@
 
 minimize sum (act[i][k] + alpha * weight[i][j]) x[i,j,k] (LIMPQ, arXiv 2203.08368), after the least penalty for erased
 indicators. Ties go to lower BitOPs, then to lower size, both those of the dense network, then to larger bits in network
-order: layer by layer, weights before activations. Everything that is added up here is an integer or a fraction, so that
-nothing is lost to rounding. No files, no printing.
+order: layer by layer, weights before activations. All sums are of integers or fractions, so nothing is lost to rounding. No
+files, no printing.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -41,10 +42,10 @@ class Layer:
 class Constraint:
     """The sum of use[layer][pair chosen] <= bound; with `largest`, the largest of them instead of the sum.
 
-    use, bound and offset are integers in the smallest unit, such as bits. For people, (amount + offset) / per_unit is
-    printed, in `unit`; the offset is what the fixed layers add (with `largest`: what they take, a part of the amount).
-    key: the option that asked for it. whole: what the option's number divides or multiplies, where it is not in
-    `unit`: the full-precision bits for cr, the MACs of the searched layers for bops.
+    use, bound and offset are integers in the smallest unit, such as bits; (amount + offset) / per_unit is printed, in `unit`.
+    The offset is what the fixed layers add (with `largest`: what they take, a part of the amount).
+    key: the option that asked for it. whole: what the option's number divides or multiplies, where that is not in `unit`: the
+    full-precision bits for cr, the MACs of the searched layers for bops.
     """
 
     name: str
@@ -82,10 +83,11 @@ class Constraint:
 class Problem:
     """Layers, the pairs each may take, what each pair costs, and the constraints on all of them together.
 
-    pairs, costs, penalties and the tables in ties and constraints are all indexed [layer][pair]; pairs stand in
-    descending order. costs and penalties are Fractions. allowed: for each layer the indices of the pairs it may take,
-    ascending. groups: tuples of layer indices that share one pair, in the order of their first layers; every layer is in
-    one. By default all pairs are allowed, and each layer chooses for itself.
+    pairs, costs, penalties and the tables in ties and constraints are indexed [layer][pair]; pairs stand in descending order,
+    costs and penalties are Fractions.
+    allowed: for each layer the indices of the pairs it may take, ascending; by default all.
+    groups: tuples of layer indices that share one pair, in the order of their first layers, every layer in one; by default
+    each layer chooses for itself.
     """
 
     names: list
@@ -98,17 +100,17 @@ class Problem:
     groups: list | None = None
 
     def choices(self):
-        """(layers of a group, indices of the pairs they may take together) of every group."""
+        """[(layers of a group, indices of the pairs they may take together)] of all groups."""
         allowed = self.allowed or [range(len(pairs)) for pairs in self.pairs]
-        for group in self.groups or [(layer,) for layer in range(len(self.names))]:
-            yield group, [pair for pair in allowed[group[0]] if all(pair in allowed[layer] for layer in group)]
+        return [(group, [pair for pair in allowed[group[0]] if all(pair in allowed[layer] for layer in group)])
+                for group in self.groups or [(layer,) for layer in range(len(self.names))]]
 
 
 @dataclass(frozen=True)
 class Solution:
     """A policy, what it costs exactly, and how well it is known to be the best.
 
-    proven: no policy is better, and none ties and comes first; every one that could was compared exactly.
+    proven: every policy that could be better, or tie and come first, was compared exactly.
     gap: relative gap of the objective that is left, 0.0 where none is; None where it is not known.
     penalty_gap: the same of the penalty; where it is not 0, the objective is the best found at that penalty.
     seed: of a policy that was drawn at random; None where it was searched.
@@ -153,21 +155,16 @@ def erased(indicators, bits):
     """The candidates whose indicator is smaller than that of the next larger candidate, original values compared.
 
     Args:
-        indicators: {bit: value}; a sane one grows as bits shrink.
-        bits: the candidates in use, descending.
+        indicators: {bit: value}. bits: the candidates in use, descending.
     """
     return [bit for larger, bit in itertools.pairwise(bits) if indicators[bit] < indicators[larger]]
 
 
 def isotonic(indicators, bits):
-    """The nearest sequence, in least squares, that does not fall as bits shrink; by pooling adjacent violators.
+    """{bit: Fraction}, the nearest sequence in least squares that does not fall as bits shrink; by pooling adjacent violators.
 
     Args:
-        indicators: {bit: value}.
-        bits: the candidates in use, descending.
-
-    Returns:
-        {bit: Fraction}.
+        indicators: {bit: value}. bits: the candidates in use, descending.
     """
     pools = []  # (sum, bits) of neighbours that share their mean
     for bit in bits:
@@ -240,16 +237,15 @@ def size_use(layers, bits):
 def size_constraint(layers, bits, fixed_params, ratio):
     """sum n[i]*j*x + 8*n_fixed <= 32 * (all n) / ratio, the ratio a Fraction > 0."""
     full = FULL_PRECISION_BITS * (sum(layer.params for layer in layers) + fixed_params)
-    fixed = FIXED_BITS * fixed_params
-    return Constraint("size", size_use(layers, bits), math.floor(full / ratio) - fixed, "MB", BITS_PER_MB, fixed,
-                      key="cr", whole=full)
+    limit = size_budget(layers, bits, fixed_params, full / ratio / BITS_PER_MB)
+    return replace(limit, name="size", key="cr", whole=full)
 
 
 def bitops_constraint(layers, bits, weight_bits, act_bits):
     """sum macs[i]*j*k*x <= sum macs[i]*wb*ab over the searched layers, wb and ab Fractions > 0."""
     macs = sum(layer.macs for layer in layers)
-    return Constraint("BitOPs", bitops_use(layers, bits), math.floor(macs * weight_bits * act_bits), "G", BITOPS_PER_G,
-                      key="bops", whole=macs)
+    limit = bitops_budget(layers, bits, 0, macs * weight_bits * act_bits / BITOPS_PER_G)
+    return replace(limit, name="BitOPs", key="bops", whole=macs)
 
 
 def size_budget(layers, bits, fixed_params, megabytes):
@@ -304,51 +300,41 @@ def latency_budget(times, fixed_time, milliseconds):
 # Solving it.
 
 
-@dataclass(frozen=True)
-class _Chooser:
-    """The choices of a problem as the solver sees them: one row per group, and only the options still possible.
+def fitting(options, fits):
+    """The options of each group that fit, by fits(layer, pair), every layer of the group; groups as Problem.choices has them.
 
-    options: (layers of the group, indices of its pairs) of each group.
+    Raises:
+        NoPolicy: where a group has none.
     """
-
-    options: list
-
-    def within(self, constraint):
-        """Without the options that break a constraint on the largest use."""
-        if constraint.offset > constraint.bound:
-            raise NoPolicy
-        return self.keep(lambda layer, pair: constraint.use[layer][pair] <= constraint.bound)
-
-    def keep(self, fits):
-        """Only the options that fit every layer of their group."""
-        options = [(group, [pair for pair in pairs if all(fits(layer, pair) for layer in group)])
-                   for group, pairs in self.options]
-        if not all(pairs for _, pairs in options):
-            raise NoPolicy
-        return _Chooser(options)
-
-    def table(self, rows):
-        """[group][option], summed over the layers of each group."""
-        return [[sum(rows[layer][pair] for layer in group) for pair in pairs] for group, pairs in self.options]
-
-    def budgets(self, constraints):
-        return [Budget(self.table(constraint.use), constraint.bound)
-                for constraint in constraints if not constraint.largest]
-
-    def chosen(self, answer):
-        """The pair of each layer."""
-        pairs = {layer: pairs[option] for (group, pairs), option in zip(self.options, answer.chosen, strict=True)
-                 for layer in group}
-        return [pairs[layer] for layer in sorted(pairs)]
+    kept = [(group, [pair for pair in pairs if all(fits(layer, pair) for layer in group)]) for group, pairs in options]
+    if not all(pairs for _, pairs in kept):
+        raise NoPolicy
+    return kept
 
 
-def _chooser(problem, constraints):
-    """The choices that keep every constraint on a largest use among these."""
-    chooser = _Chooser(list(problem.choices()))
-    for constraint in constraints:
-        if constraint.largest:
-            chooser = chooser.within(constraint)
-    return chooser
+def within_largest(options, constraints):
+    """The options that keep those of the constraints that are on a largest use."""
+    for limit in constraints:
+        if limit.largest:
+            if limit.offset > limit.bound:
+                raise NoPolicy
+            options = fitting(options, lambda layer, pair, limit=limit: limit.use[layer][pair] <= limit.bound)
+    return options
+
+
+def pairs_taken(options, chosen):
+    """The index of each layer's pair, for the option that each group takes."""
+    taken = {layer: pairs[option] for (group, pairs), option in zip(options, chosen, strict=True) for layer in group}
+    return [taken[layer] for layer in sorted(taken)]
+
+
+def _summed(options, rows):
+    """[group][option], summed over the layers of each group."""
+    return [[sum(rows[layer][pair] for layer in group) for pair in pairs] for group, pairs in options]
+
+
+def _budgets(options, constraints):
+    return [Budget(_summed(options, limit.use), limit.bound) for limit in constraints if not limit.largest]
 
 
 def solve(problem, solver=None, time_limit=None):
@@ -364,36 +350,31 @@ def solve(problem, solver=None, time_limit=None):
     """
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     try:
-        chooser = _chooser(problem, problem.constraints)
-        try:
-            return _solve_without_erased(problem, chooser, solver, deadline)
-        except NoPolicy:
-            return _solve_with_least_penalty(problem, chooser, solver, deadline)
+        options = within_largest(problem.choices(), problem.constraints)
+        with contextlib.suppress(NoPolicy):  # no penalty is the least there can be, so then erased ones are not looked at
+            unerased = fitting(options, lambda layer, pair: problem.penalties[layer][pair] == 0)
+            return _minimised(problem, unerased, [], solver, deadline)
+        return _solve_with_least_penalty(problem, options, solver, deadline)
     except NoPolicy:
         raise Infeasible(*_conflict(problem, solver)) from None
 
 
-def _solve_without_erased(problem, chooser, solver, deadline):
-    """Penalty 0 is the least there can be, so where it is possible the erased candidates need not be looked at."""
-    return _minimised(problem, chooser.keep(lambda layer, pair: problem.penalties[layer][pair] == 0), [], solver, deadline)
-
-
-def _solve_with_least_penalty(problem, chooser, solver, deadline):
+def _solve_with_least_penalty(problem, options, solver, deadline):
     """First the least penalty in all, then the least cost among the policies that pay no more."""
     unit = math.lcm(*(Fraction(value).denominator for row in problem.penalties for value in row))
-    penalties = chooser.table([[int(value * unit) for value in row] for row in problem.penalties])
+    penalties = _summed(options, [[int(value * unit) for value in row] for row in problem.penalties])
     if not any(map(any, penalties)):
         raise NoPolicy
-    least, answer = least_total(penalties, chooser.budgets(problem.constraints), solver, deadline)
-    return _minimised(problem, chooser, [Budget(penalties, least)], solver, deadline, answer)
+    least, result = least_total(penalties, _budgets(options, problem.constraints), solver, deadline)
+    return _minimised(problem, options, [Budget(penalties, least)], solver, deadline, result)
 
 
-def _minimised(problem, chooser, more, solver, deadline, before=None):
-    """The policy of least objective. more: further budgets; before: the answer that they come from."""
-    answer = minimise(chooser.table(problem.costs), chooser.budgets(problem.constraints) + more,
-                      [chooser.table(table) for table in problem.ties], solver, deadline)
-    return solution_of(problem, chooser.chosen(answer), answer.proven and (before is None or before.proven),
-                       answer.solver_status, answer.gap, 0.0 if before is None else before.gap)
+def _minimised(problem, options, more, solver, deadline, before=None):
+    """The policy of least objective. more: further budgets; before: the Result that they come from."""
+    result = minimise(_summed(options, problem.costs), _budgets(options, problem.constraints) + more,
+                      [_summed(options, table) for table in problem.ties], solver, deadline)
+    return solution_of(problem, pairs_taken(options, result.chosen), result.proven and (before is None or before.proven),
+                       result.solver_status, result.gap, 0.0 if before is None else before.gap)
 
 
 def solution_of(problem, chosen, proven, solver_status, gap, penalty_gap, seed=None):
@@ -436,24 +417,24 @@ def _least_amount(problem, constraint, group, solver):
     try:
         if constraint.largest:
             return _least_largest(problem, constraint, others, solver, deadline)
-        chooser = _chooser(problem, others)
-        least, answer = least_total(chooser.table(constraint.use), chooser.budgets(others), solver, deadline)
-        return least if answer.proven else None
+        options = within_largest(problem.choices(), others)
+        least, result = least_total(_summed(options, constraint.use), _budgets(options, others), solver, deadline)
+        return least if result.proven else None
     except SolverError:
         return None
 
 
 def _least_largest(problem, constraint, others, solver, deadline):
-    """The smallest of the values there are at which the others can still be kept, by halving."""
+    """The smallest of its values at which the others can still be kept, by halving."""
     values = sorted({max(value, constraint.offset) for row in constraint.use for value in row})
     low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
         try:
-            chooser = _chooser(problem, [*others, replace(constraint, bound=values[middle])])
-            budgets = chooser.budgets(others)
+            options = within_largest(problem.choices(), [*others, replace(constraint, bound=values[middle])])
+            budgets = _budgets(options, others)
             if budgets:
-                least_total(chooser.table([[0] * len(row) for row in constraint.use]), budgets, solver, deadline)
+                least_total([[0] * len(pairs) for _, pairs in options], budgets, solver, deadline)
             high = middle
         except NoPolicy:
             low = middle + 1

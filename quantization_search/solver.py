@@ -61,7 +61,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Result:
     """The options chosen, one index per layer, and what is known about them.
 
     proven: every policy that could be better, or tied, was compared exactly.
@@ -114,7 +114,7 @@ def _settle(program, solver, gain, deadline):
         program.drop_worse_than(known)
         if solver is None and (gain < CLEAR_GAIN or program.allowance(known, gain) < 0):
             with contextlib.suppress(_TooLong):
-                return Answer(program.best(known, gain, SHORT_SWEEP, deadline), True, None, 0.0)
+                return Result(program.best(known, gain, SHORT_SWEEP, deadline), True, None, 0.0)
     chosen, status, gap, bound = _solve_mixed_integer(program, solver or "HiGHS", deadline)
     if known is None and status == INFEASIBLE:
         raise NoPolicy
@@ -124,12 +124,12 @@ def _settle(program, solver, gain, deadline):
     if known is None:
         raise SolverError(f"{solver or 'HiGHS'} gave no usable answer ({status})")
     if gain > CLEAR_GAIN and chosen is not None and status in OPTIMAL and not gap:
-        return Answer(known, True, status, 0.0)  # no gain so large can hide behind the solver's tolerances
+        return Result(known, True, status, 0.0)  # no gain so large can hide behind the solver's tolerances
     try:
-        return Answer(program.best(known, gain, LONG_SWEEP, deadline), True, status, 0.0)
+        return Result(program.best(known, gain, LONG_SWEEP, deadline), True, status, 0.0)
     except _TooLong:
         closed = status in OPTIMAL and gap == 0
-        return Answer(known, False, status, 0.0 if closed else program.gap(known, bound))
+        return Result(known, False, status, 0.0 if closed else program.gap(known, bound))
 
 
 class _Program:

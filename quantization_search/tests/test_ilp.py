@@ -186,7 +186,7 @@ def test_least_penalties_that_were_not_settled_are_not_called_optimal(monkeypatc
     problem = make_problem(layers, Fraction(2), "9", None)
     exact = ilp.solve(problem)
     least = ilp.least_total
-    monkeypatch.setattr(ilp, "least_total", lambda *args: (least(*args)[0], solver.Answer([], False, "Time limit", 0.2)))
+    monkeypatch.setattr(ilp, "least_total", lambda *args: (least(*args)[0], solver.Result([], False, "Time limit", 0.2)))
     doubtful = ilp.solve(problem)
     assert exact.optimal and exact.penalty > 0
     assert doubtful.chosen == exact.chosen and not doubtful.optimal and doubtful.penalty_gap == 0.2

@@ -1,18 +1,17 @@
 """Exact minimisation of a sum over layers, one option per layer, under integer budgets. No files, no printing.
 
-Floating-point solvers stop within a tolerance, so a solver's answer alone proves nothing about small gains and ties.
-Here the answer is settled in three steps:
+Floating-point solvers stop within a tolerance, so what one finds proves nothing about small gains and ties. Three steps:
 
-1. The linear relaxation, solved by HiGHS, gives a multiplier m >= 0 for each budget. Whatever the multipliers, every
-   policy inside the budgets fulfils sum(cost) = bound + sum(regret) + sum(m * unused), where the regret of an option is
-   cost + m * use above its least value in the layer. A narrow sweep finds a first policy; options whose regret alone
-   exceeds what that policy has above the bound are in no better one and are left out.
-2. A sweep over the layers visits every policy that is not worse than the best one known, merging those that use the
-   same amounts. It compares whole numbers of any length, so gains below any tolerance and ties are decided exactly.
-   Where it ends, the answer is proven, whatever a solver says. Its work is bounded.
-3. Where that would be long, or a solver is asked for by name, what remains is handed to a mixed-integer solver first,
-   whose own status and gap are kept. Where its answer cannot be proven by a second sweep, the gap to the better of the
-   solver's bound and that of the relaxation goes with it.
+1. The linear relaxation, solved by HiGHS, gives a Lagrangian multiplier m >= 0 for each budget. Whatever the multipliers,
+   every policy inside the budgets fulfils sum(cost) = bound + sum(reduced cost) + sum(m * unused), where the reduced cost of
+   an option is cost + m * use above its least value in the layer. A beam search finds a first policy; options whose reduced
+   cost alone exceeds what that policy has above the bound are in no better one and are left out.
+2. Dynamic programming over the layers visits every policy that is not worse than the best one known, merging those that use
+   the same amounts. It compares whole numbers of any length, so gains below any tolerance and ties are decided exactly. Where
+   it ends, the result is proven, whatever a solver says. Its work is bounded.
+3. Where that would be long, or a solver is asked for by name, what remains is handed to a mixed-integer solver first, whose
+   status and gap are kept. Where its result cannot be proven by dynamic programming, the gap to the better of the solver's
+   bound and that of the relaxation goes with it.
 """
 
 import contextlib
@@ -22,12 +21,12 @@ import operator
 import time
 from dataclasses import dataclass
 
-SHORT_SWEEP = 1_500_000  # steps after which a solver is asked first
-LONG_SWEEP = 4_000_000  # steps after which the solver's word is all there is
+FEW_STEPS = 1_500_000  # of dynamic programming, after which a solver is asked first
+MOST_STEPS = 4_000_000  # after which the solver's word is all there is
 FIRST_PART = 0.3  # of the allowance, divided by the layers, is tried first, and then widened
 GROWTH, SLOW_GROWTH, LEAST_GROWTH = 1.6, 1.15, 1.03
-LARGEST_SHARE = 0.4  # of all steps, for one sweep
-CHEAP_SWEEP = 100  # steps; while sweeps are that short, the allowance grows fast
+LARGEST_SHARE = 0.4  # of all steps, for one allowance
+CHEAP_STEPS = 100  # while an allowance takes so few, it grows fast
 BEAM_WIDTH = 24
 BEAM_OPTIONS = 5
 LARGEST_ROW = 10**9  # beyond this, HiGHS's absolute tolerance of 1e-9 is finer than a double can hold
@@ -41,7 +40,7 @@ STRICT = {"gapRel": 0.0, "gapAbs": 0.0, "threads": 1, "mip_feasibility_tolerance
 
 
 class SolverError(RuntimeError):
-    """The solver is missing, or gave no answer that can be used."""
+    """The solver is missing, or found nothing that can be used."""
 
 
 class NoPolicy(Exception):
@@ -49,7 +48,7 @@ class NoPolicy(Exception):
 
 
 class _TooLong(Exception):
-    """The sweep took more steps than it was given."""
+    """Dynamic programming took more steps than it was given."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Result:
 
     proven: every policy that could be better, or tied, was compared exactly.
     solver_status: what the solver said of its own run; None where it was not needed.
-    gap: 0.0 where proven or where a solver reports none left; else the relative distance to the best bound known.
+    gap: relative distance to the best bound known, 0.0 where there is none left; None where that is not known.
     """
 
     chosen: list
@@ -79,8 +78,7 @@ def minimise(costs, budgets, ties=(), solver=None, deadline=math.inf):
     """Choose one option per layer so that the total cost is least and every budget is kept.
 
     Args:
-        costs: exact cost (int or Fraction) of every option, [layer][option].
-        budgets: list of Budget.
+        costs: exact cost (int or Fraction) of every option, [layer][option]. budgets: list of Budget.
         ties: integer tables [layer][option]; between equal costs the least total of the first table wins, then of the
             second, and so on; at last the lower option index in the first layer that differs.
         solver: the name in PuLP of a solver that has to be asked; None asks HiGHS, and only where that is needed.
@@ -94,14 +92,10 @@ def minimise(costs, budgets, ties=(), solver=None, deadline=math.inf):
 
 
 def least_total(costs, budgets, solver=None, deadline=math.inf):
-    """The least total cost inside the budgets, without caring which policy reaches it, and the Answer that has it.
-
-    Raises:
-        NoPolicy, SolverError: as minimise does.
-    """
+    """(the least total cost inside the budgets, a Result that reaches it); arguments and errors are those of minimise."""
     program = _Program(costs, budgets, ())
-    answer = _settle(program, solver, program.smallest_gain, deadline)
-    return sum(row[option] for row, option in zip(costs, answer.chosen, strict=True)), answer
+    result = _settle(program, solver, program.smallest_gain, deadline)
+    return sum(row[option] for row, option in zip(costs, result.chosen, strict=True)), result
 
 
 def _settle(program, solver, gain, deadline):
@@ -114,7 +108,7 @@ def _settle(program, solver, gain, deadline):
         program.drop_worse_than(known)
         if solver is None and (gain < CLEAR_GAIN or program.allowance(known, gain) < 0):
             with contextlib.suppress(_TooLong):
-                return Result(program.best(known, gain, SHORT_SWEEP, deadline), True, None, 0.0)
+                return Result(program.best(known, gain, FEW_STEPS, deadline), True, None, 0.0)
     chosen, status, gap, bound = _solve_mixed_integer(program, solver or "HiGHS", deadline)
     if known is None and status == INFEASIBLE:
         raise NoPolicy
@@ -122,11 +116,11 @@ def _settle(program, solver, gain, deadline):
         known = chosen
         program.drop_worse_than(known)
     if known is None:
-        raise SolverError(f"{solver or 'HiGHS'} gave no usable answer ({status})")
+        raise SolverError(f"{solver or 'HiGHS'} found nothing usable ({status})")
     if gain > CLEAR_GAIN and chosen is not None and status in OPTIMAL and not gap:
         return Result(known, True, status, 0.0)  # no gain so large can hide behind the solver's tolerances
     try:
-        return Result(program.best(known, gain, LONG_SWEEP, deadline), True, status, 0.0)
+        return Result(program.best(known, gain, MOST_STEPS, deadline), True, status, 0.0)
     except _TooLong:
         closed = status in OPTIMAL and gap == 0
         return Result(known, False, status, 0.0 if closed else program.gap(known, bound))
@@ -135,8 +129,8 @@ def _settle(program, solver, gain, deadline):
 class _Program:
     """The working form: integer keys to compare by, doubles to bound by, and the options still in play.
 
-    keys[layer][option] is one integer made of cost, ties and option index, most significant first, so that comparing
-    sums of keys compares policies in that order, and the options can be read back from the sum.
+    keys[layer][option] is one integer made of cost, ties and option index, most significant first: sums of keys compare as
+    policies do, and the options can be read back from a sum.
     """
 
     def __init__(self, costs, budgets, ties):
@@ -153,8 +147,8 @@ class _Program:
             self.bounds.append(budget.bound // divisor)
         self.multipliers = [0.0] * len(self.rows)
         self._lay_out_fields()
-        self.regrets = self.costs
-        self.work = 0  # steps of the last sweep
+        self.reduced = self.costs
+        self.work = 0  # steps of the last dynamic_program
 
     def key(self, chosen):
         return sum(self.keys[layer][option] for layer, option in zip(self.layers, chosen, strict=True))
@@ -203,7 +197,7 @@ class _Program:
             self.options[layer] = kept
 
     def price(self, multipliers):
-        """Set the multipliers, and with them the regret of every option and the lower bound on the total cost."""
+        """Set the multipliers, and with them the reduced cost of every option and the lower bound on the total cost."""
         self.multipliers = multipliers
         priced = [list(costs) for costs in self.costs]
         for price, row in zip(multipliers, self.rows, strict=True):
@@ -211,18 +205,18 @@ class _Program:
                       for values, uses in zip(priced, row, strict=True)]
         least = [min(priced[layer][option] for option in self.options[layer]) for layer in self.layers]
         spent = [price * bound for price, bound in zip(multipliers, self.bounds, strict=True)]
-        self.regrets = [[value - low for value in values] for values, low in zip(priced, least, strict=True)]
+        self.reduced = [[value - low for value in values] for values, low in zip(priced, least, strict=True)]
         self.lower_bound = math.fsum(least) - math.fsum(spent)
         self.rounding = ROUNDING * (sum(max(map(abs, values)) for values in priced) + sum(map(abs, spent)) + 1)
 
     def allowance(self, known, gain=0.0):
-        """How much regret and unused, priced budget a policy may gather and still be better than `known` by `gain`."""
+        """How much reduced cost and unused, priced budget a policy may gather and still be better than `known` by `gain`."""
         cost = math.fsum(self.costs[layer][option] for layer, option in zip(self.layers, known, strict=True))
         return cost - gain - self.lower_bound + self.rounding
 
     def drop_worse_than(self, known):
         allowance = self.allowance(known)
-        self.options = [[option for option in self.options[layer] if self.regrets[layer][option] <= allowance]
+        self.options = [[option for option in self.options[layer] if self.reduced[layer][option] <= allowance]
                         for layer in self.layers]
 
     def best(self, known, gain, limit, deadline=math.inf):
@@ -250,33 +244,25 @@ class _Program:
             if best is not None:
                 return best
             tried, left = part, left - self.work
-            growth = min(growth, GROWTH if self.work < CHEAP_SWEEP else SLOW_GROWTH)
+            growth = min(growth, GROWTH if self.work < CHEAP_STEPS else SLOW_GROWTH)
         return known
 
     def gap(self, known, bound):
-        """How far `known` may be from the best, relative to its cost; None where that cost is 0.
-
-        Args:
-            bound: a lower bound on the total of self.costs, beside the one of the relaxation.
-        """
+        """How far `known` may be from the best, relative to its cost; None where that is 0. bound: one more lower bound."""
         cost = math.fsum(self.costs[layer][option] for layer, option in zip(self.layers, known, strict=True))
         whole = abs(cost + self.base_cost)
         return max(0.0, cost - max(bound, self.lower_bound - self.rounding)) / whole if whole else None
 
     def dynamic_program(self, allowance, limit=math.inf, width=None, deadline=math.inf):
-        """Visit all policies within the allowance, layer by layer, and return the first in the order of keys.
+        """The first policy in the order of keys within the allowance, visiting all layer by layer; None where there is none.
 
-        Two partial policies that have used the same amounts have the same futures, so only the better one is followed.
-        A budget that can no longer run out counts as used up to where it could, and the difference, priced, as regret.
+        Two partial policies that have used the same amounts have the same futures, so only the better one is followed. A
+        budget that can no longer run out counts as used up to where it could, and the difference, priced, as reduced cost.
 
         Args:
             allowance: as allowance() gives it.
-            limit: number of steps, one for each option of each partial policy.
-            width: follow only so many partial policies of least regret, and few options; this proves nothing.
-            deadline: by time.monotonic().
-
-        Returns:
-            the options chosen, or None where there is no such policy.
+            limit: number of steps, one for each option of each partial policy. deadline: by time.monotonic().
+            width: a beam search; so many partial policies of least reduced cost, and few options; this proves nothing.
 
         Raises:
             _TooLong: when the limit or the deadline was reached.
@@ -296,14 +282,13 @@ class _Program:
 
     def _extend(self, states, options, floors, ceiling, allowance):
         """The partial policies with one more layer. Amounts are packed; a field's guard bit says which of two is larger."""
-        following = {}
-        guard = self.guard
+        following, guard = {}, self.guard
         above, below = self._pack(ceiling) + guard, guard - self._pack(floors)
-        for used, (regret, key) in states.items():
+        for used, (reduced, key) in states.items():
             for extra, key_part, use in options:
-                total = regret + extra
+                total = reduced + extra
                 if total > allowance:
-                    break  # options come in order of regret
+                    break  # options come in order of reduced cost
                 after = used + use
                 if (above - after) & guard != guard:
                     continue
@@ -316,15 +301,13 @@ class _Program:
                     following[after] = (total, key + key_part)
         return following
 
-    def _raised(self, packed, regret, floors):
-        """Amounts below their floors lifted onto them, and what was lifted, priced, added to the regret."""
-        amounts = []
-        for amount, price, floor in zip(self._unpack(packed), self.multipliers, floors, strict=True):
-            if amount < floor:
-                regret += price * (floor - amount)
-                amount = floor
-            amounts.append(amount)
-        return self._pack(amounts), regret
+    def _raised(self, packed, reduced, floors):
+        """Amounts below their floors lifted onto them, and what was lifted, priced, added to the reduced cost."""
+        amounts = self._unpack(packed)
+        lifted = list(map(max, amounts, floors))
+        for price, before, after in zip(self.multipliers, amounts, lifted, strict=True):
+            reduced += price * (after - before)
+        return self._pack(lifted), reduced
 
     def _pack(self, amounts):
         """One integer that holds an amount of each budget side by side, so that one addition adds them all."""
@@ -334,20 +317,20 @@ class _Program:
         return [packed >> shift & mask for shift, mask in self.fields]
 
     def _steps(self, width, allowance):
-        """The layers in the order of the sweep, most choices first, each with its options and the limits after it.
+        """The layers in the order they are visited, most choices first, each with its options and the limits after it.
 
         Options beyond the allowance stay out, which also tightens the limits.
         """
-        offered = [[option for option in self.options[layer] if self.regrets[layer][option] <= allowance]
+        offered = [[option for option in self.options[layer] if self.reduced[layer][option] <= allowance]
                    for layer in self.layers]
         order = sorted(self.layers, key=lambda layer: self._range(layer, offered[layer]), reverse=True)
         least, most = [0] * len(self.rows), [0] * len(self.rows)
         steps = []
         for layer in reversed(order):
             uses = {option: [row[layer][option] for row in self.rows] for option in offered[layer]}
-            ranks = {option: (self.regrets[layer][option], self._relative(use)) for option, use in uses.items()}
+            ranks = {option: (self.reduced[layer][option], self._relative(use)) for option, use in uses.items()}
             options = sorted(uses, key=ranks.__getitem__)[:width and BEAM_OPTIONS]
-            steps.append(([(self.regrets[layer][option], self.keys[layer][option], self._pack(uses[option]))
+            steps.append(([(self.reduced[layer][option], self.keys[layer][option], self._pack(uses[option]))
                            for option in options],
                           [max(0, bound - value) for bound, value in zip(self.bounds, most, strict=True)],
                           [bound - value for bound, value in zip(self.bounds, least, strict=True)]))
@@ -357,7 +340,7 @@ class _Program:
         return steps[::-1]
 
     def _range(self, layer, options):
-        """How much of the costliest budget hangs on the layer: the sweep takes large steps first, fine ones to fill."""
+        """How much of the costliest budget hangs on the layer: large steps come first, fine ones to fill."""
         if not self.rows or not options:
             return 0
         _, row = max(zip((price * bound for price, bound in zip(self.multipliers, self.bounds, strict=True)), self.rows,
@@ -366,9 +349,9 @@ class _Program:
         return max(used) - min(used)
 
     def _promise(self, state):
-        """Least regret first; where regrets tie, as with multipliers of 0, least use of the budgets."""
-        used, (regret, _) = state
-        return regret, self._relative(self._unpack(used))
+        """Least reduced cost first; where these tie, as with multipliers of 0, least use of the budgets."""
+        used, (reduced, _) = state
+        return reduced, self._relative(self._unpack(used))
 
     def _relative(self, use):
         return sum(map(operator.truediv, use, self.scales))
@@ -393,11 +376,8 @@ def _ordered_keys(keys, ties, base):
 
 
 def _normalized(whole):
-    """Integer costs as doubles, each layer's least 0 and the largest of all 1.
-
-    Returns:
-        (the costs, the least by which two totals can differ, what the sum of the layers' least came to).
-    """
+    """(integer costs as doubles, each layer's least 0 and the largest of all 1; the least by which two totals can differ;
+    what the sum of the layers' least came to)."""
     above = [[value - min(row) for value in row] for row in whole]
     spread = max(map(max, above)) or 1
     step = math.gcd(*(value for row in above for value in row)) or 1
@@ -415,7 +395,7 @@ def _over_common_denominator(costs):
 
 
 def _multipliers(program):
-    """The price of one unit of each budget in the linear relaxation, never negative."""
+    """The Lagrangian multiplier of each budget, its price per unit in the linear relaxation, never negative."""
     if not program.rows:
         return []
     import pulp
@@ -435,8 +415,8 @@ def _solve_mixed_integer(program, name, deadline=math.inf):
     """Hand the remaining options to the solver.
 
     Returns:
-        (options chosen or None, status in words, relative gap or None, lower bound on the cost). Options come back only
-        where the answer is integral and keeps every budget in exact arithmetic.
+        (options chosen, status in words, relative gap or None, lower bound on the cost). The options are None unless the
+        solver's variables are integral and keep every budget in exact arithmetic.
     """
     import pulp
 

@@ -119,7 +119,7 @@ def test_the_last_ties_go_to_larger_bits_in_network_order():
     ([[0, 0], [0, 0]], [[1, 1], [1, 1]], 1, [1, 1], [0, 0]),
     ([[0, 10], [0, 10]], [[3, 0], [2, 0]], 4, [1, 0], [0, 1]),  # the relaxation lies at 3.33, the best policies at 10
 ])
-def test_the_sweep_finds_the_first_of_the_policies_that_tie_with_a_known_one(costs, use, bound, known, first):
+def test_dynamic_programming_finds_the_first_of_the_policies_that_tie_with_a_known_one(costs, use, bound, known, first):
     program = solver._Program(costs, [solver.Budget(use, max(bound, 2))], ())
     program.price(solver._multipliers(program))
     assert program.best(known, 0.0, 1000) == first
@@ -135,28 +135,28 @@ def sized(count):
     return made
 
 
-def test_without_the_short_sweep_the_mixed_integer_solver_leads_to_the_same_policy(monkeypatch):
+def test_where_dynamic_programming_would_be_long_the_mixed_integer_solver_leads_to_the_same_policy(monkeypatch):
     problem = make_problem(sized(30), Fraction(2), "9", "3")
-    swept = ilp.solve(problem)
-    monkeypatch.setattr(solver, "SHORT_SWEEP", 0)
+    compared = ilp.solve(problem)
+    monkeypatch.setattr(solver, "FEW_STEPS", 0)
     asked = ilp.solve(problem)
-    assert swept.solver_status is None and asked.solver_status == "Optimal"
-    assert swept.chosen == asked.chosen and swept.proven and asked.proven
+    assert compared.solver_status is None and asked.solver_status == "Optimal"
+    assert compared.chosen == asked.chosen and compared.proven and asked.proven
 
 
-def test_without_any_sweep_the_answer_rests_on_the_solver_and_is_not_called_proven(monkeypatch):
+def test_without_dynamic_programming_the_result_rests_on_the_solver_and_is_not_called_proven(monkeypatch):
     problem = make_problem(sized(12), Fraction(2), "9", "3")
     expected = ilp.solve(problem)
-    monkeypatch.setattr(solver, "SHORT_SWEEP", 0)
-    monkeypatch.setattr(solver, "LONG_SWEEP", 0)
+    monkeypatch.setattr(solver, "FEW_STEPS", 0)
+    monkeypatch.setattr(solver, "MOST_STEPS", 0)
     solution = ilp.solve(problem)
     assert not solution.proven and solution.gap == 0 and solution.optimal
     assert solution.objective == expected.objective
 
 
-def test_an_answer_with_a_gap_is_not_called_optimal(monkeypatch):
-    monkeypatch.setattr(solver, "SHORT_SWEEP", 0)
-    monkeypatch.setattr(solver, "LONG_SWEEP", 0)
+def test_a_result_with_a_gap_is_not_called_optimal(monkeypatch):
+    monkeypatch.setattr(solver, "FEW_STEPS", 0)
+    monkeypatch.setattr(solver, "MOST_STEPS", 0)
     found = solver._solve_mixed_integer
     monkeypatch.setattr(solver, "_solve_mixed_integer", lambda *args: (found(*args)[0], "Time limit reached", 0.01, 0.0))
     assert not ilp.solve(make_problem(sized(12), Fraction(2), "9", "3")).optimal
@@ -204,7 +204,7 @@ def test_many_layers_and_candidates_end_within_bounded_work():
     assert solution.gap < 1e-3 and time.monotonic() - begun < 15
 
 
-def test_an_answer_that_breaks_a_budget_is_not_taken(monkeypatch):
+def test_a_result_that_breaks_a_budget_is_not_taken(monkeypatch):
     program = solver._Program([[0, 1], [0, 1]], [solver.Budget([[2, 1], [2, 1]], 3)], ())
     assert program.keeps_budgets([0, 1]) and not program.keeps_budgets([0, 0])
     monkeypatch.setattr(program, "keeps_budgets", lambda chosen: False)

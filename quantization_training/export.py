@@ -8,7 +8,7 @@ python export.py --predict model.safetensors IMAGE...
 
 import copy
 
-from packed_file import PackedFile, parse_packed, read_packed, serialize
+from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
 from util.errors import UserError, reason, user_errors_on_one_line
 from util.exchange import write_atomically
@@ -62,7 +62,7 @@ def parse(arguments):
 
 
 def export(options):
-    """Write a packed model, and ONNX, from a checkpoint; compare their outputs with its own; print what they take."""
+    """Write a packed model, and ONNX, from a checkpoint; compare their logits with its own; print what they take."""
     from packed_network import as_checkpoint, load_any, rebuild, with_configuration
 
     path = options.files[0]
@@ -85,22 +85,17 @@ def export(options):
         again = rebuild(as_checkpoint(packed), options.output, options.arch).model
         comparison = compare(before, network.model, again, images, folds)
         write_atomically(options.output, data)  # only now: a model with other outputs is never a file
-        print(describe_export(packed, comparison))
+        print(f"{describe_sizes(packed)}\n{comparison}")
         if options.report:
-            report(packed, options.report, path, content)
+            from model_report import make_page
+
+            page = make_page(packed, describe_layers(packed), describe_sizes(packed), path, content)
+            write_atomically(options.report, page.encode())
+            print(f"report: {options.report}")
     elif options.fold_bn:
         fold(network, images)
     if options.onnx:
         write_onnx(network, options.onnx, images)
-
-
-def report(packed, output, checkpoint, content):
-    """Write a page about a packed model and the run that it comes from."""
-    from model_report import write_report
-
-    page = write_report(packed, itemise(packed), promised_bytes(packed.header["cost"]), checkpoint, content)
-    write_atomically(output, page.encode())
-    print(f"report: {output}")
 
 
 def fold(network, images):
@@ -120,11 +115,11 @@ def fold(network, images):
 
 def write_onnx(network, path, images):
     """Write a network as ONNX, with weights as narrow as onnxruntime takes them, and say what came of it."""
-    from onnx_export import answers_of_onnxruntime, narrowest_that_loads, to_onnx
+    from onnx_export import logits_of_onnxruntime, narrowest_that_loads, to_onnx
 
     model, counts = narrowest_that_loads(to_onnx(network.model, images.shape[-1]))
     data = model.SerializeToString()
-    before, after = logits_of(network.model, images), answers_of_onnxruntime(data, images)
+    before, after = logits_of(network.model, images), logits_of_onnxruntime(data, images)
     change = difference(before, after)
     if not is_rounding(change, before, network.model, images):
         raise UserError(f"--onnx: onnxruntime gives other outputs than PyTorch (by up to {change:g}); nothing was written")
@@ -135,11 +130,7 @@ def write_onnx(network, path, images):
 
 
 def pack(network, content, path, images):
-    """(the bytes of a packed model, the BatchNorms that were folded).
-
-    Args:
-        images: to fold BatchNorms with, which changes the network; None where they stay.
-    """
+    """(the bytes of a packed model, the BatchNorms that were folded); images to fold with, None where BatchNorms stay."""
     from packed_network import header_of, pack_network, recorded_config
     from preprocessing import describe_preprocessing, find_class_names
 
@@ -174,11 +165,9 @@ def logits_of(model, images):
 
 
 def compare(before, model, again, images, folds):
-    """A line on how the logits of the packed model differ from those of the checkpoint; without folds they may not.
+    """A line on how the logits of the packed model differ from those of the checkpoint, `before`.
 
-    Args:
-        before: logits of the checkpoint.
-        model, again: the network that was packed, and the one in the packed file, which is the same.
+    Without folds they may not; nor may those of `again`, the network in the file, from those of `model`, which was packed.
     """
     folded = f" ({len(folds)} BatchNorms folded)" if folds else ""
     after = logits_of(again, images)
@@ -198,14 +187,10 @@ def difference(before, after):
 
 
 def is_rounding(change, before, model, images):
-    """Whether rounding explains that logits differ by `change`.
+    """Whether rounding explains that logits differ by `change` from those of `model`, at a policy's bits, `before`.
 
     An activation beside a threshold may be rounded to the other integer, and change all that comes after it. So logits may
     differ as they do where the input of each layer is off by a little more than rounding.
-
-    Args:
-        before: logits [images, classes].
-        model: a network at a policy's bits that gives them.
     """
     import torch
 
@@ -228,7 +213,7 @@ def is_rounding(change, before, model, images):
 # Tables.
 
 
-def itemise(packed: PackedFile):
+def itemise(packed):
     """{part: bytes} of a packed model, parts as PARTS names them."""
     sizes = dict.fromkeys(PARTS, 0)
     for name, tensor in packed.tensors.items():
@@ -254,24 +239,21 @@ def promised_bytes(cost):
     return cost.get("sparse_size_mb", cost["size_mb"]) * 2**20
 
 
-def float_bytes(packed):
-    """Bytes that the network took with 32 bits in place of each packed integer, without step sizes."""
-    sizes = itemise(packed)
-    return 4 * sum(layer.count for layer in packed.layers.values()) + sizes["BatchNorm"] + sizes["biases"] \
-        + sizes["other tensors"]
-
-
-def describe_export(packed, comparison):
+def describe_sizes(packed):
     """What a packed model takes, part by part, beside what the search promised."""
-    sizes, promised = itemise(packed), promised_bytes(packed.header["cost"])
+    sizes, cost = itemise(packed), packed.header["cost"]
+    promised, ratio = promised_bytes(cost), cost.get("sparse_ratio", cost["ratio"])
     difference = 100 * (sizes["packed weights"] / promised - 1)
-    lines = [f"{'part':<16} {'bytes':>12}"]
+    lines = [f"{packed.path}: {packed.header['arch']}, {len(packed.layers)} packed layers", f"{'part':<16} {'bytes':>12}"]
     for part, size in sizes.items():
         note = f"   promised by the search: {promised:,.0f} ({difference:+.3f} %)" if part == "packed weights" else ""
         lines.append(f"{part:<16} {size:>12,}{note}")
-    lines.append(f"{'the file':<16} {packed.size:>12,}   {packed.size / 2**20:.4f} MB, "
-                 f"{float_bytes(packed) / packed.size:.2f}x smaller than the same network with 32-bit weights")
-    return "\n".join([f"{packed.path}: {packed.header['arch']}, {len(packed.layers)} packed layers", *lines, comparison])
+    in_floats = 4 * sum(layer.count for layer in packed.layers.values()) + sum(
+        sizes[part] for part in ("BatchNorm", "biases", "other tensors"))
+    lines += [f"{'the file':<16} {packed.size:>12,}   {packed.size / 2**20:.4f} MB, "
+              f"{in_floats / packed.size:.2f}x smaller than the same network with 32-bit weights",
+              f"This ratio counts all parts; the weights alone are {ratio:.2f}x smaller, as main.py and the search print"]
+    return "\n".join(lines)
 
 
 def describe_layers(packed):
@@ -280,9 +262,10 @@ def describe_layers(packed):
     lines = [f"{'layer':<{width}} {'kind':<7} {'shape':<18} {'weight bits':>11} {'input bits':>11} {'zeros %':>8} "
              f"{'bytes':>11}"]
     for name, layer in packed.layers.items():
-        entering = "-" if layer.act_bits is None else f"{layer.act_bits} {sign(layer.act_signed)}"
+        entering = "-" if layer.act_bits is None else f"{layer.act_bits} {'us'[layer.act_signed]}"
+        stored = f"{layer.bits} {'us'[layer.signed]}"
         lines.append(f"{name:<{width}} {layer.kind:<7} {'x'.join(map(str, layer.shape)):<18} "
-                     f"{f'{layer.bits} {sign(layer.signed)}':>11} {entering:>11} {100 * layer.zeros / layer.count:>8.2f} "
+                     f"{stored:>11} {entering:>11} {100 * layer.zeros / layer.count:>8.2f} "
                      f"{layer.packed_bytes:>11,}{' with a map' if layer.kept is not None else ''}")
     parts = ", ".join(f"{part} {size:,}" for part, size in itemise(packed).items() if size)
     header = packed.header
@@ -291,10 +274,6 @@ def describe_layers(packed):
         f"{packed.path}: {header['arch']}, {header['num_classes']} classes, images of {header['input_size']} pixels{folded}",
         *lines, f"bytes: {parts}; in all {packed.size:,}",
         f"BitOPs {header['cost'].get('gbitops', 0):.3f} G; format {header['version']}"])
-
-
-def sign(is_signed):
-    return "s" if is_signed else "u"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

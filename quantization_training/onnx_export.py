@@ -205,7 +205,7 @@ def _session(data):
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def answers_of_onnxruntime(data, images):
+def logits_of_onnxruntime(data, images):
     """What onnxruntime computes from images [batch, 3, S, S] with the bytes of an ONNX model: logits [batch, classes]."""
     return torch.from_numpy(_session(data).run(None, {"images": images.numpy()})[0])
 

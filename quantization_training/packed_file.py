@@ -87,8 +87,7 @@ def serialize(header, layers, tensors):
     """The bytes of a packed model.
 
     Args:
-        header: what HEADER names, but for version, sha256 and layers.
-        layers: {name: PackedLayer}.
+        header: what HEADER names, but for version, sha256 and layers. layers: {name: PackedLayer}.
         tensors: {name: numpy array}.
     """
     from safetensors.numpy import save
@@ -165,22 +164,17 @@ def _read_header(data, path):
     if LENGTH_BYTES + length > len(data):
         raise UserError(f"{path}: damaged (it ends inside its header); export it again")
     try:
-        metadata = json.loads(data[LENGTH_BYTES:LENGTH_BYTES + length]).get("__metadata__", {})
+        header = json.loads(json.loads(data[LENGTH_BYTES:LENGTH_BYTES + length])["__metadata__"][KEY])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a packed model of this project (safetensors without the entry {KEY!r}); export.py "
+                        "writes one") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged or not a packed model ({reason(error)[:100]})") from None
-    if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
-        raise UserError(f"{path}: not a packed model of this project (safetensors without the entry {KEY!r}); export.py "
-                        "writes one")
-    try:
-        header = json.loads(metadata[KEY])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged (its header is no JSON: {reason(error)[:100]})") from None
-    version = header.get("version") if isinstance(header, dict) else None
-    if is_count(version) and version > VERSION:
-        raise UserError(f"{path}: written by a newer version of this project (format {version})")
-    found = header.get("sha256") if isinstance(header, dict) else None
+    header = header if isinstance(header, dict) else {}
+    if is_count(header.get("version")) and header["version"] > VERSION:
+        raise UserError(f"{path}: written by a newer version of this project (format {header['version']})")
     blank = _with_checksum(data, NO_CHECKSUM)
-    if blank is None or found != hashlib.sha256(blank).hexdigest():
+    if blank is None or header.get("sha256") != hashlib.sha256(blank).hexdigest():
         raise UserError(f"{path}: damaged (its checksum does not fit); export it again")
     return header
 
@@ -241,17 +235,9 @@ def _is_bit(value):
     return type(value) is int and 1 <= value <= 8
 
 
-def _is_shape(value):
-    return isinstance(value, list) and len(value) in (2, 4) and all(is_count(side) and side > 0 for side in value)
-
-
-def _are_three(value):
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
-
-
 def _is_row(value):
-    """A layer: every entry there is of its type, and the counts fit the shape."""
-    if not isinstance(value, dict) or not value.keys() >= ROW.keys() or not value.keys() <= (ROW | OPTIONAL).keys():
+    """A layer: every entry is of its type, and the counts fit the shape."""
+    if not isinstance(value, dict) or not ROW.keys() <= value.keys() <= (ROW | OPTIONAL).keys():
         return False
     if not all((ROW | OPTIONAL)[key](entry) for key, entry in value.items()):
         return False
@@ -261,21 +247,28 @@ def _is_row(value):
 
 def _is_preprocessing(value):
     return (isinstance(value, dict) and value.keys() == {"mean", "std", "resize", "padding", "grey"}
-            and _are_three(value["mean"]) and _are_three(value["std"]) and all(value["std"])
+            and all(_is_list(value[key], _is_number) and len(value[key]) == 3 for key in ("mean", "std")) and all(value["std"])
             and value["resize"] in ("crop", "square") and is_count(value["padding"]) and value["padding"] <= MOST_PIXELS
             and is_bool(value["grey"]))
 
 
-ROW = {"kind": lambda value: value in KINDS, "shape": _is_shape, "bits": _is_bit, "signed": is_bool, "searched": is_bool,
-       "zeros": is_count}
+def _is_list(value, fits):
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def _is_size(value):
+    return is_count(value) and value > 0
+
+
+ROW = {"kind": lambda value: value in KINDS, "shape": lambda value: _is_list(value, _is_size) and len(value) in (2, 4),
+       "bits": _is_bit, "signed": is_bool, "searched": is_bool, "zeros": is_count}
 OPTIONAL = {"act_bits": _is_bit, "act_signed": is_bool, "kept": is_count}
 HEADER = {
-    "version": lambda value: is_count(value) and value > 0, "sha256": is_name, "arch": is_name,
-    "num_classes": lambda value: is_count(value) and value > 0,
-    "input_size": lambda value: is_count(value) and 0 < value <= MOST_PIXELS,
-    "class_names": lambda value: value is None or (isinstance(value, list) and all(map(is_name, value))),
+    "version": _is_size, "sha256": is_name, "arch": is_name, "num_classes": _is_size,
+    "input_size": lambda value: _is_size(value) and value <= MOST_PIXELS,
+    "class_names": lambda value: value is None or _is_list(value, is_name),
     "preprocessing": _is_preprocessing, "config": lambda value: isinstance(value, dict),
     "cost": lambda value: is_table(value, _is_number),
     "folded": lambda value: is_table(value, is_name), "shared": lambda value: is_table(value, is_name),
-    "scaled": lambda value: isinstance(value, list) and all(map(is_name, value)),
+    "scaled": lambda value: _is_list(value, is_name),
     "layers": lambda value: bool(value) and is_table(value, _is_row)}

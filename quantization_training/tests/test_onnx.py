@@ -48,7 +48,7 @@ def test_subclasses_of_layers_are_written_with_their_integers(factory):
     assert sum(tensor.data_type == 3 for tensor in model.graph.initializer if tensor.dims) == (4 if factory == "net" else 3)
     with torch.no_grad():
         expected = network.model(images)
-    torch.testing.assert_close(onnx_export.answers_of_onnxruntime(model.SerializeToString(), images), expected,
+    torch.testing.assert_close(onnx_export.logits_of_onnxruntime(model.SerializeToString(), images), expected,
                                rtol=0, atol=1e-4)
 
 
@@ -66,7 +66,7 @@ def test_a_trained_network_gives_the_same_classes_and_each_layer_the_same_values
     images = ((pixels - pixels.mean()) / pixels.std()).expand(-1, 3, -1, -1).contiguous()
     with torch.no_grad():
         expected = model(images)
-    found = torch.cat([onnx_export.answers_of_onnxruntime(data, part) for part in images.split([1, 100, len(images) - 101])])
+    found = torch.cat([onnx_export.logits_of_onnxruntime(data, part) for part in images.split([1, 100, len(images) - 101])])
     first, second = expected.topk(2).values.T
     assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.999
     assert (found.argmax(1) == expected.argmax(1))[first - second > 1e-2].all()
@@ -99,7 +99,7 @@ def compare_layers(data, model, images):
         part.graph.input[0].name = "images"
         for other in part.graph.node:
             other.input[:] = ["images" if name == start else name for name in other.input]
-        found = onnx_export.answers_of_onnxruntime(part.SerializeToString(), entering)
+        found = onnx_export.logits_of_onnxruntime(part.SerializeToString(), entering)
         assert (found - leaving).abs().max() <= 1e-5 * max(1, leaving.abs().max()), node.name
 
 
@@ -114,7 +114,7 @@ def test_weights_take_the_narrowest_types_that_load_and_inputs_may_be_signed(cap
     assert "-bit integers" in said
     images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert (onnx_export.answers_of_onnxruntime(data, images) - network.model(images)).abs().max() < 1e-5
+        assert (onnx_export.logits_of_onnxruntime(data, images) - network.model(images)).abs().max() < 1e-5
     check_types(data)
 
 
@@ -138,7 +138,7 @@ def test_onnx_passes_its_own_checker_as_it_is_written(arch, size, sparsity, flag
     if left_alone:
         assert sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 1  # of the last layer
         images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-        found = onnx_export.answers_of_onnxruntime(model.SerializeToString(), images)
+        found = onnx_export.logits_of_onnxruntime(model.SerializeToString(), images)
         assert (found - network.model(images)).abs().max() < 1e-5
 
 

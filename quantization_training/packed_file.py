@@ -15,12 +15,26 @@ import numpy as np
 
 from packing import packed_length
 from util.config import describe
-from util.errors import UserError, reason
-from util.exchange import is_bool, is_count, is_name, is_table, read_file
+from util.errors import UserError, naming, reason
+from util.exchange import read_file
+from util.formats import (
+    SAFETENSORS_LENGTH,
+    is_bool,
+    is_count,
+    is_name,
+    is_positive,
+    list_of,
+    number,
+    optional,
+    record,
+    safetensors_metadata,
+    sequence,
+    table_of,
+    whole,
+)
 
 VERSION = 1
 KEY = "limpqp"
-LENGTH_BYTES = 8  # a safetensors file begins with the length of its JSON
 NO_CHECKSUM = "0" * 64
 MAP = ".map"
 MOST_PIXELS = 4096
@@ -102,7 +116,7 @@ def serialize(header, layers, tensors):
 
 def _with_checksum(data, digits):
     """The bytes of a file with another checksum in the place of the one that is there; None where there is no such place."""
-    start = data.find(b'\\"sha256\\":\\"', LENGTH_BYTES, LENGTH_BYTES + 200) + len(b'\\"sha256\\":\\"')
+    start = data.find(b'\\"sha256\\":\\"', SAFETENSORS_LENGTH, SAFETENSORS_LENGTH + 200) + len(b'\\"sha256\\":\\"')
     place = slice(start, start + len(NO_CHECKSUM))
     if data[place.stop:place.stop + 2] != b'\\"':
         return None
@@ -121,7 +135,7 @@ def is_packed(path):
         return is_named
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            length = int.from_bytes(file.read(SAFETENSORS_LENGTH), "little")
             beginning = file.read(min(length, os.path.getsize(path)))
     except OSError:
         return is_named
@@ -144,42 +158,41 @@ def read_packed(path):
 
 def parse_packed(data, path):
     """The PackedFile that the bytes of a file hold; `path` and errors are those of read_packed."""
-    header = _read_header(data, path)
-    tensors = _read_tensors(data, path)
-    _check_header(header, path)
-    layers = {name: PackedLayer(**{"kept": None, "act_bits": None, "act_signed": None, **row, "shape": tuple(row["shape"])})
-              for name, row in header["layers"].items()}
-    _check_tensors(layers, tensors, path)
-    values = sum(layer.count for layer in layers.values()) + sum(tensor.size for tensor in tensors.values())
-    if header["num_classes"] > values:  # what gives the output need not be a packed layer, nor one layer
-        raise UserError(f"{path}: num_classes: found {header['num_classes']}, the file holds {values} values in all")
+    with naming(path):
+        header, tensors = _read_header(data), _read_tensors(data)
+        _check_header(header)
+        layers = {name: PackedLayer(**{**dict.fromkeys(OPTIONAL), **row, "shape": tuple(row["shape"])})
+                  for name, row in header["layers"].items()}
+        _check_tensors(layers, tensors)
+        values = sum(layer.count for layer in layers.values()) + sum(tensor.size for tensor in tensors.values())
+        if header["num_classes"] > values:  # what gives the output need not be a packed layer, nor one layer
+            raise UserError(f"num_classes: found {header['num_classes']}, the file holds {values} values in all")
     return PackedFile(str(path), header, layers, tensors, len(data))
 
 
-def _read_header(data, path):
+def _read_header(data):
     """The header in the bytes of a file, of this version, its checksum compared."""
-    length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    if len(data) < LENGTH_BYTES + 2 or data[LENGTH_BYTES:LENGTH_BYTES + 1] != b"{":
-        raise UserError(f"{path}: damaged or not a packed model (it does not begin like safetensors)")
-    if LENGTH_BYTES + length > len(data):
-        raise UserError(f"{path}: damaged (it ends inside its header); export it again")
+    if len(data) < SAFETENSORS_LENGTH + 2 or data[SAFETENSORS_LENGTH:SAFETENSORS_LENGTH + 1] != b"{":
+        raise UserError("damaged or not a packed model (it does not begin like safetensors)")
+    if SAFETENSORS_LENGTH + int.from_bytes(data[:SAFETENSORS_LENGTH], "little") > len(data):
+        raise UserError("damaged (it ends inside its header); export it again")
     try:
-        header = json.loads(json.loads(data[LENGTH_BYTES:LENGTH_BYTES + length])["__metadata__"][KEY])
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: not a packed model of this project (safetensors without the entry {KEY!r}); export.py "
-                        "writes one") from None
+        header = json.loads(safetensors_metadata(data)[KEY])
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"not a packed model of this project (safetensors without the entry {KEY!r}); export.py writes one") \
+            from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged or not a packed model ({reason(error)[:100]})") from None
+        raise UserError(f"damaged or not a packed model ({reason(error)[:100]})") from None
     header = header if isinstance(header, dict) else {}
     if is_count(header.get("version")) and header["version"] > VERSION:
-        raise UserError(f"{path}: written by a newer version of this project (format {header['version']})")
+        raise UserError(f"written by a newer version of this project (format {header['version']})")
     blank = _with_checksum(data, NO_CHECKSUM)
     if blank is None or header.get("sha256") != hashlib.sha256(blank).hexdigest():
-        raise UserError(f"{path}: damaged (its checksum does not fit); export it again")
+        raise UserError("damaged (its checksum does not fit); export it again")
     return header
 
 
-def _read_tensors(data, path):
+def _read_tensors(data):
     """{name: numpy array} of the bytes of a file."""
     from safetensors import SafetensorError, deserialize
 
@@ -187,48 +200,44 @@ def _read_tensors(data, path):
         return {name: np.frombuffer(entry["data"], NUMPY_TYPES[entry["dtype"]]).reshape(entry["shape"])
                 for name, entry in deserialize(data)}
     except KeyError as error:
-        raise UserError(f"{path}: holds a tensor of a type that a packed model does not have ({reason(error)})") from None
+        raise UserError(f"holds a tensor of a type that a packed model does not have ({reason(error)})") from None
     except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not a packed model ({reason(error)[:100]})") from None
+        raise UserError(f"damaged or not a packed model ({reason(error)[:100]})") from None
 
 
-def _check_tensors(layers, tensors, path):
+def _check_tensors(layers, tensors):
     """Refuse a header that says something else than the tensors do."""
     for name, layer in layers.items():
         weight, chart = tensors.get(f"{name}.weight"), tensors.get(f"{name}.weight{MAP}")
         if weight is None or (chart is None) != (layer.kept is None):
-            raise UserError(f"{path}: header and tensors disagree ({name}: the packed weight or its map is missing)")
+            raise UserError(f"header and tensors disagree ({name}: the packed weight or its map is missing)")
         packed = [weight] if chart is None else [weight, chart]
         if any(part.dtype != np.uint8 or part.ndim != 1 for part in packed) \
                 or sum(part.nbytes for part in packed) != layer.packed_bytes:
-            raise UserError(f"{path}: header and tensors disagree ({name}: {list(layer.shape)} at {layer.bits} bits takes "
+            raise UserError(f"header and tensors disagree ({name}: {list(layer.shape)} at {layer.bits} bits takes "
                             f"{layer.packed_bytes} bytes, found {sum(part.nbytes for part in packed)})")
         step = tensors.get(f"{name}.quan_w_fn.s")
         if step is None or step.dtype != np.float32 or step.shape not in ((1,), (1, layer.shape[0])):
-            raise UserError(f"{path}: header and tensors disagree ({name}: no step size fits its weight)")
+            raise UserError(f"header and tensors disagree ({name}: no step size fits its weight)")
         if not np.isfinite(step).all() or not step.all():
-            raise UserError(f"{path}: {name}: a step size is zero or no finite number")
+            raise UserError(f"{name}: a step size is zero or no finite number")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a header may say.
 
 
-def _check_header(header, path):
+def _check_header(header):
     for key, fits in HEADER.items():
         if key == "scaled" and key not in header:  # files of before do not say it
             continue
         if key not in header:
-            raise UserError(f"{path}: its header lacks {key}")
+            raise UserError(f"its header lacks {key}")
         if not fits(header[key]):
-            raise UserError(f"{path}: {key}: found {describe(header[key])}, not what a packed model holds there")
+            raise UserError(f"{key}: found {describe(header[key])}, not what a packed model holds there")
     names = header["class_names"]
     if names is not None and len(names) != header["num_classes"]:
-        raise UserError(f"{path}: class_names: found {len(names)}, the network has {header['num_classes']} classes")
-
-
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+        raise UserError(f"class_names: found {len(names)}, the network has {header['num_classes']} classes")
 
 
 def _is_bit(value):
@@ -236,39 +245,21 @@ def _is_bit(value):
 
 
 def _is_row(value):
-    """A layer: every entry is of its type, and the counts fit the shape."""
-    if not isinstance(value, dict) or not ROW.keys() <= value.keys() <= (ROW | OPTIONAL).keys():
-        return False
-    if not all((ROW | OPTIONAL)[key](entry) for key, entry in value.items()):
+    """A layer: every entry there is of its type, and the counts fit the shape."""
+    if not ROW(value):
         return False
     count = math.prod(value["shape"])
     return value["zeros"] <= count and value.get("kept", 0) <= count and ("act_bits" in value) == ("act_signed" in value)
 
 
-def _is_preprocessing(value):
-    return (isinstance(value, dict) and value.keys() == {"mean", "std", "resize", "padding", "grey"}
-            and all(_is_list(value[key], _is_number) and len(value[key]) == 3 for key in ("mean", "std")) and all(value["std"])
-            and value["resize"] in ("crop", "square") and is_count(value["padding"]) and value["padding"] <= MOST_PIXELS
-            and is_bool(value["grey"]))
-
-
-def _is_list(value, fits):
-    return isinstance(value, list) and all(map(fits, value))
-
-
-def _is_size(value):
-    return is_count(value) and value > 0
-
-
-ROW = {"kind": lambda value: value in KINDS, "shape": lambda value: _is_list(value, _is_size) and len(value) in (2, 4),
-       "bits": _is_bit, "signed": is_bool, "searched": is_bool, "zeros": is_count}
 OPTIONAL = {"act_bits": _is_bit, "act_signed": is_bool, "kept": is_count}
+ROW = record({"kind": KINDS.__contains__, "shape": lambda value: list_of(is_positive)(value) and len(value) in (2, 4),
+              "bits": _is_bit, "signed": is_bool, "searched": is_bool, "zeros": is_count}, OPTIONAL)
+THREE = sequence(number(), number(), number())
 HEADER = {
-    "version": _is_size, "sha256": is_name, "arch": is_name, "num_classes": _is_size,
-    "input_size": lambda value: _is_size(value) and value <= MOST_PIXELS,
-    "class_names": lambda value: value is None or _is_list(value, is_name),
-    "preprocessing": _is_preprocessing, "config": lambda value: isinstance(value, dict),
-    "cost": lambda value: is_table(value, _is_number),
-    "folded": lambda value: is_table(value, is_name), "shared": lambda value: is_table(value, is_name),
-    "scaled": lambda value: _is_list(value, is_name),
-    "layers": lambda value: bool(value) and is_table(value, _is_row)}
+    "version": is_positive, "sha256": is_name, "arch": is_name, "num_classes": is_positive,
+    "input_size": lambda value: is_positive(value) and value <= MOST_PIXELS, "class_names": optional(list_of(is_name)),
+    "preprocessing": record({"mean": THREE, "std": lambda value: THREE(value) and all(value),
+                             "resize": ("crop", "square").__contains__, "padding": whole(MOST_PIXELS), "grey": is_bool}),
+    "config": lambda value: isinstance(value, dict), "cost": table_of(number()), "folded": table_of(is_name),
+    "shared": table_of(is_name), "scaled": list_of(is_name), "layers": lambda value: bool(value) and table_of(_is_row)(value)}

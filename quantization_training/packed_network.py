@@ -20,7 +20,7 @@ from quan.utils import BATCHNORM
 from schema import FinetuneConfig
 from util.config import Origin, build, load_config, to_plain
 from util.datasets import describe_data
-from util.errors import UserError, nearest
+from util.errors import UserError, naming, nearest
 from util.exchange import FLOAT_BIT, split_arch
 
 CPU = torch.device("cpu")
@@ -160,7 +160,8 @@ def as_checkpoint(packed):
                "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
     if "scaled" in packed.header:
         content["scaled"] = packed.header["scaled"]
-    check_plain(content, packed.path)
+    with naming(packed.path):
+        check_plain(content)
     return {**content, "packed": packed}
 
 

@@ -1,11 +1,12 @@
 """Checkpoints: files of tensors and plain containers, whole at every moment, read without running any code in them."""
 
+import os
+
 from sparsity.masks import checked_masks
-from util.errors import UserError
+from util.errors import UserError, naming
 from util.exchange import fit_names, read_file, write_atomically
 
-from .archive import pack, unpack
-from .entries import check_entries, from_external, is_ours
+from .serialization import check_entries, from_external, is_ours, pack, unpack
 
 FORMAT_VERSION = 2
 FIRST_WITH_CHECKSUM = 2
@@ -26,14 +27,16 @@ def load_checkpoint(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    content, has_checksum = unpack(read_file(path, "the checkpoint"), path)
-    if not has_checksum and not is_ours(content):
-        content = from_external(content, path)
-    elif not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise UserError(f"{path}: not a checkpoint (it has no state_dict)")
-    check_plain(content, path)
-    if content.get("version", 0) >= FIRST_WITH_CHECKSUM and not has_checksum:
-        raise UserError(f"{path}: damaged (its checksum is missing); use an earlier checkpoint")
+    data = read_file(path, "the checkpoint")
+    with naming(path):
+        content, has_checksum = unpack(data, os.path.basename(path))
+        if not has_checksum and not is_ours(content):
+            content = from_external(content)
+        elif not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise UserError("not a checkpoint (it has no state_dict)")
+        check_plain(content)
+        if content.get("version", 0) >= FIRST_WITH_CHECKSUM and not has_checksum:
+            raise UserError("damaged (its checksum is missing); use an earlier checkpoint")
     return content
 
 
@@ -47,11 +50,11 @@ def may_lack(content, name):
     return is_foreign(content) and name.endswith((".num_batches_tracked", ".init_state"))
 
 
-def check_plain(content, path):
-    """Refuse a checkpoint whose entries are not of the types that they have to be."""
-    check_entries(content, path)
+def check_plain(content):
+    """Refuse a checkpoint whose entries are not of the types that they have to be, or one that is too new."""
+    check_entries(content)
     if content.get("version", 0) > FORMAT_VERSION:
-        raise UserError(f"{path}: written by a newer version of this project (format {content['version']})")
+        raise UserError(f"written by a newer version of this project (format {content['version']})")
 
 
 def masks_of(content, model, path):

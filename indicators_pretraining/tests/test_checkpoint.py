@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from util.config import to_plain
 from util.distributed import random_states, set_random_states
 from util.errors import UserError
 from util.exchange import write_atomically
+from util.formats import is_name, number, record, sequence, table_of, whole
 
 BITS = [6, 5, 4, 3, 2]
 
@@ -204,6 +206,18 @@ def test_an_entry_of_another_type_is_named(tmp_path, key, value):
     save_checkpoint(path, {"state_dict": {"a": torch.ones(3)}, "config": {}, "act_bits": {}, "weight_bits": {}, key: value})
     with pytest.raises(UserError, match=f"c: {key}: "):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("fits", "good", "bad"), [
+    (number(0, 10**400), [0, 1.5, 10**400], [-1, True, "1", None, float("nan"), float("inf")]),
+    (number(), [-1.5, 10**300], [10**400, float("nan"), float("inf")]), (whole(2), [0, 2], [-1, 3, 1.0, True]),
+    (sequence(is_name, whole(2)), [["a", 1]], [["a"], ["a", 3], ["a", 1, 1], ("a", 1)]),
+    (table_of(whole(2)), [{}, {"a": 1}], [{"a": 3}, {1: 1}, {"a\n": 1}, []]),
+    (record({"a": is_name}, {"b": whole(2)}), [{"a": "x"}, {"a": "x", "b": 1}],
+     [{}, {"b": 1}, {"a": 1}, {"a": "x", "b": 3}, {"a": "x", "c": 1}, OrderedDict(a="x"), []]),
+    (record({}, others=whole(2)), [{}, {"c": 1}], [{"c": 3}, {1: 1}])])
+def test_a_declaration_tells_what_it_names_from_everything_else(fits, good, bad):
+    assert all(map(fits, good)) and not any(map(fits, bad))
 
 
 def test_generators_take_only_states_of_their_own_size(tmp_path):

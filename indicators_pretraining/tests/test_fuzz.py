@@ -12,12 +12,12 @@ from torch import nn
 
 import importance_extractor
 import model
-from engine.archive import pack
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.optim import create_optimizer
 from engine.resume import find_run, restore
 from engine.run_folder import RunFolder
 from engine.schema import ResumeConfig
+from engine.serialization import pack
 from engine.training_state import ResumeState, training_state
 from fuzzing import (
     CANARY,

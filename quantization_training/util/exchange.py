@@ -15,7 +15,6 @@ import yaml
 from util.config import (
     decode_yaml,
     describe,
-    is_text,
     plain,
     read_bytes,
     unshared,
@@ -241,23 +240,6 @@ def write_indicators(path, content):
                        for name, row in content[kind].items()}
     data = pickle.dumps(plain, protocol=4)
     write_atomically(path, data + checksum(data) + b"\n")
-
-
-def is_count(value):
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_bool(value):
-    return type(value) is bool
-
-
-def is_name(value):
-    return isinstance(value, str) and is_text(value)
-
-
-def is_table(value, fits):
-    """Whether a value is a dict of names and of what `fits`, a predicate, accepts."""
-    return isinstance(value, dict) and all(is_name(name) and fits(element) for name, element in value.items())
 
 
 def is_bit(key, bit):

@@ -19,7 +19,7 @@ KEPT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch
 
 
 def create_from_file(arch, num_classes):
-    """What the factory in the user's own file returns, called with num_classes=num_classes; its parameters in float32.
+    """The network that factory(num_classes=num_classes) in the user's own file gives, its parameters in float32.
 
     Args:
         arch: path/to/file.py:factory, the path relative to the working directory.
@@ -33,8 +33,7 @@ def create_from_file(arch, num_classes):
     factory = getattr(module, name, None)
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        what = "has no" if factory is None else "has no function"
-        raise UserError(f"arch: {path} {what} {name!r}{nearest(name, known)}")
+        raise UserError(f"arch: {path} has no {'' if factory is None else 'function '}{name!r}{nearest(name, known)}")
     _check_arguments(arch, factory)
     with _errors_of_the_user(arch, path):
         model = factory(num_classes=num_classes)
@@ -110,11 +109,7 @@ def _check_arguments(arch, factory):
 
 
 def create_from_timm(arch, num_classes, pre_trained, input_size):
-    """A network of timm, by its name there after `timm:`.
-
-    Args:
-        pre_trained: take the weights that timm publishes for this name.
-        input_size: height and width of the images; None for those that the network was made for.
+    """A network of timm, by its name there after `timm:`; the arguments are those of create_model.
 
     Raises:
         UserError: where timm is not installed, does not know the name, or cannot get the weights.

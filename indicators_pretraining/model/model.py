@@ -12,15 +12,10 @@ from util.exchange import split_arch
 from .attention import decompose_attention
 from .external import TIMM, create_from_file, create_from_timm
 from .layer_table import tensors_in, trace
-from .mobilenetv1 import mobilenetv1, mobilenetv1_limpq
 from .names import unwrap
-from .resnet_cifar import resnet20
-from .vit import vit_tiny_patch4_32, vit_tiny_patch16_224
+from .own_models import OWN_MODELS, SIZED_MODELS
 from .weights import load_weights, redraw_zero_classifiers
 
-OWN_MODELS = {"mobilenetv1": mobilenetv1, "mobilenetv1_limpq": mobilenetv1_limpq, "resnet20": resnet20,
-              "vit_tiny_patch4_32": vit_tiny_patch4_32, "vit_tiny_patch16_224": vit_tiny_patch16_224}
-SIZED_MODELS = ("vit_tiny_patch4_32", "vit_tiny_patch16_224")  # those of OWN_MODELS that are built for one input size
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
 OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # norm.1 in the published files is norm1 today
 
@@ -33,16 +28,14 @@ def list_architectures():
 def create_model(arch, num_classes, pre_trained=False, input_size=None):
     """Build a network for images of shape [batch, 3, height, width], its attention decomposed into layers.
 
+    Of several outputs of timm's networks or the user's own, in a tuple, a dict or the like, it gives the first tensor, which
+    has to be the logits.
+
     Args:
         arch: a name from list_architectures(); timm:NAME; or path/to/file.py:factory, whose code is then run.
         num_classes: number of outputs.
         pre_trained: take torchvision's ImageNet weights, or timm's; the classifier is kept where it has num_classes outputs.
-        input_size: height and width of the images, which networks with one position embedding per patch are built for;
-            None for those they were made for.
-
-    Returns:
-        the network, with freshly initialised parameters wherever no pre-trained ones were taken. Of several outputs of
-        timm's or the user's own, in a tuple, a dict or the like, it gives the first tensor, which has to be the logits.
+        input_size: height and width of the images; None for those that the network was made for.
 
     Raises:
         UserError: on an unknown name, a size or a file that does not fit, weights that do not exist or cannot be downloaded.

@@ -9,8 +9,6 @@ from util.exchange import fit_names
 from .attention import name_of_projection
 from .names import is_below
 
-QUANTIZED_REMEDY = ("joint training goes on from its checkpoints by resume.path, and fine-tuning starts from them by "
-                    "init_from and goes on from its own by resume.path")
 STEPS = (".quan_w_fn.s", ".quan_a_fn.s")
 
 
@@ -20,35 +18,24 @@ def is_step(name):
 
 
 def redraw_zero_classifiers(model, graph):
-    """Draw the weights of classifiers that begin at zero: zeros have no step size, and no deviation to be scaled by."""
+    """Draw the weights of classifiers that begin at zero, which have no step size and no deviation to be scaled by."""
     for name in graph.classifiers:
         weight = model.get_submodule(name).weight
         if not weight.any():
             nn.init.trunc_normal_(weight, std=0.02)
 
 
-def classifier_name(model):
-    """The name of the last convolution or linear layer, which gives the outputs of torchvision's networks."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1]
-
-
 def fit(own, state_dict):
-    """The tensors of a state_dict under the network's own names; see fit_names. torch's names of attention's projections
-    are known too.
-
-    Args:
-        own: names of the network's tensors.
-    """
+    """The tensors of a state_dict under a network's own names; see fit_names and name_of_projection."""
     fitted = fit_names(own, state_dict)
     return {name_of_projection(own, fitted[name]): tensor for name, tensor in state_dict.items()}
 
 
 def load_state(model, state_dict, source, may_lack=lambda name: False):
-    """Load a state_dict whose names and shapes have to be just those of the model. Step sizes without marks are marked as
-    initialised.
+    """Load a state_dict whose names and shapes have to be just those of the model. Step sizes count as initialised.
 
     Args:
-        may_lack: which names of the model the state_dict may lack; these keep what they hold.
+        may_lack: whether the state_dict may lack a name of the model, which then keeps what it holds.
 
     Raises:
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
@@ -66,28 +53,26 @@ def load_state(model, state_dict, source, may_lack=lambda name: False):
 
 
 def load_weights(model, state_dict, source, heads=None):
-    """Load full-precision weights into a full-precision model, by name; torch's names of attention's projections are known.
+    """Load full-precision weights into a full-precision model, by name; return whether its classifiers were loaded too.
 
     A classifier may have another number of outputs; it then keeps its fresh parameters. Auxiliary classifiers in
     the file, `aux...`, are passed over where the network has none of that name. Everything else has to fit.
 
     Args:
-        heads: names of the classifiers, as a Graph has them; None stands for the last layer.
-
-    Returns:
-        whether the classifiers were taken too.
+        heads: names of the classifiers, as a Graph has them; None stands for the last convolution or linear layer.
 
     Raises:
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
     """
     own = model.state_dict()
-    heads = set(heads or [classifier_name(model)])
+    heads = heads or [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1:]
     fitted = fit(own, state_dict)
     head = {name for name in (*own, *fitted) if is_below(name, heads)}
     steps = [name for name in fitted if is_step(name) and name not in own]
     if steps:
         raise UserError(f"{source}: it is a quantized checkpoint ({steps[0]}), but weights in full precision are needed here; "
-                        f"{QUANTIZED_REMEDY}")
+                        "joint training goes on from its checkpoints by resume.path, and fine-tuning starts from them by "
+                        "init_from and goes on from its own by resume.path")
     taken, parts = {}, {name.split(".")[0] for name in own}
     for name, tensor in fitted.items():
         part = name.split(".")[0]

@@ -7,7 +7,7 @@ MB = 8 * 2**20  # bits in 2^20 bytes
 
 
 def policy_cost(layers, weight_bits, act_bits, left=None):
-    """Size and BitOPs of a network, as the search counts them.
+    """Size and BitOPs of a network, as the search counts them; without normalization and biases.
 
     Args:
         layers: {name: LayerCall} of all layers.
@@ -17,10 +17,9 @@ def policy_cost(layers, weight_bits, act_bits, left=None):
     Returns:
         {'size_mb', 'ratio', 'gbitops', 'gbitops_exact'}: MB are 2^20 bytes, the ratio is against 32-bit weights,
         BitOPs are 1e9 of sum macs * weight bit * activation bit, with the published and with the exact count of MACs.
-        Weights of convolutions and linear layers are counted, normalization and biases are not. A pruned network has
-        in addition {'sparsity', 'sparse_size_mb', 'sparse_ratio', 'gbitops_effective', 'gbitops_effective_exact'}: the
-        share of weights that are zero; the size where each layer takes the smaller of its dense size and one bit per
-        weight plus the non-zero ones; BitOPs of the MACs with a non-zero weight.
+        A pruned network has in addition {'sparsity', 'sparse_size_mb', 'sparse_ratio', 'gbitops_effective',
+        'gbitops_effective_exact'}: the share of weights that are zero; its sparse_size(); BitOPs of the MACs with a
+        non-zero weight.
     """
     bits = {name: (weight_bits.get(name, FIXED_BIT), act_bits.get(name, FIXED_BIT)) for name in layers}
     return _cost(layers, bits, left)

@@ -1,7 +1,7 @@
 """Quantization and the operation that follows it as one function, which keeps what a layer without quantizers keeps.
 
-The quantized tensors are computed again in the backward pass instead of being kept: this costs less than to write and to
-read them, and the input of the layer mostly lies in memory anyway, kept by what computed it.
+The quantized tensors are computed again in the backward pass instead of being kept, which costs less than writing and reading
+them; the input of the layer mostly lies in memory anyway, kept by what computed it.
 """
 
 from dataclasses import dataclass
@@ -15,17 +15,12 @@ from .quantizer.lsq import gradients, quantized
 
 @dataclass(frozen=True)
 class Operation:
-    """A convolution, or a linear layer, of quantized tensors.
+    """A convolution, or a linear layer, of quantized tensors."""
 
-    x_range, weight_range: (Qn, Qp, scale of the gradient of the step sizes).
-    dtype: of the quantized tensors.
-    geometry: (stride, padding, dilation, groups) of the convolution; None for a linear layer.
-    """
-
-    x_range: tuple
-    weight_range: tuple
-    dtype: torch.dtype
-    geometry: tuple | None
+    x_range: tuple  # (Qn, Qp, scale of the gradient of the step size)
+    weight_range: tuple  # the same
+    dtype: torch.dtype  # of the quantized tensors
+    geometry: tuple | None  # (stride, padding, dilation, groups) of the convolution; None for a linear layer
 
     def of(self, q, weight, bias):
         if self.geometry is None:
@@ -82,7 +77,7 @@ def quantized_operation(x, weight, bias, quan_a_fn, quan_w_fn, geometry=None):
         x: input of the layer, [batch, channels, height, width], or [..., in_features].
         weight, bias: of the layer; bias may be None.
         quan_a_fn, quan_w_fn: the LsqQuan of input and weight.
-        geometry: (stride, padding, dilation, groups) of a convolution with zero padding; None for a linear layer.
+        geometry: as Operation has it, of a convolution with zero padding.
     """
     quan_a_fn.observe(x)
     quan_w_fn.observe(weight)

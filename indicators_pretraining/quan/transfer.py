@@ -9,7 +9,7 @@ from .quantizer.lsq import SMALLEST_STEP
 
 
 def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=frozenset()):
-    """The state_dict of a jointly trained network, reduced to the bits that a policy chose.
+    """The state_dict {name: tensor} of a network at a policy's bits, from a jointly trained one.
 
     A layer keeps its step sizes at its own bits; a BatchNorm keeps the copy for the weight bits of the layer before it,
     or for the highest bit-width where there is no such layer.
@@ -18,10 +18,7 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
         checkpoint: a stage-1 checkpoint, with bits, batchnorms and state_dict.
         weight_bits, act_bits: {layer: bit}.
         source: the path of the checkpoint, for messages.
-        second_names: those of the network, as second_names() gives them; their tensors are left out.
-
-    Returns:
-        {name: tensor} with the names of a network quantized at the policy's bits.
+        second_names: second_names() of the network; their tensors are left out.
 
     Raises:
         UserError: where the checkpoint was not trained at a chosen bit-width.

@@ -2,13 +2,11 @@
 
 import copy
 import itertools
-from functools import partial
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from model.layer_table import generators_put_back
+from model.layer_table import ModuleMode, generators_put_back
 from model.training_pass import devices_for
 from util.errors import UserError, reason
 
@@ -36,16 +34,16 @@ def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
     for device in devices_for(graph):
         pair = copy.deepcopy((plain, quantized)) if device == "meta" else (plain, quantized)
         try:
-            wanted = [_operations(pair[0], is_training, input_size, device) for is_training in modes]
+            wanted = _operations(pair[0], modes, input_size, device)
         except Exception:  # on meta, of a network that looks at values; on the CPU it is reported where it is met
             continue
         try:
-            found = [_operations(pair[1], is_training, input_size, device) for is_training in modes]
+            found = _operations(pair[1], modes, input_size, device)
         except Exception as error:
             raise UserError(f"arch: the network fails once its layers are quantized ({type(error).__name__}: "
                             f"{reason(error)}); its forward pass may not ask for what quantized layers lack") from None
-        for mode, *operations in zip(("evaluation", "training"), wanted, found, strict=False):
-            _compare(*operations, mode)
+        for is_training, *operations in zip(modes, wanted, found, strict=True):
+            _compare(*operations, "training" if is_training else "evaluation")
         return
 
 
@@ -54,30 +52,18 @@ def _as_it_is(v):
 
 
 @torch.no_grad()
-def _operations(model, is_training, input_size, device):
-    """[(name of a module, an operation of torch in it with the shapes and numbers that it takes)], in order."""
-    operations, handles = _Operations(), []
-    for name, module in model.to(device).train(is_training).named_modules():
-        handles += [module.register_forward_pre_hook(partial(operations.enter, name)),
-                    module.register_forward_hook(operations.leave, always_call=True)]
-    with generators_put_back(), operations:
-        model(torch.randn(2, 3, input_size, input_size, device=device))
-    for handle in handles:
-        handle.remove()
-    return operations.seen
+def _operations(model, modes, input_size, device):
+    """For each mode [(name of a module, an operation in it, its arguments as _described)], in order."""
+    recorder, found = _Operations(model.to(device)), []
+    for is_training in modes:
+        recorder.seen = []
+        with generators_put_back(), recorder:
+            model.train(is_training)(torch.randn(2, 3, input_size, input_size, device=device))
+        found.append(recorder.seen)
+    return found
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen, self.modules = [], [""]
-
-    def enter(self, name, *_):
-        self.modules.append(name)
-
-    def leave(self, *_):
-        self.modules.pop()
-
+class _Operations(ModuleMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         self.seen.append((self.modules[-1], str(function), tree_map(_described, (args, kwargs or {}))))
         return function(*args, **(kwargs or {}))

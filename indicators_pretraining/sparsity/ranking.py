@@ -15,10 +15,8 @@ from .masks import mask_of
 
 
 def prunable_layers(graph, excepts=None):
-    """Names of the layers that are pruned, in network order.
-
-    Args:
-        excepts: layers to leave dense; None stands for the convolutions that see the image and the classifiers.
+    """Names of the layers that are pruned, in network order: all but `excepts`, or where these are None, all but the
+    convolutions that see the image and the classifiers.
 
     Raises:
         UserError: on an exception that is not a layer, or where nothing is left to prune.
@@ -82,15 +80,12 @@ def mixed_channels(model, graph, layers):
 
 @dataclass(frozen=True)
 class Group:
-    """Weights or channels that are compared with each other.
+    """Weights or channels that are compared with each other."""
 
-    layers: one, or all. total: how many weights or channels there are; left: not removed; spared: never to be removed.
-    """
-
-    layers: tuple
-    total: int
-    left: int
-    spared: int
+    layers: tuple  # their layers: one, or all
+    total: int  # how many weights or channels there are
+    left: int  # that are not removed
+    spared: int  # that are never removed
 
     def due(self, target):
         """How many are removed in all where the target, a share, is reached."""
@@ -112,14 +107,13 @@ def sums_of(groups):
 
 
 class Prunable:
-    """The weights of a network that may be pruned by one kind and scope of pruning.
+    """The weights of a network that may be pruned.
 
     Args:
-        network: what has a model and its graph.
+        network: has a model and its graph.
         prune: a configuration with type, scope and excepts.
 
     Attributes:
-        layers: names of the layers that are pruned.
         remark: a line about layers that cannot be pruned by channel, or ''.
     """
 
@@ -189,15 +183,12 @@ def next_masks(weights, masks, coupled, kind, scope, amount, target=None):
 
     Args:
         weights: {layer: weight tensor [out_channels, ...]} of the layers to prune, on the CPU.
-        masks: those in force.
+        masks: those in force; they are not changed.
         coupled: {layer: names of the parameters [out_channels] that go with its channels}, for "structured".
         kind: "unstructured" (single weights) or "structured" (whole output channels).
         scope: "global" compares all layers with each other, "layer" takes the same share of each.
         amount: share of what is left, in (0, 1]; in weights or in channels, as `kind` says.
         target: share of all that is removed at most.
-
-    Returns:
-        new masks; those given are not changed.
     """
     scores, left = units(weights, masks, kind)
     for names in groups_of(left, scope):
@@ -232,7 +223,7 @@ def counted(left, names):
 
 
 def without_smallest(scores, left, count, spare_one):
-    """`left` less the `count` units of the smallest score, over all layers given.
+    """`left` without the `count` units of the smallest score, over all layers given.
 
     Args:
         scores, left: {layer: tensor}, of equal shapes.

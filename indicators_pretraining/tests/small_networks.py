@@ -13,7 +13,6 @@ def make(num_classes):
 
 def make_shallow(patch):
     """ResNet-20 with one block in each group instead of three: layers of the same names, in less than half the time."""
-    from model.model import OWN_MODELS
-    from model.resnet_cifar import CifarResNet
+    from model.own_models import OWN_MODELS, CifarResNet
 
     patch.setitem(OWN_MODELS, "resnet20", lambda num_classes: CifarResNet(1, num_classes))

@@ -53,11 +53,8 @@ def name_of_projection(own, name):
 class SelfAttention(nn.Module):
     """nn.MultiheadAttention whose projections are the linear layers in_proj [3 * dim, dim] and out_proj [dim, dim].
 
-    It is called like the original. Where it does not attend from an input to the same input, the projections of query, key
-    and value see different inputs: they are then applied as parts of the matrix, not as the layer.
-
-    Args:
-        original: the nn.MultiheadAttention, whose parameters are taken over.
+    It is called like `original`, whose parameters it takes over. Where query, key and value are different inputs, in_proj is
+    applied as parts of the matrix, not as the layer.
     """
 
     # torch's transformer layers ask for these.
@@ -82,8 +79,10 @@ class SelfAttention(nn.Module):
         query, key, value = (self._split(part, is_batched) for part in self._project(query, key, value))
         mask = self._merged_mask(attn_mask, key_padding_mask, query)
         dropout = self.dropout if self.training else 0.0
-        if need_weights:
-            out, weights = _attention(query, key, value, mask, dropout)
+        if need_weights:  # arXiv 1706.03762, eq. 1
+            scores = query / math.sqrt(self.head_dim) @ key.transpose(-2, -1)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            out = weights @ value
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
         else:
@@ -126,20 +125,12 @@ def attends_to_itself(query, key, value):
 
 
 def _linear(weight, bias):
-    """A linear layer around parameters that are there."""
+    """A linear layer of existing parameters."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = weight
     if bias is not None:
         layer.bias = bias
     return layer
-
-
-def _attention(query, key, value, mask, dropout):
-    """(softmax(q k^T / sqrt(d) + mask) v, the softmax), each of [batch, heads, ...] (arXiv 1706.03762, eq. 1)."""
-    scores = query / math.sqrt(query.shape[-1]) @ key.transpose(-2, -1)
-    weights = (scores if mask is None else scores + mask).softmax(-1)
-    weights = F.dropout(weights, dropout) if dropout else weights
-    return weights @ value, weights
 
 
 class _Windowed:

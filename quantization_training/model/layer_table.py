@@ -55,37 +55,23 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Graph:
-    """What trace() found.
+    """What trace() found."""
 
-    layers: {name: LayerCall}, in the order in which they are first called.
-    batchnorms: {name: the one layer before it, or None}.
-    uncounted: {name: elements} of matrices outside of these layers, such as position embeddings, attention that cannot be
-        decomposed, and layers that no forward pass reaches; they are not quantized, and count in neither size nor MACs.
-    non_layer_macs: {module: MACs} of matrix products outside of the layers, such as Q K^T in attention; they are not
-        quantized, and count in no BitOPs.
-    output_shape: of the output for one image, or the name of its type where that is no tensor.
-    first: the convolutions that see the image, one in most networks. classifiers: the layers that give the output.
-    unquantizable: {layer: why} of convolutions and linear layers that a forward pass reaches but that cannot be quantized.
-    heads: what gives the output, quantizable or not: names of modules, and of parameters of the network itself.
-    indirect: BatchNorms between which and the layer before them something happens.
-    input_size: height and width of the image.
-    contiguous: why the network has to be computed in contiguous memory, '' where convolutions can be channels last.
-    changes_images: whether its forward pass changes the images in place.
-    """
-
-    layers: dict
-    batchnorms: dict
+    layers: dict  # {name: LayerCall}, in the order in which they are first called
+    batchnorms: dict  # {name: the one layer before it, or None}
+    # {name: elements} of matrices outside of these layers, such as position embeddings, attention that cannot be decomposed,
+    # and layers that no forward pass reaches; they are not quantized, and count in neither size nor MACs.
     uncounted: dict
-    non_layer_macs: dict
-    output_shape: tuple
-    first: tuple
-    classifiers: tuple
-    unquantizable: dict
-    heads: tuple
-    indirect: tuple
-    input_size: int
-    contiguous: str = ""
-    changes_images: bool = False
+    non_layer_macs: dict  # {module: MACs} of other matrix products, as Q K^T in attention; in full precision, in no BitOPs
+    output_shape: tuple  # for one image; the name of the output's type where that is no tensor
+    first: tuple  # the convolutions that see the image, one in most networks
+    classifiers: tuple  # the layers that give the output, one in most networks
+    unquantizable: dict  # {name: why} of convolutions and linear layers that a forward pass reaches
+    heads: tuple  # what gives the output, quantizable or not: modules, and parameters of the network itself
+    indirect: tuple  # BatchNorms between which and the layer before them something happens
+    input_size: int  # height and width of the image
+    contiguous: str = ""  # why it has to be computed in contiguous memory, '' where convolutions can be channels last
+    changes_images: bool = False  # whether its forward pass changes the images in place
 
     def describe_unquantizable(self, separator="\n"):
         """A line for each reason why layers cannot be quantized, or ''."""
@@ -131,7 +117,7 @@ class _Lineage(TorchFunctionMode):
         matrices: {name: parameter} of the network's matrices.
 
     Attributes:
-        sources: {id of a tensor: the layers}.
+        sources: {tensor: the layers}. Its keys are compared by identity, and kept alive.
         makers: the same, but a product with a matrix outside of layers counts as a layer, under the name of the matrix.
         feeding: makers whose output another one gets.
     """
@@ -139,28 +125,25 @@ class _Lineage(TorchFunctionMode):
     def __init__(self, matrices):
         super().__init__()
         self.sources, self.makers, self.feeding = {}, {}, frozenset()
-        self.matrices = {id(parameter): frozenset([name]) for name, parameter in matrices.items()}
-        self.alive = []  # a tensor that is freed could give its id to another one
+        self.matrices = {parameter: frozenset([name]) for name, parameter in matrices.items()}
 
-    def of(self, values, kind="sources"):
-        """The names under which tensors stand in one of the dicts."""
-        known = getattr(self, kind)
-        return frozenset().union(*(known.get(id(tensor), frozenset()) for tensor in tensors_in(values)))
+    def of(self, values, known=None):
+        """The names under which tensors stand in one of the dicts, sources by default."""
+        known = self.sources if known is None else known
+        return frozenset().union(*(known.get(tensor, ()) for tensor in tensors_in(values)))
 
     def mark(self, values, sources, makers=None):
         for tensor in tensors_in(values):
-            self.sources[id(tensor)] = sources
-            self.makers[id(tensor)] = sources if makers is None else makers
-            self.alive.append(tensor)
+            self.sources[tensor], self.makers[tensor] = sources, makers or sources
 
     def enter(self, inputs):
         """Note that a layer gets these; return from which layers they come."""
-        self.feeding |= self.of(inputs, "makers")
+        self.feeding |= self.of(inputs, self.makers)
         return self.of(inputs)
 
     def __torch_function__(self, function, kinds, args=(), kwargs=None):
         everything = (args, kwargs or {})
-        sources, makers, matrices = (self.of(everything, kind) for kind in ("sources", "makers", "matrices"))
+        sources, makers, matrices = (self.of(everything, known) for known in (self.sources, self.makers, self.matrices))
         result = function(*args, **(kwargs or {}))
         if sources and matrices and getattr(function, "__name__", "") in PRODUCTS:
             self.feeding |= makers - matrices
@@ -168,9 +151,7 @@ class _Lineage(TorchFunctionMode):
         if sources:
             self.mark(result, sources, makers)
         elif matrices:
-            for tensor in tensors_in(result):
-                self.matrices[id(tensor)] = matrices
-                self.alive.append(tensor)
+            self.matrices.update(dict.fromkeys(tensors_in(result), matrices))
         return result
 
 
@@ -192,31 +173,34 @@ ATEN = torch.ops.aten
 MATRIX_PRODUCTS = {ATEN.mm: 0, ATEN.bmm: 0, ATEN.mv: 0, ATEN.dot: 0, ATEN.addmm: 1, ATEN.baddbmm: 1, ATEN.addmv: 1}
 
 
-class _Products(TorchDispatchMode):
-    """Counts the MACs of matrix products and convolutions that happen outside of layers, by the module they happen in."""
+class ModuleMode(TorchDispatchMode):
+    """Knows in which modules of a network an operation of torch happens: `modules` are their names, the innermost last."""
 
     def __init__(self, model):
         super().__init__()
-        self.macs = {}
-        self.modules = [""]  # in which the forward pass is, the innermost last
-        self.layers_entered = 0
-        self.contiguous = ""  # why the network has to be computed in contiguous memory
+        self.modules = [""]
         for name, module in model.named_modules():
-            is_layer = not why_unquantizable(module)
-            module.register_forward_pre_hook(partial(self._enter, name, is_layer))
-            module.register_forward_hook(partial(self._leave, is_layer))
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave, always_call=True)
 
-    def _enter(self, name, is_layer, *_):
+    def _enter(self, name, *_):
         self.modules.append(name)
-        self.layers_entered += is_layer
 
-    def _leave(self, is_layer, *_):
+    def _leave(self, *_):
         self.modules.pop()
-        self.layers_entered -= is_layer
+
+
+class _Products(ModuleMode):
+    """Counts the MACs of matrix products and convolutions outside of layers, {module: MACs}; see Graph for `contiguous`."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.macs, self.contiguous = {}, ""
+        self.layers = {name for name, module in model.named_modules() if not why_unquantizable(module)}
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if not self.layers_entered:
+        if self.layers.isdisjoint(self.modules):
             operation = getattr(function, "overloadpacket", None)
             macs = _macs_of_operation(operation, args, result)
             if macs:
@@ -274,14 +258,12 @@ def generators_put_back():
 
 @generators_put_back()
 def trace(model, input_size, num_classes=None):
-    """Run one image of shape [3, input_size, input_size] through the network, without data, and note what it meets.
+    """The Graph of an unquantized network, from a forward pass of one image [3, input_size, input_size] without data.
+
+    A BatchNorm is paired with a layer when its input was computed from the output of that layer alone.
 
     Args:
-        model: an unquantized network; it is left as it is.
-        num_classes: outputs that it has to have; None for any number.
-
-    Returns:
-        a Graph. A BatchNorm is paired with a layer when its input was computed from the output of that layer alone.
+        num_classes: outputs that the network has to have; None for any number.
 
     Raises:
         UserError: when the network cannot be copied, cannot take such an image, gives no logits, or has layers that cannot be
@@ -346,10 +328,7 @@ def _twin(model, device):
 
 @torch.no_grad()
 def _check_reached(model, graph, input_size):
-    """Refuse layers that some images reach and others do not, as far as a few images of many kinds show.
-
-    Their bits would be searched or not as it happens, and a step size that no image reaches has no value.
-    """
+    """Refuse layers that only some of a few images of many kinds reach: their step sizes may get no value."""
     twin, reached = _twin(model, "cpu"), set()
     for name, module in twin.named_modules():
         if not why_unquantizable(module):
@@ -477,7 +456,7 @@ class Notes:
 
     def ends(self, output):
         """(classifiers, heads) of a Graph: what the output comes from and feeds no layer; else the layer called last."""
-        makers = self.lineage.of(output, "makers") - self.lineage.feeding or set(list(self.calls)[-1:])
+        makers = self.lineage.of(output, self.lineage.makers) - self.lineage.feeding or set(list(self.calls)[-1:])
         layers = self.calls.keys() | self.unquantizable.keys()
         heads = {name if name in layers else name.rpartition(".")[0] or name for name in makers}
         return tuple(name for name in self.calls if name in makers), tuple(sorted(heads))

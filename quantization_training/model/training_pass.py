@@ -56,8 +56,7 @@ def check_training(model, graph, input_size, num_classes):
 
 
 def _reached_in_training(model, graph, input_size):
-    """(names of the modules reached in training, type of what the network gives, shape of the first tensor in it or (), what
-    that comes from as far as it can be followed); the names are None where only a larger batch can tell."""
+    """What _pass gives; (None, ...) where only a larger batch can tell."""
     *others, last = devices_for(graph)
     for device in others:
         with contextlib.suppress(Exception):  # a network of the user's own may look at values, which are not there
@@ -72,6 +71,8 @@ def _reached_in_training(model, graph, input_size):
 
 
 def _pass(model, graph, input_size, device):
+    """(names of the modules reached, name of the output's type, shape of the first tensor in it or (), what that comes from
+    as far as it can be followed), in training."""
     twin = copy.deepcopy(model).to(device, torch.float32).train()
     reached, kinds, notes = {}, [], Notes(twin)
     for name, module in twin.named_modules():
@@ -82,5 +83,5 @@ def _pass(model, graph, input_size, device):
             output = twin(torch.randn(2, 3, input_size, input_size, device=device))
             if all(name in reached for name in (*graph.layers, *graph.batchnorms)):
                 break
-    heads = frozenset(notes.ends(output)[1]) if notes.lineage.of(output, "makers") else frozenset()
+    heads = frozenset(notes.ends(output)[1]) if notes.lineage.of(output, notes.lineage.makers) else frozenset()
     return reached, kinds[0], tuple(output.shape) if isinstance(output, torch.Tensor) else (), heads

@@ -7,13 +7,11 @@ from .utils import searchable_layers
 
 
 class BitSwitch:
-    """Switches a jointly trained network between its candidates.
+    """Switches a network with the modules of joint_modules between the candidates `bits`.
 
     Args:
-        model: a network with the modules of joint_modules.
         graph: the Graph of the full-precision network.
         excepts: names that are not searched.
-        bits: candidate bit-widths.
     """
 
     def __init__(self, model, graph, excepts, bits):
@@ -50,14 +48,10 @@ class BitSwitch:
         self.note_bit_indices()
 
     def policy(self, chosen, acts=None):
-        """Each searchable layer at its own bits.
+        """Each searchable layer at its own bits, {layer: bit}; `acts` are those of activations where they differ.
 
-        A BatchNorm takes the copy for the weight bits of the one searchable layer before it, without one the copy of the
-        highest bit-width.
-
-        Args:
-            chosen: {layer: bit}, of weights, and of activations without `acts`.
-            acts: {layer: bit} of activations.
+        A BatchNorm takes the copy for the weight bits of the one searchable layer before it, without one that of the highest
+        bit-width.
         """
         for name, layer in self.layers.items():
             layer.select(chosen[name], (acts or chosen)[name])

@@ -71,10 +71,9 @@ def quantized_layer(module, config, entry, weight_bits, act_bits, signed, sat=Fa
 
     Args:
         config: the `quan` section.
-        entry: that of the layer in its `excepts`, or None.
-        weight_bits, act_bits: candidate bit-widths; of an empty list, weight or input are not quantized.
-        signed: whether its activations are signed, or None, where the configuration says so.
-        sat: as for QuanLinear.
+        entry: that of the layer in quan.excepts, or None.
+        weight_bits, act_bits: candidate bit-widths; [] for no quantization.
+        signed: whether its activations are signed; None: as the configuration says.
     """
     quan_w_fn, quan_a_fn = IdentityQuan(), IdentityQuan()
     if weight_bits:
@@ -91,17 +90,15 @@ def quantized_layer(module, config, entry, weight_bits, act_bits, signed, sat=Fa
 
 
 def joint_modules(model, graph, config, bits, signed=None):
-    """The modules that make a network trainable at all candidate bit-widths together (stage 1).
+    """{name: module to put there} to train a network at all candidate bit-widths together (stage 1).
+
+    An excepted layer whose entry is blank is not replaced.
 
     Args:
-        model: a full-precision network.
-        graph: its Graph.
+        model, graph: a full-precision network and its Graph.
         config: the `quan` section, its exceptions named.
         bits: candidate bit-widths.
         signed: {layer: whether its activations are signed}, where that is decided already; others follow `config`.
-
-    Returns:
-        {name: module to put there}. An excepted layer whose entry is blank is not replaced.
     """
     check_exceptions(model, config.excepts)
     modules, signed, replacements = dict(model.named_modules()), signed or {}, {}
@@ -118,16 +115,14 @@ def joint_modules(model, graph, config, bits, signed=None):
 
 
 def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=()):
-    """The modules that quantize a network at a policy's bits (stage 3).
+    """{name: module to put there} to quantize a network at a policy's bits (stage 3).
+
+    Blank exceptions get 8 bits: convolutions in their weights, linear layers in both.
 
     Args:
-        model, graph, config: as for joint_modules.
+        model, graph, config, signed: as for joint_modules.
         weight_bits, act_bits: {layer: bit} for every searchable layer; an input at 32 bits is not quantized.
-        signed: {layer: whether its activations are signed}, as decided before; others follow `config`.
         scaled: names of the linear layers with scale-adjusted training.
-
-    Returns:
-        {name: module to put there}. Blank exceptions get 8 bits: convolutions in their weights, linear layers in both.
     """
     check_exceptions(model, config.excepts)
     modules, replacements = dict(model.named_modules()), {}
@@ -144,7 +139,7 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=(
 
 
 def replace_module_by_names(model, replacements):
-    """Put modules into a network, in place, under every name of those they are given for; return the network."""
+    """put_modules; return the network."""
     put_modules(model, replacements)
     return model
 
@@ -167,11 +162,7 @@ def keep_steps_positive(model):
 
 
 def check_all_reached(model):
-    """Refuse to go on where no input came to a layer, so that its step sizes have no value from data.
-
-    Raises:
-        UserError: naming the layers.
-    """
+    """Refuse to go on where no input came to a layer, so that its step sizes have no value from data."""
     names = [name for name, quantizer in _activation_quantizers(model).items()
              if not (quantizer.is_reached or quantizer.is_initialized)]
     if names:

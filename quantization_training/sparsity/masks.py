@@ -47,11 +47,7 @@ def parameters_called(model, name):
 
 
 def checked_masks(model, masks, source):
-    """The masks of a checkpoint, compared with the full-precision network that they are for.
-
-    Raises:
-        UserError: naming the source and the first mask that is of another network.
-    """
+    """The masks of a checkpoint; a UserError names the first that does not fit the full-precision network `model`."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, mask in masks.items():
         if name not in shapes:

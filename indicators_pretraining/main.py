@@ -6,7 +6,6 @@ python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 
 import process
 from engine.interruption import signals_noted
-from engine.keys import help_config
 from engine.monitor import open_monitor
 from engine.optim import create_optimizer
 from engine.passes import prepare
@@ -16,15 +15,13 @@ from engine.run_lock import alone_in
 from network import build_network
 from schema import IndicatorsConfig
 from util import distributed
-from util.command import parse_training_arguments
-from util.config import load_config
+from util.command import read_training_command
 from util.data_loader import create_loaders, describe_data
-from util.errors import user_errors_on_one_line
+from util.errors import is_first_process, user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(__doc__, lambda: help_config(IndicatorsConfig), arguments)
-    config = load_config(IndicatorsConfig, configs, overrides)
+    config, is_dry_run = read_training_command(__doc__, IndicatorsConfig, arguments)
     with (distributed.process_group(config.training_device) as device,
           alone_in(RunFolder.of(config).path, reads_only=is_dry_run or config.eval)):
         distributed.set_seed(config.seed, config.dataloader.deterministic)
@@ -42,7 +39,7 @@ def run(config, device, is_dry_run):
     start = restore(found, network.model, optimizer, config, harmless=("prune.",))
     network.pruned.hold(optimizer)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
-                             distributed.barrier, distributed.is_local_main(), evaluation_only=config.eval)
+                             distributed.barrier, is_first_process(), evaluation_only=config.eval)
     if is_dry_run:
         process.dry_run(network, loaders, optimizer, config)
     elif config.eval:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import rewinding
 from engine.interruption import signals_noted
-from engine.keys import help_config
 from engine.monitor import log_start, open_monitor
 from engine.optim import create_optimizer
 from engine.passes import prepare
@@ -20,15 +19,15 @@ from network import build_dense
 from rewinding import Pruning, PruningFolder
 from schema import PruningConfig
 from util import distributed
-from util.command import parse_training_arguments
-from util.config import describe_idle, load_config
+from util.command import read_training_command
+from util.config import describe_idle
 from util.data_loader import create_loaders, describe_data
-from util.errors import user_errors_on_one_line
+from util.errors import is_first_process, user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(__doc__, lambda: help_config(PruningConfig), arguments)
-    config = load_config(PruningConfig, configs, overrides).for_levels()
+    config, is_dry_run = read_training_command(__doc__, PruningConfig, arguments)
+    config = config.for_levels()
     with (distributed.process_group(config.training_device) as device,
           alone_in(PruningFolder.of(config).path, reads_only=is_dry_run)):
         distributed.set_seed(config.seed, config.dataloader.deterministic)
@@ -49,7 +48,7 @@ def run(config, device, is_dry_run):
     schedule = LevelSchedule(network, config.prune)
     schedule.check(rewinding.level_of(found), network.pruned.masks)
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
-                             distributed.barrier, distributed.is_local_main())
+                             distributed.barrier, is_first_process())
     if is_dry_run:
         rewinding.dry_run(network, schedule, loaders, optimizer, config, rewinding.level_of(found))
     elif rewinding.is_finished(found, schedule, config, folder):

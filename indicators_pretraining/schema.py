@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from engine.optim import check_schedule
 from engine.schema import NAME, RunConfig
-from util.config import bounded, described
+from util.config import option
 from util.errors import UserError
 
 RANDOM = "random"  # stands for a bit-width drawn for each layer
@@ -16,24 +16,24 @@ RANDOM = "random"  # stands for a bit-width drawn for each layer
 class PruneConfig:
     """Pruning level by level."""
 
-    method: Literal["rewinding", "iterative", "one_shot"] = described(
+    method: Literal["rewinding", "iterative", "one_shot"] = option(
         "rewinding", help="rewinding: each level goes back to the early state; iterative: it goes on with the trained "
                           "weights; one_shot: one level removes all.")
-    type: Literal["unstructured", "structured"] = described(
+    type: Literal["unstructured", "structured"] = option(
         "unstructured", help="unstructured: single weights by magnitude; structured: whole output channels by L2 norm.")
-    scope: Literal["global", "layer"] = described(
+    scope: Literal["global", "layer"] = option(
         "global", help="global: all layers are compared; layer: the same share of each.")
-    amount: float | list[float] = bounded(
+    amount: float | list[float] = option(
         0.2, above=0, below=1, help="Share of what is left that each level removes; a list has one per level.")
-    levels: int | None = bounded(
+    levels: int | None = option(
         None, low=1, help="Number of levels; blank with target_sparsity, or for as many as amount lists.")
-    target_sparsity: float | None = bounded(
+    target_sparsity: float | None = option(
         None, above=0, below=1, help="The sparsity of the prunable weights, or channels, that ends the run; in place of "
                                      "levels.")
-    rewind_epoch: int = bounded(0, low=0, help="Epoch after which the early state is kept; 0: the initial weights.")
-    epochs_per_level: int | None = bounded(
+    rewind_epoch: int = option(0, low=0, help="Epoch after which the early state is kept; 0: the initial weights.")
+    epochs_per_level: int | None = option(
         None, low=1, help="Epochs from the start of the schedule to the end of a level; blank: epochs.")
-    excepts: list[str] | None = described(
+    excepts: list[str] | None = option(
         None, help="Layers that are not pruned; [] for none; blank: the first convolution and the classifier.")
 
     def __post_init__(self):
@@ -86,15 +86,15 @@ class IndicatorsConfig(RunConfig):
 
     LIMPQ_TEMPLATE: ClassVar = {"epochs": 3, "smoothing": 0.1, "weight_decay": 2.5e-5, "min_lr": 1e-5}
 
-    name: str = described("indicators", help=NAME)
-    in_place_distillation: bool = described(
+    name: str = option("indicators", help=NAME)
+    in_place_distillation: bool = option(
         False, help="The narrower candidates learn from the outputs of the highest bit-width instead of from the labels.")
-    random_pass: bool = described(
+    random_pass: bool = option(
         True, help="Each step also has a pass with a bit-width drawn for each layer; without, target_bits: [4] is plain "
                    "training at 4 bits.")
-    init_from: str | None = described(
+    init_from: str | None = option(
         None, help="A full-precision checkpoint, with or without pruning masks, whose weights this run starts from.")
-    prune: PruneConfig = described(PruneConfig(), help="Pruning level by level; read by pruning.py only.")
+    prune: PruneConfig = option(PruneConfig(), help="Pruning level by level; read by pruning.py only.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -166,7 +166,7 @@ def find_times(path, network, pairs, allowed):
 
 def read_latency(path, network):
     """{(layer, weight bits, activation bits): ms as a Fraction} from a CSV file with a header."""
-    text = decode_text(read_bytes(path, LARGEST_TABLE, "the table"), path)
+    text = decode_text(read_bytes(path, "the table", LARGEST_TABLE), path)
     try:
         lines = list(csv.reader(text.splitlines()))
     except csv.Error as error:

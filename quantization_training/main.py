@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import process
 from engine.interruption import signals_noted
-from engine.keys import help_config
 from engine.monitor import open_monitor
 from engine.optim import create_optimizer
 from engine.passes import prepare
@@ -20,15 +19,13 @@ from network import build_network, create_teacher
 from packed_network import fit_packed, load_any
 from schema import FinetuneConfig
 from util import distributed
-from util.command import parse_training_arguments
-from util.config import load_config
+from util.command import read_training_command
 from util.data_loader import create_loaders, describe_data
-from util.errors import user_errors_on_one_line
+from util.errors import is_first_process, user_errors_on_one_line
 
 
 def main(arguments=None):
-    configs, overrides, is_dry_run = parse_training_arguments(__doc__, lambda: help_config(FinetuneConfig), arguments)
-    config = load_config(FinetuneConfig, configs, overrides)
+    config, is_dry_run = read_training_command(__doc__, FinetuneConfig, arguments)
     with (distributed.process_group(config.training_device) as device,
           alone_in(RunFolder.of(config).path, reads_only=is_dry_run or config.eval)):
         distributed.set_seed(config.seed, config.dataloader.deterministic)
@@ -51,7 +48,7 @@ def run(config, device, is_dry_run):
     if pruning is not None:
         network = replace(network, remark="\n".join(filter(None, [network.remark, pruning.remark])))
     loaders = create_loaders(config.dataloader, config.seed, distributed.rank(), distributed.world_size(), device,
-                             distributed.barrier, distributed.is_local_main(), evaluation_only=config.eval)
+                             distributed.barrier, is_first_process(), evaluation_only=config.eval)
     process.check_accumulation(loaders, config)
     if is_dry_run:
         process.dry_run(network, loaders, criterion, optimizer, config)

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from packing import packed_length
-from util.config import describe
+from util.config import describe, read_bytes
 from util.errors import UserError, naming, reason
-from util.exchange import read_file
 from util.formats import (
     SAFETENSORS_LENGTH,
     is_bool,
@@ -153,7 +152,7 @@ def read_packed(path):
         UserError: naming the file and what is wrong: damage, another kind of file, a newer version, or a header that does
             not fit the tensors.
     """
-    return parse_packed(read_file(path, "the packed model"), path)
+    return parse_packed(read_bytes(path, "the packed model", limit=None), path)
 
 
 def parse_packed(data, path):

@@ -18,7 +18,7 @@ from quan.quantizer import LsqQuan
 from quan.transfer import normalised_weights
 from quan.utils import BATCHNORM
 from schema import FinetuneConfig
-from util.config import Origin, build, load_config, to_plain
+from util.config import build, load_config, to_plain
 from util.datasets import describe_data
 from util.errors import UserError, naming, nearest
 from util.exchange import FLOAT_BIT, split_arch
@@ -285,7 +285,7 @@ def recorded_config(content, path, arch=None):
     check_arch(content, arch or content["arch"], path)
     settings = {**content["config"], "arch": arch or content["arch"], "eval": True, "policy": None, "weight_bits": None,
                 "act_bits": None, "init_from": None, "pre_trained": False}
-    return build(FinetuneConfig, settings, "", Origin(path, {}))
+    return build(FinetuneConfig, settings, {"": path})
 
 
 def header_of(network, content, preprocessing, class_names, folds, shared):

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from engine.optim import check_schedule
 from engine.schema import NAME, RunConfig
-from util.config import bounded, described
+from util.config import option
 from util.errors import UserError
 from util.exchange import BITS_OF, is_bit
 
@@ -14,28 +14,28 @@ from util.exchange import BITS_OF, is_bit
 class DistillationConfig:
     """Learn from a full-precision network as well."""
 
-    teacher: str | None = described(
+    teacher: str | None = option(
         None, help="The full-precision network to learn from as well: the path of its checkpoint, or pre_trained; blank: no "
                    "distillation.")
-    weight: float = bounded(0.5, low=0, high=1, help="Weight of the distillation loss; the loss on the labels has the rest.")
-    temperature: float = bounded(1.0, above=0, help="Temperature that the logits are divided by before the softmax.")
+    weight: float = option(0.5, low=0, high=1, help="Weight of the distillation loss; the loss on the labels has the rest.")
+    temperature: float = option(1.0, above=0, help="Temperature that the logits are divided by before the softmax.")
 
 
 @dataclass(frozen=True)
 class GradualPruneConfig:
     """Pruning while training goes on."""
 
-    target_sparsity: float | None = bounded(
+    target_sparsity: float | None = option(
         None, above=0, below=1, help="The sparsity of the prunable weights, or channels, at the end; blank: no pruning.")
-    type: Literal["unstructured", "structured"] = described(
+    type: Literal["unstructured", "structured"] = option(
         "unstructured", help="unstructured: single weights by magnitude; structured: whole output channels by L2 norm.")
-    scope: Literal["global", "layer"] = described(
+    scope: Literal["global", "layer"] = option(
         "global", help="global: all layers are compared; layer: the same share of each.")
-    start_epoch: float = bounded(0, low=0, help="When pruning begins, in epochs.")
-    end_epoch: float | None = bounded(
+    start_epoch: float = option(0, low=0, help="When pruning begins, in epochs.")
+    end_epoch: float | None = option(
         None, above=0, help="When the target is reached, in epochs; blank: three quarters of epochs.")
-    frequency: int = bounded(100, low=1, help="Steps between two removals; the end of each epoch is one too.")
-    excepts: list[str] | None = described(
+    frequency: int = option(100, low=1, help="Steps between two removals; the end of each epoch is one too.")
+    excepts: list[str] | None = option(
         None, help="Layers that are not pruned; [] for none; blank: the first convolution and the classifier.")
 
 
@@ -47,18 +47,18 @@ class FinetuneConfig(RunConfig):
     LIMPQ_TEMPLATE: ClassVar = {"epochs": 90, "smoothing": 0.1, "lr": 0.04, "weight_decay": 2.5e-5, "min_lr": 1e-5,
                                 "warmup_epochs": 5, "cooldown_epochs": 5}
 
-    name: str = described("finetune", help=NAME)
-    policy: str | None = described(None, help="The policy file with the bit-widths, as search.py writes it.")
-    init_from: str | None = described(
+    name: str = option("finetune", help=NAME)
+    policy: str | None = option(None, help="The policy file with the bit-widths, as search.py writes it.")
+    init_from: str | None = option(
         None, help="A checkpoint of stage 1, whose weights, step sizes and BatchNorms of the policy's bits this run starts "
                    "from.")
-    sat: bool = described(True, help="Scale-adjusted training of the classifier (SAT).")
-    accumulation: int = bounded(1, low=1, help="Batches per optimizer step.")
-    calibration_images: int = bounded(
+    sat: bool = option(True, help="Scale-adjusted training of the classifier (SAT).")
+    accumulation: int = option(1, low=1, help="Batches per optimizer step.")
+    calibration_images: int = option(
         6000, low=0, help="Training images that BatchNorm is re-estimated on before each validation; 0: not at all.")
-    eval_calibration: bool = described(False, help="Re-estimate BatchNorm before eval: true as well, as LIMPQ does.")
-    distillation: DistillationConfig = described(DistillationConfig(), help="Learn from a full-precision network too.")
-    prune: GradualPruneConfig = described(GradualPruneConfig(), help="Pruning while fine-tuning goes on, on a cubic schedule.")
+    eval_calibration: bool = option(False, help="Re-estimate BatchNorm before eval: true as well, as LIMPQ does.")
+    distillation: DistillationConfig = option(DistillationConfig(), help="Learn from a full-precision network too.")
+    prune: GradualPruneConfig = option(GradualPruneConfig(), help="Pruning while fine-tuning goes on, on a cubic schedule.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -25,7 +25,8 @@ def prepare(config, recorded_threads):
     """
     distributed.set_threads(config.threads, recorded_threads)
     kernel.use(config.kernels)
-    keep_freed_memory()
+    if config.keep_freed_memory:
+        keep_freed_memory()
 
 
 def keep_freed_memory():

@@ -6,7 +6,7 @@ from functools import partial
 from model.model import create_traced
 from model.weights import is_step, load_state, load_weights
 from util import distributed
-from util.config import AUTO, differing_keys, to_plain
+from util.config import AUTO, differing_keys, to_plain, with_defaults
 from util.errors import UserError, naming
 from util.exchange import same_arch
 
@@ -16,11 +16,9 @@ from .run_folder import find_checkpoint
 from .training_state import ResumeState, load_training_state
 
 HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "eval_calibration", "final_test", "threads",
-                 "kernels", "dataloader.workers", "dataloader.path", "dataloader.serialized")
+                 "kernels", "keep_freed_memory", "dataloader.workers", "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
-# What checkpoints from before a key was there were trained with; a stage that lacks a key passes over it.
-NEW_KEYS = {"precision": "fp32", "compile": False, "random_pass": True, "lr_per": "step"}
 PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
@@ -166,8 +164,7 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
     wanted = to_plain(config)
-    earlier = {key: value for key, value in NEW_KEYS.items() if key in wanted}
-    keys = differing_keys({**earlier, **checkpoint["config"]}, wanted)
+    keys = differing_keys(with_defaults(checkpoint["config"], type(config)), wanted)
     idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else decided_keys(config)
     if config.opt == "momentum" and has_plain_momentum_as_sgd(checkpoint):
         idle = (*idle, "opt")

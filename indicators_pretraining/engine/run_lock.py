@@ -8,6 +8,7 @@ import time
 
 from util import distributed
 from util.errors import UserError
+from util.exchange import no_empty_folders
 
 try:
     import fcntl
@@ -40,32 +41,21 @@ def alone_in(folder, reads_only=False):
 
 @contextlib.contextmanager
 def _locked(folder):
-    made = _missing(folder)
-    descriptor = _lock(folder)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # while it is locked still, so that nobody's is removed but our own
-                os.remove(os.path.join(folder, NAME))
-            os.close(descriptor)
-        with contextlib.suppress(OSError):
-            for path in made:
-                os.rmdir(path)
+    path = os.path.join(folder, NAME)
+    with no_empty_folders(folder):
+        descriptor = _lock(folder, path)
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                with contextlib.suppress(OSError):  # while it is locked still, so that nobody's is removed but our own
+                    os.remove(path)
+                os.close(descriptor)
 
 
-def _missing(folder):
-    """The folder and those above it that are not there, the innermost first."""
-    missing, path = [], os.path.abspath(folder)
-    while not os.path.lexists(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    return missing
-
-
-def _lock(folder):
-    """Lock a folder; return the open descriptor of its lock file, or None where it cannot be locked."""
-    path, limit = os.path.join(folder, NAME), time.monotonic() + PATIENCE
+def _lock(folder, path):
+    """Lock the file at `path`; return its open descriptor, or None where it cannot be locked."""
+    limit = time.monotonic() + PATIENCE
     while True:
         try:
             os.makedirs(folder, exist_ok=True)
@@ -74,11 +64,13 @@ def _lock(folder):
             return None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_file_at(descriptor, path):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 with contextlib.suppress(OSError):  # a disk that is full can hold a lock, if not who has it
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return descriptor
+        except FileNotFoundError:  # removed by the one that had locked it
+            pass
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 os.close(descriptor)
@@ -89,12 +81,4 @@ def _lock(folder):
                 raise UserError(f"{folder}: another run is at work in this folder ({holder}); wait until it ends, stop it, or "
                                 "take another name") from None
             time.sleep(0.05)
-        os.close(descriptor)  # locked by another process, or removed by the one that had locked it
-
-
-def _is_file_at(descriptor, path):
-    """Whether an open file is the one that lies at a path now."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+        os.close(descriptor)

@@ -2,11 +2,11 @@
 
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from quan.config import QuanConfig
-from util.config import AUTO, bounded, check_bits, describe, described
+from util.config import AUTO, check_bits, describe, option
 from util.errors import UserError
 
 MAX_NAME = 150
@@ -15,55 +15,53 @@ NAME = "Name of the run, and of its run folder under output_dir."
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "digits", "folder"] = described(
+    dataset: Literal["imagenet", "cifar10", "cifar100", "fashion_mnist", "digits", "folder"] = option(
         "imagenet", help="The data set; imagenet and folder are a folder of images per class under train/ and val/.")
-    num_classes: int | None = bounded(
+    num_classes: int | None = option(
         None, low=2, help="Number of classes; blank: that of the data set, for folder the number of folders under train/.")
-    path: str | None = described(None, help="Where the files lie; digits needs none.")
-    batch_size: int = bounded(64, low=1, help="Images per batch and process.")
-    workers: int = bounded(4, low=0, help="Worker processes that read image files, per process.")
-    deterministic: bool = described(False, help="Use repeatable GPU kernels.")
-    serialized: bool = described(False, help="Read from LIMPQ's files and without effect.")
-    val_split: float = bounded(
-        0.0, low=0, below=1, help="Share of the training images held out for validation; 0: validation uses the test "
-                                  "images.")
-    data_fraction: float = bounded(
+    path: str | None = option(None, help="Where the files lie; digits needs none.")
+    batch_size: int = option(64, low=1, help="Images per batch and process.")
+    workers: int = option(4, low=0, help="Worker processes that read image files, per process.")
+    deterministic: bool = option(False, help="Use repeatable GPU kernels.")
+    serialized: bool = option(False, help="Read from LIMPQ's files and without effect.")
+    val_split: float = option(
+        0.0, low=0, below=1, help="Share of the training images held out for validation; 0: validation uses the test images.")
+    data_fraction: float = option(
         1.0, above=0, high=1, help="Share of the remaining training images that is trained on, balanced over the classes.")
-    input_size: int | None = bounded(
+    input_size: int | None = option(
         None, low=4, help="Height and width of the images in pixels; blank: 224 for imagenet and folder, else 32. Fixed for "
                           "CIFAR and Fashion-MNIST.")
-    mean: list[float] | None = described(
+    mean: list[float] | None = option(
         None, help="Mean of each colour channel for normalisation, three numbers for pixels from 0 to 1; blank: that of the "
                    "data set.")
-    std: list[float] | None = described(
-        None, help="Standard deviation of each colour channel for normalisation, three numbers; blank: that of the data "
-                   "set.")
+    std: list[float] | None = option(
+        None, help="Standard deviation of each colour channel for normalisation, three numbers; blank: that of the data set.")
 
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    path: str = described(
+    path: str = option(
         "auto", help="auto: continue where this run stopped (with eval: its best checkpoint); none: refuse a run that has "
                      "begun; or the path of a checkpoint.")
-    lean: bool = described(False, help="Take only the weights of the checkpoint in resume.path, not its optimizer and epoch.")
+    lean: bool = option(False, help="Take only the weights of the checkpoint in resume.path, not its optimizer and epoch.")
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    num_best_scores: int = bounded(3, low=1, help="How many of the best epochs the log lists.")
-    print_freq: int = bounded(20, low=1, help="Batches between two lines of the log.")
-    checkpoint_steps: int | None = bounded(
+    num_best_scores: int = option(3, low=1, help="How many of the best epochs the log lists.")
+    print_freq: int = option(20, low=1, help="Batches between two lines of the log.")
+    checkpoint_steps: int | None = option(
         None, low=1, help="Steps between two checkpoints inside an epoch; blank: only one per epoch.")
-    keep_checkpoints: int = bounded(1, low=1, help="How many checkpoints of the last epochs are kept.")
+    keep_checkpoints: int = option(1, low=1, help="How many checkpoints of the last epochs are kept.")
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    mode: Literal["auto", "online", "offline", "disabled"] = described(
+    mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", help="Whether the run is logged to wandb; auto: online where an API key is configured, else offline.")
-    project: str = described("limpqp", help="The wandb project.")
-    entity: str | None = described(None, help="The wandb user or team; blank: the default of the account.")
-    tags: list[str] | None = described(None, help="Tags of the run in wandb.")
+    project: str = option("limpqp", help="The wandb project.")
+    entity: str | None = option(None, help="The wandb user or team; blank: the default of the account.")
+    tags: list[str] | None = option(None, help="Tags of the run in wandb.")
 
 
 @dataclass(frozen=True)
@@ -76,68 +74,68 @@ class RunConfig:
     LIMPQ_TEMPLATE: ClassVar = types.MappingProxyType({})
     given: ClassVar = None
 
-    name: str = described("run", help=NAME)
-    output_dir: str = described("results", help="The folder of the run folders.")
-    seed: int = bounded(
+    name: str = option("run", help=NAME)
+    output_dir: str = option("results", help="The folder of the run folders.")
+    seed: int = option(
         0, low=0, high=2**31, help="Decides the order of images, augmentation, the validation split, initial weights and "
                                    "random bit-widths.")
-    training_device: Literal["auto", "gpu", "cpu"] = described(
-        "auto", help="Where to compute; auto: a GPU where there is one.")
-    gpu: typing.Any = described(None, help="Read from LIMPQ's files and without effect.")
-    threads: int | None = bounded(
-        None, low=1, help="CPU threads per process; blank: as many as the run began with, in a new run all cores shared "
-                          "among the processes.")
-    precision: Literal["fp32", "bf16"] = described(
-        "fp32", help="bf16: compute the passes in bfloat16 (autocast); step sizes, optimizer and evaluation stay in "
-                     "float32.")
-    compile: bool = described(False, help="Compile the network with torch.compile; meant for GPUs.")
-    kernels: Literal["auto", "compiled", "plain"] = described(
+    training_device: Literal["auto", "gpu", "cpu"] = option("auto", help="Where to compute; auto: a GPU where there is one.")
+    gpu: typing.Any = option(None, help="Read from LIMPQ's files and without effect.")
+    threads: int | None = option(
+        None, low=1, help="CPU threads per process; blank: as many as the run began with, in a new run all cores shared among "
+                          "the processes.")
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", help="bf16: compute the passes in bfloat16 (autocast); step sizes, optimizer and evaluation stay in float32.")
+    compile: bool = option(False, help="Compile the network with torch.compile; meant for GPUs.")
+    kernels: Literal["auto", "compiled", "plain"] = option(
         "auto", help="Quantizers on the CPU: loops compiled by a C++ compiler, or plain tensor operations; auto: compiled "
                      "where there is a compiler.")
-    arch: str = described(
+    keep_freed_memory: bool = option(
+        True, help="Let the C library keep the memory that a step frees, for the next one; faster on CPUs. glibc only.")
+    arch: str = option(
         "resnet50", help="The network: a name of this project or of torchvision, timm:NAME, or path/to/file.py:factory.")
-    pre_trained: bool | str = described(
+    pre_trained: bool | str = option(
         False, help="Initial weights: true takes torchvision's or timm's, a path those of a full-precision checkpoint.")
-    target_bits: list[int] = field(default_factory=lambda: [6, 5, 4, 3, 2], metadata={
-        "help": "The candidate bit-widths, in the order of the passes of joint training."})
-    freeze_weights: bool = described(False, help="Train only step sizes and normalization, not the weights of layers.")
-    eval: bool = described(False, help="Evaluate a checkpoint instead of training.")
-    final_test: bool = described(
+    target_bits: list[int] = option(
+        [6, 5, 4, 3, 2], help="The candidate bit-widths, in the order of the passes of joint training.")
+    freeze_weights: bool = option(False, help="Train only step sizes and normalization, not the weights of layers.")
+    eval: bool = option(False, help="Evaluate a checkpoint instead of training.")
+    final_test: bool = option(
         True, help="Evaluate a finished run on the test set; false where hyper-parameters are being chosen.")
-    fp_model: bool = described(False, help="Train in full precision, without quantizers; stage 3 only.")
+    fp_model: bool = option(False, help="Train in full precision, without quantizers; stage 3 only.")
 
-    dataloader: DataConfig = described(DataConfig(), help="The data, and how it is read.")
-    resume: ResumeConfig = described(ResumeConfig(), help="Which checkpoint a run continues from.")
-    log: LogConfig = described(LogConfig(), help="What is printed and kept.")
-    wandb: WandbConfig = described(WandbConfig(), help="Logging to Weights & Biases.")
-    quan: QuanConfig = described(QuanConfig(), help="The quantizers.")
+    dataloader: DataConfig = option(DataConfig(), help="The data, and how it is read.")
+    resume: ResumeConfig = option(ResumeConfig(), help="Which checkpoint a run continues from.")
+    log: LogConfig = option(LogConfig(), help="What is printed and kept.")
+    wandb: WandbConfig = option(WandbConfig(), help="Logging to Weights & Biases.")
+    quan: QuanConfig = option(QuanConfig(), help="The quantizers.")
 
-    epochs: int = bounded(10, low=1, help="Epochs of training, without cooldown_epochs.")
-    smoothing: float = bounded(0.0, low=0, below=1, help="Label smoothing of the training loss.")
-    opt: Literal["sgd", "momentum", "adam", "adamw"] = described(
+    epochs: int = option(10, low=1, help="Epochs of training, without cooldown_epochs.")
+    smoothing: float = option(0.0, low=0, below=1, help="Label smoothing of the training loss.")
+    opt: Literal["sgd", "momentum", "adam", "adamw"] = option(
         "sgd", help="The optimizer; sgd has Nesterov momentum, momentum the plain one.")
-    lr: float = bounded(0.01, above=0, help="The highest learning rate.")
-    momentum: float = bounded(0.9, low=0, below=1, help="Momentum of sgd and momentum.")
-    weight_decay: float = bounded(1e-4, low=0, help="Weight decay; step sizes, biases and normalization get none.")
-    sched: Literal["cosine", "step", "multistep", "constant"] = described(
+    lr: float = option(0.01, above=0, help="The highest learning rate.")
+    momentum: float = option(0.9, low=0, below=1, help="Momentum of sgd and momentum.")
+    weight_decay: float = option(1e-4, low=0, help="Weight decay; step sizes, biases and normalization get none.")
+    sched: Literal["cosine", "step", "multistep", "constant"] = option(
         "cosine", help="The learning-rate schedule after the warm-up.")
-    lr_per: Literal["step", "epoch"] = described(
+    lr_per: Literal["step", "epoch"] = option(
         "step", help="Whether the learning rate changes with each step, or once per epoch as in LIMPQ.")
-    min_lr: float = bounded(0.0, low=0, help="The lowest learning rate of the schedule.")
-    decay_rate: float = bounded(0.1, above=0, high=1, help="Factor of each decay in sched: step and multistep.")
-    decay_epochs: float | list[float] = bounded(
+    min_lr: float = option(0.0, low=0, help="The lowest learning rate of the schedule.")
+    decay_rate: float = option(0.1, above=0, high=1, help="Factor of each decay in sched: step and multistep.")
+    decay_epochs: float | list[float] = option(
         30, above=0, help="Epochs between two decays in sched: step; the list of epochs that decay in multistep.")
-    warmup_epochs: float = bounded(0, low=0, help="Epochs over which the learning rate rises from warmup_lr to lr.")
-    warmup_lr: float = bounded(0.0, low=0, help="The learning rate that the warm-up begins with.")
-    cooldown_epochs: int = bounded(0, low=0, help="Further epochs at the learning rate that the schedule ends with.")
-    val_cycle: int = bounded(
+    warmup_epochs: float = option(0, low=0, help="Epochs over which the learning rate rises from warmup_lr to lr.")
+    warmup_lr: float = option(0.0, low=0, help="The learning rate that the warm-up begins with.")
+    cooldown_epochs: int = option(0, low=0, help="Further epochs at the learning rate that the schedule ends with.")
+    val_cycle: int = option(
         1, low=1, help="Epochs between two validations; the last epoch is validated, in stage 3 also the first and the last "
                        "15.")
-    weight_bits: int | list[int] | None = described(
+    weight_bits: int | list[int] | None = option(
         None, help="Bit-widths of the weights of the searched layers, one number or a list in their order; read by stage 3.")
-    act_bits: int | list[int] | None = described(
-        None, help="Bit-widths of the inputs of the searched layers, one number or a list in their order, 32: full "
-                   "precision; read by stage 3.")
+    act_bits: int | list[int] | None = option(
+        None, help="Bit-widths of the inputs of the searched layers, one number or a list in their order, 32: full precision; "
+                   "read by stage 3.")
 
     def __post_init__(self):
         if not self.name.isprintable() or "/" in self.name or self.name in ("", ".", "..") or len(self.name) > MAX_NAME:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import math
 import pathlib
 import pickle
 import re
@@ -17,18 +19,16 @@ from engine.schema import DataConfig, describe_defaults
 from schema import IndicatorsConfig, PruningConfig
 from util.command import split_configuration
 from util.config import (
-    Origin,
     Scalar,
-    bounded,
     build,
     decode_yaml,
     describe_idle,
-    described,
     differing_keys,
+    fit,
     load_config,
+    option,
     plain,
     to_plain,
-    try_convert,
 )
 from util.errors import UserError
 
@@ -164,7 +164,7 @@ def test_nothing_but_plain_values_comes_out(tmp_path):
     assert config["gpu"] == [0, True, {"a": 1.0}] and config["pre_trained"] == "1.10"
     assert config["quan"]["act"]["all_positive"] is True and config["quan"]["excepts"]["0"]["act"]["all_positive"] is False
     assert "Scalar" not in repr(pickle.dumps(config))
-    assert try_convert(bool | str, Scalar("off", False), "", None) == (True, False)
+    assert fit(bool | str, Scalar("off", False), "", {}) is False
 def test_keys_that_limpq_has_another_default_for_are_named_where_they_are_not_given(tmp_path):
     assert describe_defaults(read(tmp_path, LIMPQ_STYLE)) == ""
     assert describe_defaults(read(tmp_path, "epochs: 10\nsmoothing: 0\nmin_lr:", "weight_decay=2.5e-5")) == \
@@ -386,6 +386,58 @@ def test_every_shipped_configuration_is_valid(path):
     assert load_config(IndicatorsConfig, [path]).name
 
 
+def misfits(value, schema, where=""):
+    """Where a value differs from a JSON schema, of the words that docs/schemas uses."""
+    kinds = {"object": dict, "array": list, "boolean": bool, "null": type(None), "integer": int, "number": (int, float),
+             "string": str}
+    names = schema.get("type", [])
+    fits = any(isinstance(value, kinds[name]) and (name == "boolean" or not isinstance(value, bool))
+               for name in ([names] if isinstance(names, str) else names))
+    if ("type" in schema and not fits) or ("enum" in schema and value not in schema["enum"]):
+        return [where]
+    arms = [misfits(value, arm, where) for arm in schema.get("anyOf", [])]
+    found = min(arms, key=len, default=[])
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            allowed = schema.get("properties", {}).get(key, schema.get("additionalProperties", {}))
+            found += misfits(inner, allowed, f"{where}.{key}") if allowed is not False else [f"{where}.{key}"]
+    if isinstance(value, list):
+        found += [place for inner in value for place in misfits(inner, schema.get("items", {}), f"{where}[]")]
+    if isinstance(value, (int, float)) and not (
+            schema.get("minimum", value) <= value <= schema.get("maximum", value)
+            and schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)):
+        found.append(where)
+    return found
+
+
+STAGES = ("indicators_pretraining", "quantization_search", "quantization_training")
+SHIPPED = [path for folder in (*STAGES, "experiments/stage_configs", "measurements")
+           for path in sorted((ROOT / folder).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_file_names_its_json_schema_and_fits_it(path):
+    named = re.match(r"# yaml-language-server: \$schema=(.+)\n", path.read_text())[1]
+    schema = json.loads((path.parent / named).read_text())
+    assert pathlib.Path(named).stem == path.parent.name or path.parent.name not in STAGES
+    assert misfits(plain(decode_yaml(path.read_bytes(), path)), schema) == []
+
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("epoch: 3", ".epoch"), ("epochs: many", ".epochs"), ("epochs: 0", ".epochs"), ("opt: sdg", ".opt"), ("eval: 1", ".eval"),
+    ("quan: {excepts: {fc: {weight: {bits: 4}}}}", ".quan.excepts"), ("target_bits: [a]", ".target_bits[]"),
+    ("data_fraction: 0.0", ".data_fraction"), ("dataloader: {data_fraction: 0.0}", ".dataloader.data_fraction"),
+    ("name: 1.10\nepochs:\nquan: {excepts: {fc: }, act: {all_positive: auto}}\ngpu: [0, {a: b}]\nweight_bits: [3, 4]", "")])
+def test_a_json_schema_allows_what_the_schema_does(tmp_path, text, place):
+    schema = json.loads((ROOT / "docs" / "schemas" / "indicators_pretraining.json").read_text())
+    assert misfits(plain(decode_yaml(text.encode(), "x")), schema) == ([place] if place else [])
+    if place:
+        with pytest.raises(UserError):
+            read(tmp_path, text)
+    else:
+        read(tmp_path, text)
+
+
 def sections_in(hint):
     """The dataclasses that a type names, at any depth."""
     return [hint] if dataclasses.is_dataclass(hint) else [inner for arm in typing.get_args(hint) for inner in sections_in(arm)]
@@ -409,17 +461,17 @@ def test_every_key_says_what_it_means(stage, name, monkeypatch):
     spec.loader.exec_module(module)
     schema = getattr(module, name)
     assert without_meaning(schema) == []
-    plain_key = dataclasses.make_dataclass("Plain", [("dataloader", DataConfig, described(DataConfig(), help="The images.")),
-                                                     ("lr", float, bounded(1.0, low=0))])
+    plain_key = dataclasses.make_dataclass("Plain", [("dataloader", DataConfig, option(DataConfig(), help="The images.")),
+                                                     ("lr", float, option(1.0, low=0))])
     assert without_meaning(plain_key) == ["lr"]
 
 
 def test_bounds_hold_inside_and_outside():
     @dataclasses.dataclass(frozen=True)
     class Section:
-        share: float = bounded(0.5, above=0, high=1)
+        share: float = option(0.5, above=0, high=1)
 
-    assert build(Section, {"share": 1}, "", Origin("f", {})).share == 1
+    assert build(Section, {"share": 1}, {"": "f"}).share == 1
     for value in (0, 1.01, -3):
         with pytest.raises(UserError, match="allowed is"):
-            build(Section, {"share": value}, "", Origin("f", {}))
+            build(Section, {"share": value}, {"": "f"})

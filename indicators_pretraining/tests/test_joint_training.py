@@ -246,17 +246,17 @@ def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators
 
 
 @pytest.mark.usefixtures("shallow")
-def test_a_run_from_before_the_random_pass_could_be_left_out_goes_on_with_it(tmp_path, monkeypatch):
+def test_a_run_from_before_a_key_was_there_goes_on_with_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(CONFIG)
     main.main(["config.yaml", "random_pass=true"])
     path = "results/indicators/indicators_checkpoint.pth.tar"
     content = load_checkpoint(path)
-    del content["config"]["random_pass"]
+    del content["config"]["random_pass"], content["config"]["lr_per"], content["config"]["dataloader"]["data_fraction"]
     save_checkpoint(path, content)
-    with pytest.raises(UserError, match="another random_pass"):
+    with pytest.raises(UserError, match="another dataloader.data_fraction, random_pass;"):
         main.main(["config.yaml", "epochs=2"])
-    main.main(["config.yaml", "epochs=2", "random_pass=true"])
+    main.main(["config.yaml", "epochs=2", "random_pass=true", "dataloader.data_fraction=1"])
     assert load_checkpoint(path)["epoch"] == 2
 
 

@@ -1,18 +1,19 @@
 """Configuration: YAML files and `dotted.key=value` overrides, checked against one typed schema before work starts.
 
-A schema is a frozen dataclass. Its fields say what exists, of which type, with which default; `bounded` and
-`Literal` say which values are allowed. A blank value in the YAML means the default.
+A schema is a frozen dataclass. Its fields say what exists, of which type, with which default; `option` and `Literal` say
+which values are allowed. A blank value in the YAML means the default.
 
 Text is what stands in the file: `name: 1.10` is "1.10" and `name: on` is "on". Numbers are decimal, with leading zeros or
 without: 010 is ten. YAML 1.1 would make eight of it, and ninety of 1:30; such numbers are refused, and so are 0x10 and 0o10.
 """
 
 import codecs
+import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import operator
+import os
 import re
 import reprlib
 import types
@@ -25,9 +26,8 @@ import yaml
 
 from util.errors import UserError, nearest, reason
 
-MAX_ALIASES = 100
 MAX_VALUES = 100_000
-MAX_NUMBER_BITS = 1024  # as many as the largest float has
+MAX_NUMBER_BITS = 1023  # what a float surely holds
 MAX_YAML_FILE = 2**18
 MAX_LEVELS = 50
 AUTO = "auto"
@@ -39,20 +39,28 @@ WHOLE_NUMBER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*\Z")
 NUMBER = re.compile(r"([-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?"
                     r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z")
 MERGE = re.compile(r"<<\Z")
+BOUNDS = {"low": ("at least", operator.ge), "high": ("at most", operator.le), "above": ("above", operator.gt),
+          "below": ("below", operator.lt)}
+MISFIT = object()  # in place of a value that a type does not allow
 
 
-def bounded(default, low=None, high=None, above=None, below=None, help=""):
-    """A field whose number must satisfy low <= value <= high, or the strict bounds above < value < below.
+def option(default, help="", **bounds):
+    """A field of a schema.
 
     Args:
+        default: its value where none is given; a list becomes one of each configuration's own.
         help: what the key means, one plain sentence.
+        bounds: what a number must satisfy: low <= value <= high, or the strict bounds above < value < below.
     """
-    return field(default=default, metadata={"low": low, "high": high, "above": above, "below": below, "help": help})
+    metadata = {"help": help, **bounds}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def described(default, help):
-    """A field of any value of its type, and what the key means."""
-    return bounded(default, help=help)
+def default_of(item):
+    """The default of a field of a schema."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def check_bits(key, bits):
@@ -77,33 +85,51 @@ def load_config(schema, paths, overrides=()):
     Raises:
         UserError: naming the file, the key, what was found and what is allowed.
     """
-    merged, origin = {}, {}
+    merged, sources = {}, {"": paths[0]}
     for path in paths:
-        merge(merged, decode_yaml(read_bytes(path), path), origin, path)
+        merge(merged, decode_yaml(read_bytes(path), path), sources, path)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        words = [word.strip('"') for word in KEY_WORDS.findall(key)]
+        dotted, equals, value = override.partition("=")
+        words = [word.strip('"') for word in KEY_WORDS.findall(dotted)]
         if not equals or not words:
             raise UserError(f"{override!r}: expected dotted.key=value")
-        merge(merged, nest(words, parse_yaml(value, f"override {override!r}")), origin, "command line")
-    config = build(schema, merged, "", Origin(paths[0], origin))
-    object.__setattr__(config, "given", tuple(key for key, value in merged.items() if value is not None))
+        value = parse_yaml(value, f"override {override!r}")
+        for word in reversed(words):
+            value = {word: value}
+        merge(merged, value, sources, "command line")
+    config = build(schema, merged, sources)
+    object.__setattr__(config, "given", tuple(name for name, value in merged.items() if value is not None))
     return config
 
 
-def read_yaml(path):
-    """Read a YAML file that holds a mapping, as plain values."""
-    return plain(decode_yaml(read_bytes(path), path))
+def merge(base, extra, sources, source, prefix=""):
+    """Merge `extra` into `base` key by key: sections merge, everything else is replaced. `source` is noted for what is new."""
+    for name, value in extra.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            merge(base[name], value, sources, source, f"{dotted}.")
+        else:
+            base[name] = value
+            sources[dotted] = source
 
 
-def read_bytes(path, limit=MAX_YAML_FILE, what="the file"):
-    """The bytes of a file that has to be small."""
+def source_of(sources, dotted):
+    """The file, or the command line, that a key or the section around it came from."""
+    while dotted not in sources:
+        dotted = dotted.rpartition(".")[0]
+    return sources[dotted]
+
+
+def read_bytes(path, what="the file", limit=MAX_YAML_FILE):
+    """The bytes of a file; `what` it holds is said in errors. A limit of None allows any size, but only a regular file."""
+    if limit is None and os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
+        raise UserError(f"{path}: cannot read {what} (not a regular file)")
     try:
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(-1 if limit is None else limit + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot read {what} ({error.strerror})") from None
-    if len(data) > limit:
+    if limit is not None and len(data) > limit:
         raise UserError(f"{path}: cannot read {what} (larger than {limit / 2**20:g} MiB)")
     return data
 
@@ -134,7 +160,7 @@ def decode_yaml(data, path):
 
 @dataclass(frozen=True)
 class Scalar:
-    """What stands in a YAML file without quotes and is a number, or true or false, unless text is wanted there."""
+    """A number, or true or false, of a YAML file. It stands there without quotes, and is text where text is wanted."""
 
     text: str
     value: bool | int | float
@@ -146,60 +172,40 @@ class Scalar:
 def plain(value):
     """A copy of what a YAML file says in which each Scalar is its value."""
     if isinstance(value, dict):
-        return {key: plain(element) for key, element in value.items()}
+        return {name: plain(element) for name, element in value.items()}
     if isinstance(value, list):
         return [plain(element) for element in value]
     return value.value if isinstance(value, Scalar) else value
 
 
-def written(value):
-    """A value of a YAML file as text, as it stands there; None where it is a list or a section."""
-    return value.text if isinstance(value, Scalar) else value if isinstance(value, str) else None
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses repeated keys and a flood of aliases. Its keys are text, its numbers decimal."""
+    """Safe YAML that refuses repeated keys. Its keys are text, its numbers decimal."""
 
     yaml_implicit_resolvers = {}
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.aliases = 0
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            self.aliases += 1
-            if self.aliases > MAX_ALIASES:
-                raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases")
-        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         if not isinstance(node, yaml.MappingNode):  # a tag over something else
             return super().construct_mapping(node, deep)
-        keys = set()
+        names = set()
         for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a list or a section where a key should be (line {key_node.start_mark.line + 1})")
-            if key_node.tag != "tag:yaml.org,2002:merge":
-                if key_node.value in keys:
-                    raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {key_node.start_mark.line + 1})")
-                keys.add(key_node.value)
+                raise yaml.YAMLError(f"a list or a section where a key should be (line {line})")
+            if key_node.value in names and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(f"the key {key_node.value!r} stands twice (line {line})")
+            names.add(key_node.value)
         self.flatten_mapping(node)
         return {key_node.value: self.construct_object(value_node, deep) for key_node, value_node in node.value}
 
-    def construct_truth(self, node):
+    def construct_unquoted(self, node):
         text = self.construct_scalar(node)
-        if not TRUTH.match(text):
-            raise ValueError(f"{text!r} is neither true nor false")
-        return Scalar(text, text.lower() in TRUE)
-
-    def construct_number(self, node):
-        text = self.construct_scalar(node)
+        if TRUTH.match(text):
+            return Scalar(text, text.lower() in TRUE)
         if WHOLE_NUMBER.match(text):
             return Scalar(text, int(text))
-        if NUMBER.match(text) and node.tag.endswith(":float"):
+        if NUMBER.match(text):
             return Scalar(text, float(text.lower().replace(".inf", "inf").replace(".nan", "nan")))
-        raise ValueError(f"{text!r} is no decimal number")
+        raise ValueError(f"{text!r} is no decimal number, nor true or false")
 
     def fetch_flow_collection_start(self, token):
         if self.flow_level >= MAX_LEVELS:  # the scanner looks at every level again with each token
@@ -214,9 +220,8 @@ class _Loader(yaml.SafeLoader):
 
 for _tag, _pattern in (("null", BLANK), ("bool", TRUTH), ("int", WHOLE_NUMBER), ("float", NUMBER), ("merge", MERGE)):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, None)
-_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_truth)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+for _tag in ("bool", "int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_unquoted)
 
 
 def parse_yaml(text, where):
@@ -235,9 +240,9 @@ def unshared(value, count):
         ValueError: on too many of them, on a number too large for a float, and on what is not plain.
     """
     if next(count) > MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES} values")
+        raise ValueError(f"more than {MAX_VALUES} values, those of aliases counted each time")
     if isinstance(value, dict):
-        return {unshared(key, count): unshared(element, count) for key, element in value.items()}
+        return {unshared(name, count): unshared(element, count) for name, element in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(unshared(element, count) for element in value)
     number = value.value if isinstance(value, Scalar) else value
@@ -248,97 +253,69 @@ def unshared(value, count):
     return value
 
 
-def merge(base, extra, origin, source, prefix=""):
-    """Merge `extra` into `base` key by key; sections merge, everything else is replaced."""
-    for key, value in extra.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value, origin, source, f"{dotted}.")
-        else:
-            base[key] = value
-            origin[dotted] = source
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking.
 
 
-def nest(keys, value):
-    return {keys[0]: nest(keys[1:], value)} if len(keys) > 1 else {keys[0]: value}
+def build(schema, data, sources, prefix=""):
+    """Build the frozen dataclass `schema` from a mapping, checking every key and value.
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Which file, or the command line, a key came from."""
-
-    default: str
-    sources: dict
-
-    def of(self, dotted):
-        parts = dotted.split(".")
-        for length in range(len(parts), 0, -1):
-            source = self.sources.get(".".join(parts[:length]))
-            if source is not None:
-                return source
-        return self.default
-
-
-def build(schema, data, prefix, where):
-    """Build the frozen dataclass `schema` from a mapping, checking every key and value."""
+    Args:
+        sources: {dotted key: the file it came from}, with that of all others under "".
+        prefix: what stands before the keys of this section.
+    """
     if not isinstance(data, dict):
-        raise UserError(f"{where.of(prefix[:-1])}: {prefix[:-1]}: expected a section, found {describe(data)}")
-    fields = {item.name: item for item in dataclasses.fields(schema)}
-    hints = typing.get_type_hints(schema)
+        raise UserError(f"{source_of(sources, prefix[:-1])}: {prefix[:-1]}: expected a section, found {describe(data)}")
+    fields, hints = {item.name: item for item in dataclasses.fields(schema)}, typing.get_type_hints(schema)
     values = {}
-    for key, value in data.items():
-        dotted = f"{prefix}{key}"
-        if key not in fields:
-            raise UserError(f"{where.of(dotted)}: {dotted}: unknown key{nearest(key, fields)}")
+    for name, value in data.items():
+        dotted = f"{prefix}{name}"
+        if name not in fields:
+            raise UserError(f"{source_of(sources, dotted)}: {dotted}: unknown key{nearest(name, fields)}")
         if value is not None:
-            values[key] = convert(hints[key], value, dotted, where, fields[key])
+            values[name] = convert(hints[name], value, dotted, sources, fields[name].metadata)
     try:
         return schema(**values)
     except UserError as error:  # raised by __post_init__, whose messages begin with the key
-        key = str(error).partition(":")[0]
-        raise UserError(f"{where.of(prefix + key)}: {prefix}{error}") from None
+        raise UserError(f"{source_of(sources, prefix + str(error).partition(':')[0])}: {prefix}{error}") from None
 
 
-def convert(hint, value, dotted, where, item=None):
-    """Return `value` as the type `hint`, or raise a UserError that says what was expected."""
-    matched, result = try_convert(hint, value, dotted, where)
-    if not matched:
-        raise UserError(f"{where.of(dotted)}: {dotted}: expected {expected(hint)}, found {describe(value)}"
+def convert(hint, value, dotted, sources, bounds=types.MappingProxyType({})):
+    """A value as the type `hint`, within bounds; a UserError says what was expected."""
+    result = fit(hint, value, dotted, sources)
+    if result is MISFIT:
+        raise UserError(f"{source_of(sources, dotted)}: {dotted}: expected {expected(hint)}, found {describe(value)}"
                         + (nearest(value, typing.get_args(hint)) if typing.get_origin(hint) is Literal else ""))
-    if item is not None and isinstance(result, (int, float)) and not isinstance(result, bool):
-        check_bounds(result, item.metadata, dotted, where)
+    if isinstance(result, (int, float)) and not all(holds(result, bounds[name]) for name, (_, holds) in BOUNDS.items()
+                                                    if name in bounds):
+        raise UserError(f"{source_of(sources, dotted)}: {dotted}: found {result}, allowed is {describe_bounds(bounds)}")
     return result
 
 
-def try_convert(hint, value, dotted, where):
-    """Return (True, converted) where `value` fits `hint`, else (False, None)."""
+def fit(hint, value, dotted, sources):
+    """A value as the type `hint`, or MISFIT."""
     kind, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(value, Scalar) and kind not in (typing.Union, types.UnionType):
-        value = value.text if hint is str or kind is Literal else value.value
-    if hint is typing.Any:
-        return True, plain(value)
-    if hint is type(None):
-        return value is None, None
     if kind in (typing.Union, types.UnionType):
-        return next((pair for pair in (try_convert(arm, value, dotted, where) for arm in arguments) if pair[0]),
-                    (False, None))
+        fitted = (fit(arm, value, dotted, sources) for arm in arguments)
+        return next((result for result in fitted if result is not MISFIT), MISFIT)
+    if hint is typing.Any:
+        return plain(value)
+    if isinstance(value, Scalar):
+        value = value.text if hint is str or kind is Literal else value.value
     if kind is Literal:
-        return value in arguments, value
-    if kind is list:
-        return (True, [convert(arguments[0], element, dotted, where) for element in value]) \
-            if isinstance(value, list) else (False, None)
-    if kind is dict:
-        return (True, {str(key): convert(arguments[1], {} if element is None else element, f"{dotted}.{key}", where)
-                       for key, element in value.items()}) if isinstance(value, dict) else (False, None)
+        return value if value in arguments else MISFIT
+    if kind is list and isinstance(value, list):
+        return [convert(arguments[0], element, dotted, sources) for element in value]
+    if kind is dict and isinstance(value, dict):
+        return {name: convert(arguments[1], {} if element is None else element, f"{dotted}.{name}", sources)
+                for name, element in value.items()}
     if dataclasses.is_dataclass(hint):
-        return True, build(hint, value, f"{dotted}.", where)
-    if hint is bool or isinstance(value, bool):
-        return hint is bool and isinstance(value, bool), value
-    if hint is float:
+        return build(hint, value, sources, f"{dotted}.")
+    if hint is float and not isinstance(value, bool):
         return to_float(value)
-    if hint is str:
-        return (True, str(value)) if isinstance(value, (str, int, float)) and is_text(str(value)) else (False, None)
-    return isinstance(value, hint), value
+    if kind or not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        return MISFIT
+    return value if hint is not str or is_text(value) else MISFIT
 
 
 def is_text(value):
@@ -347,24 +324,17 @@ def is_text(value):
 
 
 def to_float(value):
-    """A number, also one in quotes; refuse what is not finite."""
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    return (True, number) if math.isfinite(number) else (False, None)
-
-
-def check_bounds(value, bounds, dotted, where):
-    holds = {"low": operator.ge, "high": operator.le, "above": operator.gt, "below": operator.lt}
-    if not all(compare(value, bounds[name]) for name, compare in holds.items() if bounds.get(name) is not None):
-        raise UserError(f"{where.of(dotted)}: {dotted}: found {value}, allowed is {describe_bounds(bounds)}")
+    """A number, also one in quotes, as a float; MISFIT where it is not finite, or no number."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+        if math.isfinite(number):
+            return number
+    return MISFIT
 
 
 def describe_bounds(bounds):
     """The numbers that a field's metadata allows, in words; '' where it allows all."""
-    words = {"low": "at least", "high": "at most", "above": "above", "below": "below"}
-    return " and ".join(f"{text} {bounds[name]}" for name, text in words.items() if bounds.get(name) is not None)
+    return " and ".join(f"{words} {bounds[name]}" for name, (words, _) in BOUNDS.items() if name in bounds)
 
 
 def expected(hint):
@@ -373,13 +343,15 @@ def expected(hint):
     if kind in (typing.Union, types.UnionType):
         return " or ".join(expected(arm) for arm in arguments if arm is not type(None))
     if kind is Literal:
-        return "one of " + ", ".join(str(choice) for choice in arguments)
+        return "one of " + ", ".join(arguments)
     if kind is list:
         return f"a list, each element {expected(arguments[0])}"
-    if kind is dict or dataclasses.is_dataclass(hint):
-        return "a section"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", typing.Any: "anything"}
-    return words.get(hint, str(hint))
+    return words.get(hint, "a section")
+
+
+_repr = reprlib.Repr()
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxstring = _repr.maxlong = _repr.maxother = 60
 
 
 def describe(value):
@@ -391,21 +363,15 @@ def describe(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_repr = reprlib.Repr()
-_repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxstring = _repr.maxlong = _repr.maxother = 60
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing.
 
 
 def describe_idle(config):
     """A line about keys that say something else than by default and have no effect in this run, or ''."""
-    fields = {item.name: item for item in dataclasses.fields(config)}
-
-    def is_given(key):
-        first, *rest = key.split(".")
-        item = fields[first]
-        default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
-        return functools.reduce(getattr, key.split("."), config) != functools.reduce(getattr, rest, default)
-
-    said = [f"{key} ({why})" for key, why in config.idle().items() if is_given(key)]
+    defaults = types.SimpleNamespace(**{item.name: default_of(item) for item in dataclasses.fields(config)})
+    said = [f"{name} ({why})" for name, why in config.idle().items()
+            if operator.attrgetter(name)(config) != operator.attrgetter(name)(defaults)]
     return f"without effect here: {', '.join(said)}" if said else ""
 
 
@@ -414,14 +380,19 @@ def to_plain(config):
     return dataclasses.asdict(config)
 
 
+def with_defaults(data, schema):
+    """A plain configuration with the defaults of the keys that it lacks, as one from before a key was there does."""
+    defaults = {item.name: default_of(item) for item in dataclasses.fields(schema)}
+    sections = {name: with_defaults(data.get(name, {}), type(value)) for name, value in defaults.items()
+                if dataclasses.is_dataclass(value) and isinstance(data.get(name, {}), dict)}
+    return {**defaults, **data, **sections}
+
+
 def flatten(data, prefix=""):
     """{'a': {'b': 1}} -> {'a.b': 1}"""
     flat = {}
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+    for name, value in data.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return flat
 
 
@@ -429,5 +400,6 @@ def differing_keys(old, new):
     """The dotted keys in which two plain configurations differ, in order. A key that is not there counts as blank, but for
     exceptions: a layer whose entry is blank is one."""
     old, new = flatten(old), flatten(new)
-    absent = {key: "absent" for key in old.keys() | new.keys() if key.startswith("quan.excepts.")}
-    return sorted(key for key in old.keys() | new.keys() if old.get(key, absent.get(key)) != new.get(key, absent.get(key)))
+    absent = {name: "absent" for name in old.keys() | new.keys() if name.startswith("quan.excepts.")}
+    old, new = absent | old, absent | new
+    return sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))

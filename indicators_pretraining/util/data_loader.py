@@ -1,10 +1,9 @@
 """Loaders: batches of normalised images on the device, the same for any number of ranks and workers.
 
-Small sets lie in memory as one uint8 tensor on the device and are augmented a batch at a time; image folders are
-read by worker processes. Either way the augmentation of a sample is drawn from (seed, epoch, index) alone.
+Small sets lie in memory as one uint8 tensor on the device and are augmented a batch at a time; image folders are read by
+worker processes. Either way the augmentation of a sample is drawn from (seed, epoch, index) alone.
 """
 
-import collections
 import os
 import signal
 import threading
@@ -32,7 +31,9 @@ class Loader:
     of batches of a whole epoch on this rank, `images` the number of images of an epoch over all ranks.
 
     Args:
-        sampler, batches, mean, std, device: see create_loaders.
+        sampler: which images; it has set_epoch, `len` and `images`.
+        batches: yields (images uint8 [B, 1 or 3, S, S], labels int64 [B]), or the UserError that says what cannot be read.
+        mean, std: per colour channel, of pixels from 0 to 1.
         transfer: moves batches to the device while it computes, one ahead; None: each is moved when it is asked for.
     """
 
@@ -53,19 +54,16 @@ class Loader:
         self.sampler.set_epoch(epoch, start_step)
 
     def __iter__(self):
-        for images, labels in self._moved():
+        if self.transfer is None:
+            moved = ([part.to(self.device, non_blocking=True) for part in batch] for batch in map(readable, self.batches))
+        else:
+            moved = one_ahead(map(readable, self.batches), self.transfer.begin, self.transfer.finish)
+        for images, labels in moved:
             yield normalise(images, self.scale, self.shift), labels
-
-    def _moved(self):
-        if self.transfer is not None:
-            yield from one_ahead(map(readable, self.batches), self.transfer.begin, self.transfer.finish)
-            return
-        for batch in map(readable, self.batches):
-            yield [part.to(self.device, non_blocking=True) for part in batch]
 
 
 def readable(batch):
-    """A batch as it is; what could not be read comes as the UserError that says so."""
+    """A batch as it is. A UserError in its place is raised."""
     if isinstance(batch, UserError):
         raise batch
     return batch
@@ -76,17 +74,15 @@ def one_ahead(batches, begin, finish):
 
     A UserError in place of a batch comes where the batch would have come.
     """
-    begun, batches = collections.deque(), iter(batches)
-    while True:
-        try:
-            begun.append(begin(next(batches)))
-        except StopIteration:
-            break
-        except UserError:
-            yield from map(finish, begun)
-            raise
-        if len(begun) > 1:
-            yield finish(begun.popleft())
+    begun = []
+    try:
+        for batch in batches:
+            begun.append(begin(batch))
+            if len(begun) > 1:
+                yield finish(begun.pop(0))
+    except UserError:
+        yield from map(finish, begun)
+        raise
     yield from map(finish, begun)
 
 
@@ -117,8 +113,8 @@ def normalise(images, scale, shift):
 
 @dataclass(frozen=True)
 class Loaders:
-    """What a training run reads. `calibration(samples)` gives a loader over random training images, not augmented,
-    which set_epoch draws anew; with `val_is_test`, no images are held out and `val` is the test loader."""
+    """What a training run reads. With `val_is_test`, no images are held out and `val` is the test loader.
+    `calibration(samples)` gives a loader over random training images, not augmented, which set_epoch draws anew."""
 
     train: Loader
     val: Loader
@@ -132,21 +128,15 @@ class Loaders:
     val_is_test: bool
 
 
-def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None,
-                   evaluation_only=False):
+def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None, evaluation_only=False):
     """Read the dataset and build its loaders.
 
     Args:
         config: a DataConfig; batch_size is per process.
         seed: decides the validation split, data_fraction, order, augmentation and calibration samples.
-        rank, world_size: which of how many processes this is.
-        device: where batches are wanted.
         barrier: returns when all processes have called it; used while one of them downloads.
         downloads: whether this process downloads missing files (one per machine should); default: rank 0 does.
         evaluation_only: nothing is going to be trained, so too few images for a training batch do no harm.
-
-    Raises:
-        UserError: naming the key or the file, and what to change or to put where.
     """
     num_classes, input_size = describe_data(config)
     config = replace(config, num_classes=num_classes, input_size=input_size)
@@ -154,11 +144,16 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
     train_set, test_set = data.train.to(device), data.test.to(device)
     train, val = split_training_images(data.train.labels, config, seed)
     steps = 0 if evaluation_only else count_training_steps(len(train), config.batch_size, world_size)
-    batches = folder_batches if isinstance(train_set.images, np.ndarray) else memory_batches
-    transfer = SideStream(device) if device.type == "cuda" and batches is folder_batches else None
+    are_files = isinstance(train_set.images, np.ndarray)
+    transfer = SideStream(device) if device.type == "cuda" and are_files else None
 
     def loader(images, sampler, augment=False, keep_workers=True):
-        source = batches(config, images, sampler, seed, device, augment, keep_workers)
+        if are_files:
+            source = folder_batches(config, images, sampler, seed, device, augment, keep_workers)
+        else:
+            padding, flip = input_size // CROP_PADDING, DATASETS[config.dataset].flip
+            crop = CropAndFlip(seed, len(images.labels), padding, flip, device) if augment else None
+            source = MemoryBatches(images, sampler, crop)
         return Loader(sampler, source, data.mean, data.std, device, transfer)
 
     def evaluation(images, indices):
@@ -170,13 +165,10 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
 
     training_sampler = ShuffledSampler(train, Stream.SHUFFLE, seed, config.batch_size, steps, rank, world_size)
     test_loader = evaluation(test_set, np.arange(len(test_set.labels)))
-    return Loaders(
-        train=loader(train_set, training_sampler, augment=True),
-        val=evaluation(train_set, val) if len(val) else test_loader,
-        test=test_loader,
-        calibration=calibration,
-        num_classes=num_classes, input_size=input_size, mean=data.mean, std=data.std,
-        class_names=data.class_names, val_is_test=not len(val))
+    return Loaders(train=loader(train_set, training_sampler, augment=True),
+                   val=evaluation(train_set, val) if len(val) else test_loader, test=test_loader, calibration=calibration,
+                   num_classes=num_classes, input_size=input_size, mean=data.mean, std=data.std,
+                   class_names=data.class_names, val_is_test=not len(val))
 
 
 def split_training_images(labels, config, seed):
@@ -210,13 +202,6 @@ def count_training_steps(images, batch_size, world_size):
 # Sets held in memory.
 
 
-def memory_batches(config, image_set, sampler, seed, device, augment, keep_workers):
-    """Batches of `image_set`, already on the device, by `sampler`; there are no workers to keep."""
-    padding, flip = config.input_size // CROP_PADDING, DATASETS[config.dataset].flip
-    crop = CropAndFlip(seed, len(image_set.labels), padding, flip, device) if augment else None
-    return MemoryBatches(image_set, sampler, crop)
-
-
 class MemoryBatches:
     """Batches of images held as one uint8 tensor [N, C, S, S]; iterating yields uint8 images and labels."""
 
@@ -232,7 +217,7 @@ class MemoryBatches:
 
 
 class CropAndFlip:
-    """Random crops of zero-padded images, and horizontal flips; sample i of an epoch always gets the same."""
+    """Random crops of `count` zero-padded images, and horizontal flips; sample i of an epoch always gets the same."""
 
     def __init__(self, seed, count, padding, flip, device):
         self.seed, self.count, self.padding, self.flip, self.device = seed, count, padding, flip, device
@@ -328,8 +313,8 @@ def sample_seed(seed, epoch, index):
 def leave_signals_to_main(worker):
     """Leave Ctrl-C and SIGTERM to the main process, which saves first and stops its workers itself.
 
-    A worker that ended before, whether the signal went to the process group or to each process, would take the run along.
-    One that ignored SIGTERM altogether would let the main process wait for it in vain.
+    A worker that ended before would take the run along. One that ignored SIGTERM altogether would let the main process wait
+    for it in vain.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -1,6 +1,6 @@
 """Reading image sets: what each dataset is, and its images, in memory or as a list of files.
 
-Everything that can be wrong with the files is a UserError that says what to put where.
+What is wrong with the files is a UserError that says what to put where.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 
 from util.errors import UserError, reason
+from util.exchange import no_empty_folders
 from util.sampling import Stream, stratified_split
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
@@ -31,7 +32,7 @@ FASHION_PADDING = 2  # 28 x 28 to 32 x 32
 IDX_UNSIGNED_BYTES = 8
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 BACKGROUND = "white"  # what shows through where an image is transparent
-ORIENTATION = 0x0112  # tag in EXIF
+# By the value of EXIF's tag Orientation.
 TRANSPOSED = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
               5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
               8: Image.Transpose.ROTATE_90}
@@ -41,7 +42,7 @@ DEEP_FORMATS = ("PNG", "PPM")  # whose deep grey pixels Pillow may give as whole
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset before it is read. `num_classes` and `mean` are None where the files say it."""
+    """What is known of a dataset before it is read. num_classes, mean and std are None where the files say it."""
 
     title: str
     num_classes: int | None
@@ -94,54 +95,46 @@ class Dataset:
 
 
 def describe_data(config):
-    """The number of classes and the input size that a model for this data needs.
+    """(num_classes, input_size) that a model for the data of a DataConfig needs.
 
     Reads nothing, except that for `folder` without num_classes the folders under train/ are counted.
-
-    Args:
-        config: a DataConfig.
-
-    Returns:
-        (num_classes, input_size)
 
     Raises:
         UserError: num_classes or input_size contradicts the dataset.
     """
-    facts = DATASETS[config.dataset]
-    if facts.num_classes and config.num_classes not in (None, facts.num_classes):
-        raise UserError(f"dataloader.num_classes: found {config.num_classes}, {facts.title} has {facts.num_classes} "
-                        "classes; leave it blank")
-    if not facts.resizable and config.input_size not in (None, facts.input_size):
-        raise UserError(f"dataloader.input_size: found {config.input_size}, {facts.title} is used at "
-                        f"{facts.input_size} x {facts.input_size} pixels only; leave it blank")
-    num_classes = config.num_classes or facts.num_classes or len(find_classes(data_path(config) / "train", "training"))
-    return num_classes, config.input_size or facts.input_size
+    info = DATASETS[config.dataset]
+    if info.num_classes and config.num_classes not in (None, info.num_classes):
+        raise UserError(f"dataloader.num_classes: found {config.num_classes}, {info.title} has {info.num_classes} classes; "
+                        "leave it blank")
+    if not info.resizable and config.input_size not in (None, info.input_size):
+        raise UserError(f"dataloader.input_size: found {config.input_size}, {info.title} is used at {info.input_size} x "
+                        f"{info.input_size} pixels only; leave it blank")
+    num_classes = config.num_classes or info.num_classes or len(find_classes(data_path(config) / "train", "training"))
+    return num_classes, config.input_size or info.input_size
 
 
 def read_dataset(config, downloads, barrier):
-    """Read the dataset that `config` (a DataConfig) names.
+    """The Dataset that a DataConfig names.
 
     Args:
         downloads: whether this process is the one on its machine that downloads missing files.
         barrier: called once where files may be downloaded; returns when all processes have called it.
-
-    Returns:
-        Dataset
-
-    Raises:
-        UserError: saying what is missing or damaged and what to put where.
     """
-    facts = DATASETS[config.dataset]
+    info = DATASETS[config.dataset]
     if config.dataset in ("imagenet", "folder"):
         train, test, class_names = read_folders(data_path(config), config.dataset, config.num_classes)
     elif config.dataset == "digits":
-        train, test, class_names = read_digits(config.input_size or facts.input_size)
+        train, test, class_names = read_digits(config.input_size or info.input_size)
     else:
         read = read_fashion_mnist if config.dataset == "fashion_mnist" else read_cifar
-        path = data_path(config)
-        train, test, class_names = first_then_all(lambda download: read(path, config.dataset, download),
-                                                  downloads, barrier)
-    mean, std = (facts.mean, facts.std) if facts.mean else grey_mean_and_std(train.images)
+        if not downloads:
+            barrier()
+        try:
+            train, test, class_names = read(data_path(config), config.dataset, downloads)
+        finally:
+            if downloads:  # where it failed, the other processes report the missing files themselves
+                barrier()
+    mean, std = (info.mean, info.std) if info.mean else grey_mean_and_std(train.images)
     return Dataset(train, test, class_names, tuple(config.mean or mean), tuple(config.std or std))
 
 
@@ -270,11 +263,10 @@ def _in_8_bits(image):
 
 def _upright(rgb, image):
     """An image turned as the EXIF data of its file say, where they can be read."""
-    try:
-        method = TRANSPOSED.get(image.getexif().get(ORIENTATION))
-    except Exception:  # of damaged EXIF data, which are no reason to do without the image
-        method = None
-    return rgb if method is None else rgb.transpose(method)
+    with contextlib.suppress(Exception):  # of damaged EXIF data, which are no reason to do without the image
+        method = TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation))
+        return rgb if method is None else rgb.transpose(method)
+    return rgb
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +311,7 @@ def read_fashion_mnist(path, dataset, download):
 
 
 def read_idx_pair(path, images_name, labels_name):
-    """Read one part of Fashion-MNIST: grey images of 28 x 28 pixels and as many labels from 0 to 9."""
+    """One part of Fashion-MNIST: grey images of 28 x 28 pixels and as many labels from 0 to 9."""
     images, labels = read_idx(path, images_name, 3), read_idx(path, labels_name, 1)
     if images.shape[1:] != (28, 28) or len(images) != len(labels) or not len(labels) or labels.max() > 9:
         raise UserError(f"dataloader.path: {images_name} {list(images.shape)} and {labels_name} {list(labels.shape)} "
@@ -352,43 +344,16 @@ def find_idx_file(path, name):
     return next((file for file in candidates if file.is_file()), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads.
-
-
-def first_then_all(read, downloads, barrier):
-    """Call read(download) on the process that downloads, then on the others, so that they find its files.
-
-    A failed download releases the others too, which then report the missing files themselves.
-    """
-    if not downloads:
-        barrier()
-        return read(False)
-    try:
-        return read(True)
-    finally:
-        barrier()
-
-
 @contextlib.contextmanager
 def dataset_errors(title, path, folder, wanted, download):
     """Turn what torchvision raises while it reads or downloads `folder` into a UserError; leave no empty folders."""
-    made = next((parent for parent in (*reversed(folder.absolute().parents), folder.absolute())
-                 if not parent.exists()), None)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        yield
+        with no_empty_folders(folder):
+            yield
     except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, tarfile.TarError) as error:
-        if made:
-            remove_empty_folders(made)
         failed = f" and could not be downloaded ({' '.join(str(error).split())})" if download else ""
         raise UserError(f"dataloader.path: {title} is missing or damaged in {path}{failed}; {wanted}") from None
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-def remove_empty_folders(folder):
-    for parent, _, _ in os.walk(folder, topdown=False):
-        with contextlib.suppress(OSError):  # not empty
-            os.rmdir(parent)

@@ -17,7 +17,7 @@ _control = None  # the group of processes that small numbers on the CPU travel i
 
 
 def is_distributed():
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_initialized()
 
 
 def rank():
@@ -30,11 +30,6 @@ def world_size():
 
 def is_main():
     return rank() == 0
-
-
-def is_local_main():
-    """Whether this is the first process of its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 def barrier():
@@ -54,13 +49,13 @@ def process_group(training_device):
         yield device
         return
     global _control
+    _control = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, **_meeting_place())
         _control = dist.new_group(backend="gloo")
     else:
         dist.init_process_group("gloo", **_meeting_place())
-        _control = None
     try:
         with one_process_tells():
             yield device
@@ -73,8 +68,8 @@ def process_group(training_device):
 def _meeting_place():
     """Where the processes of a launcher find each other: the arguments of init_process_group, anew for each restart.
 
-    torchrun keeps its store over restarts unless told otherwise, with the addresses of processes that are gone; to wait
-    for one of these takes half an hour.
+    torchrun keeps its store over restarts, with the addresses of processes that are gone; to wait for one of these takes half
+    an hour.
     """
     store, own, processes = next(rendezvous("env://"))
     start = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -145,9 +140,7 @@ def set_threads(wanted, recorded=None):
 
 def leave_process_group():
     """End the work of this rank together with the others."""
-    # A worker thread of gloo that still frees a tensor of Python's while the interpreter ends aborts the process; while
-    # this barrier waits it gets to it.
-    dist.barrier()
+    dist.barrier()  # a thread of gloo that frees a tensor of Python's after the interpreter has ended would abort the process
     dist.destroy_process_group()
 
 
@@ -179,8 +172,9 @@ def set_seed(seed, deterministic=False):
 
 def random_states():
     """The state of every rank's generators, [{'torch': bytes tensor, 'cuda': ..., 'python': ..., 'numpy': ...}]."""
+    version, internal, next_gauss = random.getstate()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    own = {"torch": torch.get_rng_state(), "python": list(_listed(random.getstate())),
+    own = {"torch": torch.get_rng_state(), "python": [version, list(internal), next_gauss],
            "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}
     if torch.cuda.is_available():
         own["cuda"] = torch.cuda.get_rng_state()
@@ -199,10 +193,6 @@ def set_random_states(states):
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in own and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda"])
-
-
-def _listed(value):
-    return [_listed(element) for element in value] if isinstance(value, tuple) else value
 
 
 def gather_objects(value):
@@ -244,8 +234,7 @@ def average_gradients(parameters):
 
 def average_batchnorm_statistics(model):
     """Average the running statistics of every BatchNorm over ranks."""
-    average_tensors([buffer for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-                     for buffer in (module.running_mean, module.running_var) if buffer is not None])
+    average_tensors([buffer for _, buffer in _batchnorm_buffers(model) if buffer.is_floating_point()])
 
 
 def batchnorm_statistics(model):
@@ -278,13 +267,13 @@ def on_main(function, *arguments):
     """Call a function on rank 0 alone and give every rank its result, or its UserError."""
     if not is_distributed():
         return function(*arguments)
-    answer = [None, None]
+    outcome = [None, None]
     if is_main():
         try:
-            answer[0] = function(*arguments)
+            outcome[0] = function(*arguments)
         except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]

@@ -9,17 +9,11 @@ import os
 import pickle
 import pickletools
 import re
+from pathlib import Path
 
 import yaml
 
-from util.config import (
-    decode_yaml,
-    describe,
-    plain,
-    read_bytes,
-    unshared,
-    written,
-)
+from util.config import Scalar, decode_yaml, describe, plain, read_bytes, unshared
 from util.errors import UserError, reason
 
 FLOAT_BIT = 32  # of an input that is left alone
@@ -27,10 +21,10 @@ BITS_OF = {"weight_bits": "a bit-width from 2 to 8",
            "act_bits": f"a bit-width from 2 to 8, or {FLOAT_BIT} for an input that is left alone"}
 MAX_INDICATOR_FILE = 64 * 2**20
 FORMAT = 2  # from here on a file ends in its checksum, so that damage is told from what never fitted
-WRAPPERS = ("module", "_orig_mod")
-# LIMPQ's names of MobileNetV1, and where our network has them: the unit that begins each stage, the place in a unit.
+WRAPPERS = ("module.", "_orig_mod.")  # of a data-parallel and of a compiled network
+# LIMPQ's names of MobileNetV1, and where our network has them.
 MOBILENET_STAGES = (0, 1, 3, 5, 11)  # the unit that begins each
-MOBILENET_PLACES = {"dw_conv.conv": 0, "dw_conv.bn": 1, "pw_conv.conv": 3, "pw_conv.bn": 4}
+MOBILENET_PLACES = {"dw_conv.conv": 0, "dw_conv.bn": 1, "pw_conv.conv": 3, "pw_conv.bn": 4}  # in a unit
 MOBILENET_NAME = re.compile(r"features\.stage([1-5])\.unit([1-6])\.([dp]w_conv\.(?:conv|bn))(?=\.|$)")
 CHECKSUM = b"sha256:"
 CHECKSUM_LENGTH = len(CHECKSUM) + 64
@@ -44,14 +38,8 @@ def checksum(*pieces):
     return CHECKSUM + digest.hexdigest().encode()
 
 
-def needs_checksum(path, content):
-    """Whether an indicators file says that it ends in its checksum; one that is newer than this project is refused."""
-    version = content.get("format", 1)
-    if type(version) is not int or version < 1:
-        raise UserError(f"{path}: format: found {describe(version)}, expected a whole number")
-    if version > FORMAT:
-        raise UserError(f"{path}: written by a newer version of this project (format {version})")
-    return version == FORMAT
+# ---------------------------------------------------------------------------------------------------------------------
+# Indicators.
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -74,7 +62,7 @@ def read_indicators(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    data = read_bytes(path, MAX_INDICATOR_FILE, "the indicators file")
+    data = read_bytes(path, "the indicators file", MAX_INDICATOR_FILE)
     body, ending = data[:-CHECKSUM_LENGTH - 1], data[-CHECKSUM_LENGTH - 1:]
     has_checksum = ending.startswith(CHECKSUM)
     if has_checksum and ending != checksum(body) + b"\n":
@@ -83,12 +71,24 @@ def read_indicators(path):
         content = unshared(_unpickle(body if has_checksum else data), itertools.count())
     except Exception as error:  # bad bytes meet the unpickler with exceptions of many types
         raise UserError(f"{path}: not an indicators file ({reason(error)})") from None
-    try:
-        return _checked_indicators(path, content, has_checksum)
-    except UserError:
-        raise
-    except (ValueError, OverflowError, RecursionError) as error:  # such as a whole number of thousands of digits
-        raise UserError(f"{path}: not an indicators file ({reason(error)})") from None
+    if not isinstance(content, dict) or not {"weight", "act", "layer_name"} <= content.keys():
+        raise UserError(f"{path}: not an indicators file (expected a dict with 'weight', 'act' and 'layer_name')")
+    version, names = content.get("format", 1), content["layer_name"]
+    if type(version) is not int or version < 1:
+        raise UserError(f"{path}: format: found {describe(version)}, expected a whole number")
+    if version > FORMAT:
+        raise UserError(f"{path}: written by a newer version of this project (format {version})")
+    if version == FORMAT and not has_checksum:
+        raise UserError(f"{path}: damaged (its checksum is missing); extract the indicators again")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: layer_name: expected a list of layer names, found {describe(names)}")
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: layer_name: a layer stands twice")
+    # What our own extractor wrote has the network's names as they are; one may begin with a wrapper's.
+    own = dict(zip(names, names if "format" in content else without_wrappers(names), strict=True))
+    tables = {kind: _checked_table(f"{path}: {kind}", content[kind], own) for kind in ("weight", "act")}
+    content.pop("format", None)
+    return {**content, "layer_name": list(own.values()), **tables}
 
 
 def _unpickle(data):
@@ -103,45 +103,32 @@ def _unpickle(data):
     return content
 
 
-def _checked_indicators(path, content, has_checksum):
-    if not isinstance(content, dict) or not {"weight", "act", "layer_name"} <= content.keys():
-        raise UserError(f"{path}: not an indicators file (expected a dict with 'weight', 'act' and 'layer_name')")
-    if needs_checksum(path, content) and not has_checksum:
-        raise UserError(f"{path}: damaged (its checksum is missing); extract the indicators again")
-    names = content["layer_name"]
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: layer_name: expected a list of layer names, found {describe(names)}")
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: layer_name: a layer stands twice")
-    # What our own extractor wrote has the network's names as they are; one may begin with a wrapper's.
-    plain = dict(zip(names, names if "format" in content else without_wrappers(names), strict=True))
-    result = {key: value for key, value in content.items() if key not in ("format", "weight", "act")}
-    result["layer_name"] = list(plain.values())
-    for kind in ("weight", "act"):
-        result[kind] = _checked_table(path, kind, content[kind], plain)
-    return result
-
-
-def _checked_table(path, kind, table, plain):
-    """One table of an indicators file; plain: {layer, as the file has it: its name without wrappers}."""
+def _checked_table(where, table, own):
+    """One table of an indicators file, {layer: {bit: indicator}}; own: {layer, as the file has it: the network's name}."""
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
-        raise UserError(f"{path}: {kind}: expected {{layer: {{bit: indicator}}}}")
-    rows = {plain.get(str(name), str(name)): row for name, row in table.items()}
-    names = list(plain.values())
-    for name in names:
+        raise UserError(f"{where}: expected {{layer: {{bit: indicator}}}}")
+    rows = {own.get(str(name), str(name)): row for name, row in table.items()}
+    for name in own.values():
         if name not in rows:
-            raise UserError(f"{path}: {kind}: no indicators for the layer {name}")
-    checked = {}
-    for name in names:
-        checked[name] = {}
+            raise UserError(f"{where}: no indicators for the layer {name}")
         for bit, value in rows[name].items():
-            if not str(bit).isdecimal() or not 1 <= int(bit) <= 32:
-                raise UserError(f"{path}: {kind}: {name}: {describe(bit)} is not a bit-width")
+            if not str(bit).isdecimal() or len(str(bit)) > 2 or not 1 <= int(bit) <= 32:
+                raise UserError(f"{where}: {name}: {describe(bit)} is not a bit-width")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{path}: {kind}: {name}: the indicator at {bit} bits is {describe(value)}, "
-                                "expected a finite number")
-            checked[name][int(bit)] = float(value)
-    return checked
+                raise UserError(f"{where}: {name}: the indicator at {bit} bits is {describe(value)}, expected a finite number")
+    return {name: {int(bit): float(value) for bit, value in rows[name].items()} for name in own.values()}
+
+
+def write_indicators(path, content):
+    """Write an indicators file: plain types only, bits as text, as published. Its checksum follows the pickle's end."""
+    tables = {kind: {name: {str(bit): float(value) for bit, value in row.items()} for name, row in content[kind].items()}
+              for kind in ("weight", "act")}
+    data = pickle.dumps({"format": FORMAT, **content, **tables}, protocol=4)
+    write_atomically(path, data + checksum(data) + b"\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of layers and networks.
 
 
 def without_wrappers(names):
@@ -150,11 +137,8 @@ def without_wrappers(names):
     A beginning goes only where every name has it, however often and in whatever order: what some names lack is no wrapper's.
     """
     names = list(names)
-    while names:
-        wrapper = next((wrapper for wrapper in WRAPPERS if all(name.startswith(f"{wrapper}.") for name in names)), None)
-        if wrapper is None:
-            break
-        names = [name[len(wrapper) + 1:] for name in names]
+    while names and (common := [wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in names)]):
+        names = [name.removeprefix(common[0]) for name in names]
     return names
 
 
@@ -172,32 +156,26 @@ def fit_names(own, names):
     names, own = list(names), dict.fromkeys(own)
     if all(name in own for name in names):
         return dict(zip(names, names, strict=True))
-    prefix = _common_wrappers(own)
-    plain = without_wrappers(names)
-    if sum(name in own for name in names) > sum(prefix + name in own for name in plain):
-        plain, prefix = names, ""
+    prefix = next(iter(own), "").removesuffix(next(iter(without_wrappers(own)), ""))
+    short_names = without_wrappers(names)
+    if sum(name in own for name in names) > sum(prefix + name in own for name in short_names):
+        short_names, prefix = names, ""
     bare = {_bare(name): name for name in own}
-    taken = {prefix + name for name in plain} & own.keys()
+    taken = {prefix + name for name in short_names} & own.keys()
     fitted = {}
-    for name, short in zip(names, plain, strict=True):
-        choices = (prefix + short, prefix + own_name(short), bare.get(_bare(short)))
-        found = choices[0] if choices[0] in own else next(
-            (choice for choice in choices[1:] if choice in own and choice not in taken), choices[0])
-        taken.add(found)
-        fitted[name] = found
+    for name, short in zip(names, short_names, strict=True):
+        fitted[name] = prefix + short
+        if fitted[name] not in own:
+            others = (prefix + own_name(short), bare.get(_bare(short)))
+            fitted[name] = next((other for other in others if other in own and other not in taken), fitted[name])
+        taken.add(fitted[name])
     return fitted
-
-
-def _common_wrappers(names):
-    """What without_wrappers takes from each of these names."""
-    first = next(iter(names), "")
-    return first[:len(first) - len(next(iter(without_wrappers(names)), ""))]
 
 
 def _bare(name):
     """A name without wrappers after its beginning."""
     first, *others = name.split(".")
-    return ".".join([first, *(part for part in others if part not in WRAPPERS)])
+    return ".".join([first, *(part for part in others if f"{part}." not in WRAPPERS)])
 
 
 def own_name(name):
@@ -219,27 +197,16 @@ def split_arch(arch):
 
 def same_arch(one, other):
     """Whether two `arch:` mean one network. A file may lie elsewhere for each stage: its own name and the factory count."""
-    if not (isinstance(one, str) and isinstance(other, str)):
-        return one == other
-    files = [split_arch(arch) for arch in (one, other)]
-    if None in files:
-        return one == other
-    (path, name), (other_path, other_name) = files
-    return name == other_name and _file_name(path) == _file_name(other_path)
+    return _without_folder(one) == _without_folder(other)
 
 
-def _file_name(path):
-    return re.split(r"[\\/]", path)[-1]
+def _without_folder(arch):
+    file = split_arch(arch) if isinstance(arch, str) else None
+    return (re.split(r"[\\/]", file[0])[-1], file[1]) if file else arch
 
 
-def write_indicators(path, content):
-    """Write an indicators file: plain types only, bits as text, as published. Its checksum follows the pickle's end."""
-    plain = {"format": FORMAT, **content}
-    for kind in ("weight", "act"):
-        plain[kind] = {name: {str(bit): float(value) for bit, value in row.items()}
-                       for name, row in content[kind].items()}
-    data = pickle.dumps(plain, protocol=4)
-    write_atomically(path, data + checksum(data) + b"\n")
+# ---------------------------------------------------------------------------------------------------------------------
+# Policies.
 
 
 def is_bit(key, bit):
@@ -259,7 +226,7 @@ def read_policy(path):
     for key in ("layer_name", "weight_bits", "act_bits"):
         if not isinstance(policy.get(key), list) or not policy[key]:
             raise UserError(f"{path}: {key}: not a policy file (expected a list under this key)")
-    names = policy["layer_name"] = [written(name) or describe(name) for name in content["layer_name"]]
+    names = policy["layer_name"] = [_layer_name(name) for name in content["layer_name"]]
     if len(set(names)) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
     for key in ("weight_bits", "act_bits"):
@@ -269,10 +236,15 @@ def read_policy(path):
             if not is_bit(key, bit):
                 raise UserError(f"{path}: {key}: {name}: found {describe(bit)}, expected {BITS_OF[key]}")
     signed = policy.get("act_signed")
-    if signed is not None and (not isinstance(signed, list) or len(signed) != len(names)
-                               or not all(isinstance(sign, bool) for sign in signed)):
+    if signed is not None and not (isinstance(signed, list) and [type(sign) for sign in signed] == [bool] * len(names)):
         raise UserError(f"{path}: act_signed: expected true or false for each of the {len(names)} layers")
     return policy
+
+
+def _layer_name(value):
+    """The name of a layer as it stands in a YAML file."""
+    text = value.text if isinstance(value, Scalar) else value
+    return text if text and isinstance(text, str) else describe(value)
 
 
 def write_policy(path, policy):
@@ -280,15 +252,8 @@ def write_policy(path, policy):
     write_atomically(path, yaml.safe_dump(policy, sort_keys=False, default_flow_style=None, width=10**6).encode())
 
 
-def read_file(path, what):
-    """The bytes of a file of any size; `what` it holds is said in errors."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device may have no end
-        raise UserError(f"{path}: cannot read {what} (not a regular file)")
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read {what} ({error.strerror})") from None
+# ---------------------------------------------------------------------------------------------------------------------
+# Files.
 
 
 def write_atomically(path, data):
@@ -306,14 +271,22 @@ def write_atomically(path, data):
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder):
-    """Bring the names in a folder to the disk, where the platform can."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the file's name to the disk too, where the platform can
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def no_empty_folders(folder):
+    """Afterwards the folders on the way to `folder` that were missing before are gone again, where nothing lies in them."""
+    folder = Path(folder).absolute()
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        yield
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()

@@ -3,8 +3,9 @@
 import os
 
 from sparsity.masks import checked_masks
+from util.config import read_bytes
 from util.errors import UserError, naming
-from util.exchange import fit_names, read_file, write_atomically
+from util.exchange import fit_names, write_atomically
 
 from .serialization import check_entries, from_external, is_ours, pack, unpack
 
@@ -27,7 +28,7 @@ def load_checkpoint(path):
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    data = read_file(path, "the checkpoint")
+    data = read_bytes(path, "the checkpoint", limit=None)
     with naming(path):
         content, has_checksum = unpack(data, os.path.basename(path))
         if not has_checksum and not is_ours(content):

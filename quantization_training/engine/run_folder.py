@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import yaml
 
 from util import distributed
-from util.config import flatten, read_yaml
+from util.config import decode_yaml, flatten, plain, read_bytes
 from util.errors import UserError
 from util.exchange import write_atomically
 
@@ -170,7 +170,7 @@ def is_finished(epoch, config, folder):
 def read_summary(path):
     """What summary.yaml says, {} where it is missing or is none."""
     try:
-        return read_yaml(path)
+        return plain(decode_yaml(read_bytes(path), path))
     except UserError:
         return {}
 

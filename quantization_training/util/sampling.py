@@ -1,7 +1,7 @@
 """Which images, in which order: seeded streams, class-balanced splits, and the batches of an epoch on one rank.
 
-Pure index arithmetic: no images, no files. Every draw comes from a stream of its own, keyed by what it may depend
-on and by nothing else, so that neither ranks nor workers nor a resume change it.
+Every draw comes from a stream of its own, keyed by what it may depend on and by nothing else, so that neither ranks nor
+workers nor a resume change it.
 """
 
 import enum
@@ -58,7 +58,16 @@ def count_taken(members, fraction):
     return max(0, min(max(rounded, 1), members - 1)) if exact else 0
 
 
-class ShuffledSampler:
+class Sampler:
+    """Iterating yields (epoch, int64 indices [up to batch_size]) for the batches of one rank, from start_step on."""
+
+    epoch = start_step = 0
+
+    def set_epoch(self, epoch, start_step=0):
+        self.epoch, self.start_step = epoch, start_step
+
+
+class ShuffledSampler(Sampler):
     """Batches over a new permutation of `indices` in each epoch; what does not fill the last step is left out.
 
     Batch t of all ranks together is permutation[t * G : (t + 1) * G] with G = batch_size * world_size, and rank r
@@ -69,19 +78,13 @@ class ShuffledSampler:
         if steps * batch_size * world_size > len(indices):
             raise ValueError(f"{steps} steps of {world_size} x {batch_size} images need more than {len(indices)}")
         self.indices, self.stream, self.seed = indices, stream, seed
-        self.batch_size, self.steps = batch_size, steps
-        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.steps, self.rank, self.world_size = batch_size, steps, rank, world_size
         self.images = steps * batch_size * world_size
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch, start_step=0):
-        self.epoch, self.start_step = epoch, start_step
 
     def __len__(self):
         return self.steps
 
     def __iter__(self):
-        """Yield (epoch, int64 indices [batch_size]) from start_step on."""
         epoch, start_step = self.epoch, self.start_step
         order = self.indices[generator(self.stream, self.seed, epoch).permutation(len(self.indices))]
         for step in range(start_step, self.steps):
@@ -89,24 +92,17 @@ class ShuffledSampler:
             yield epoch, order[first:first + self.batch_size]
 
 
-class OrderedSampler:
+class OrderedSampler(Sampler):
     """Batches over `indices` in their order, the same in every epoch: rank r takes indices[r::world_size], all of
     them, so the last batch may be smaller and ranks may differ by one image."""
 
     def __init__(self, indices, batch_size, rank, world_size):
-        self.images = len(indices)
-        self.mine = indices[rank::world_size]
-        self.batch_size = batch_size
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch, start_step=0):
-        self.epoch, self.start_step = epoch, start_step
+        self.images, self.mine, self.batch_size = len(indices), indices[rank::world_size], batch_size
 
     def __len__(self):
         return math.ceil(len(self.mine) / self.batch_size)
 
     def __iter__(self):
-        """Yield (epoch, int64 indices [up to batch_size]) from start_step on."""
         epoch = self.epoch
         for first in range(self.start_step * self.batch_size, len(self.mine), self.batch_size):
             yield epoch, self.mine[first:first + self.batch_size]

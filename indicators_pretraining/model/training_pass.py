@@ -1,6 +1,5 @@
 """What a network does in training that it does not do in evaluation, found out before anything is trained."""
 
-import contextlib
 import copy
 
 import torch
@@ -57,17 +56,15 @@ def check_training(model, graph, input_size, num_classes):
 
 def _reached_in_training(model, graph, input_size):
     """What _pass gives; (None, ...) where only a larger batch can tell."""
-    *others, last = devices_for(graph)
-    for device in others:
-        with contextlib.suppress(Exception):  # a network of the user's own may look at values, which are not there
+    for device in devices_for(graph):
+        try:
             return _pass(model, graph, input_size, device)
-    try:
-        return _pass(model, graph, input_size, last)
-    except Exception as error:
-        if SINGLE_VALUE in str(error):
-            return None, "", (), frozenset()
-        raise UserError(f"arch: the network fails in training, on two images of {input_size}x{input_size} "
-                        f"({type(error).__name__}: {reason(error)})") from None
+        except Exception as raised:  # on meta, of a network that looks at values, which are not there
+            error = raised
+    if SINGLE_VALUE in str(error):
+        return None, "", (), frozenset()
+    raise UserError(f"arch: the network fails in training, on two images of {input_size}x{input_size} "
+                    f"({type(error).__name__}: {reason(error)})")
 
 
 def _pass(model, graph, input_size, device):

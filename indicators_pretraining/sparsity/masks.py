@@ -9,13 +9,7 @@ from util.errors import UserError, nearest
 
 
 class PrunedParameters:
-    """Holds the removed parameters of a network, full-precision or quantized, at zero.
-
-    A mask of a BatchNorm holds for every copy of it that a quantized network has.
-
-    Attributes:
-        masks: the masks in force, on the CPU.
-    """
+    """Holds the removed parameters of a network, full-precision or quantized, at zero; `masks` are in force, on the CPU."""
 
     def __init__(self, model, masks):
         self.model = model
@@ -23,9 +17,12 @@ class PrunedParameters:
 
     def set(self, masks):
         """Put other masks into force."""
-        self.masks = masks
-        self._removed = [(parameter, ~mask.to(parameter.device)) for name, mask in masks.items()
-                         for parameter in parameters_called(self.model, name)]
+        self.masks, self._removed = masks, []
+        for name, mask in masks.items():
+            layer, _, entry = name.rpartition(".")
+            for module in self.model.get_submodule(layer).modules():  # one, or each copy of a BatchNorm
+                if module._parameters.get(entry) is not None:
+                    self._removed.append((module._parameters[entry], ~mask.to(module._parameters[entry].device)))
 
     @torch.no_grad()
     def apply(self):
@@ -37,13 +34,6 @@ class PrunedParameters:
         """Apply the masks now and after each step of an optimizer, whatever momentum and weight decay did."""
         self.apply()
         optimizer.register_step_post_hook(lambda *_: self.apply())
-
-
-def parameters_called(model, name):
-    """The parameters that stand for the parameter `name` of the full-precision network: one, or one of each copy."""
-    layer, _, entry = name.rpartition(".")
-    return [module._parameters[entry] for module in model.get_submodule(layer).modules()
-            if module._parameters.get(entry) is not None]
 
 
 def checked_masks(model, masks, source):

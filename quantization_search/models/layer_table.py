@@ -283,8 +283,7 @@ def trace(model, input_size, num_classes=None):
             _check_reached(model, graph, input_size)
         except Exception as error:
             raise error if isinstance(error, UserError) else UserError(_why_it_fails(model, input_size, error)) from None
-    _check_logits(graph, num_classes)
-    _check_tied(model, graph)
+    _check_graph(model, graph, num_classes)
     contiguous, changes_images = _in_both_modes(model, input_size)
     return replace(graph, contiguous=graph.contiguous or contiguous, changes_images=changes_images)
 
@@ -401,7 +400,8 @@ def why_unquantizable(module):
     return ""
 
 
-def _check_logits(graph, num_classes):
+def _check_graph(model, graph, num_classes):
+    """Refuse a network without layers, without logits, or with two layers of one weight, which each would quantize its way."""
     if not graph.layers:
         if not graph.unquantizable:
             raise UserError("arch: the network has no convolution and no linear layer that a forward pass reaches")
@@ -412,13 +412,9 @@ def _check_logits(graph, num_classes):
         raise UserError(f"arch: the network gives {found} for one image, expected logits of shape [1, classes]")
     if num_classes is not None and shape[1] != num_classes:
         raise UserError(f"arch: the network has {shape[1]} outputs, the data have {num_classes} classes")
-
-
-def _check_tied(model, graph):
-    """Refuse two layers with one weight: each would quantize it in its own way, and it would count twice."""
     owners = {}
     for name in graph.layers:
-        other = owners.setdefault(id(model.get_submodule(name).weight), name)
+        other = owners.setdefault(model.get_submodule(name).weight, name)
         if other != name:
             raise UserError(f"arch: the layers {other} and {name} share one weight; give each a weight of its own, or call "
                             "one module twice")

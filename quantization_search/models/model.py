@@ -43,10 +43,12 @@ def create_model(arch, num_classes, pre_trained=False, input_size=None):
     is_torchvision = not (split_arch(arch) or arch.startswith(TIMM) or arch in OWN_MODELS)
     if pre_trained and not (is_torchvision or arch.startswith(TIMM)):
         raise UserError(f"pre_trained: torchvision has no weights of {arch}; give a path to a checkpoint, or false")
-    if split_arch(arch):
-        return _with_one_output(decompose_attention(unwrap(create_from_file(arch, num_classes))))
-    if arch.startswith(TIMM):
-        return _with_one_output(decompose_attention(create_from_timm(arch, num_classes, pre_trained, input_size)))
+    if split_arch(arch) or arch.startswith(TIMM):
+        model = (unwrap(create_from_file(arch, num_classes)) if split_arch(arch) else
+                 create_from_timm(arch, num_classes, pre_trained, input_size))
+        model = decompose_attention(model)
+        model.register_forward_hook(first_tensor)
+        return model
     _check_name(arch)
     build = _torchvision_model if is_torchvision else _own_model
     try:
@@ -74,11 +76,6 @@ def create_traced(arch, num_classes, pre_trained, input_size):
     graph = trace(model, input_size, num_classes)
     redraw_zero_classifiers(model, graph)
     return model, graph
-
-
-def _with_one_output(model):
-    model.register_forward_hook(first_tensor)
-    return model
 
 
 def first_tensor(module, inputs, output):

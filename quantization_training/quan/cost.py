@@ -22,25 +22,6 @@ def policy_cost(layers, weight_bits, act_bits, left=None):
         non-zero weight.
     """
     bits = {name: (weight_bits.get(name, FIXED_BIT), act_bits.get(name, FIXED_BIT)) for name in layers}
-    return _cost(layers, bits, left)
-
-
-def full_precision_cost(layers, left=None):
-    """The same with 32 bits everywhere."""
-    return _cost(layers, dict.fromkeys(layers, (FLOAT_BIT, FLOAT_BIT)), left)
-
-
-def nonzero_macs(call, left, macs):
-    """Those of a layer's MACs whose weight is one of the `left` that are not pruned: each weight is used equally often."""
-    return macs * left // call.params
-
-
-def sparse_size(params, left, bit):
-    """Bits that a pruned layer takes: dense, or one bit per weight that says where it is not zero, and these weights."""
-    return min(params * bit, params + left * bit)
-
-
-def _cost(layers, bits, left):
     whole = {name: call.params for name, call in layers.items()}
     full_size = FLOAT_BIT * sum(whole.values())
     size = sum(params * bits[name][0] for name, params in whole.items())
@@ -55,7 +36,23 @@ def _cost(layers, bits, left):
                    "gbitops_effective_exact": _gbitops(layers, bits, left, "macs_exact")}
 
 
+def full_precision_cost(layers, left=None):
+    """The same with 32 bits everywhere."""
+    bits = dict.fromkeys(layers, FLOAT_BIT)
+    return policy_cost(layers, bits, bits, left)
+
+
 def _gbitops(layers, bits, left, count):
     """1e9 BitOPs of the MACs with one of the weights that are left, by one of the two counts."""
     return sum(nonzero_macs(call, left[name], getattr(call, count)) * bits[name][0] * bits[name][1]
                for name, call in layers.items()) / 1e9
+
+
+def nonzero_macs(call, left, macs):
+    """Those of a layer's MACs whose weight is one of the `left` that are not pruned: each weight is used equally often."""
+    return macs * left // call.params
+
+
+def sparse_size(params, left, bit):
+    """Bits that a pruned layer takes: dense, or one bit per weight that says where it is not zero, and these weights."""
+    return min(params * bit, params + left * bit)

@@ -80,12 +80,12 @@ def mixed_channels(model, graph, layers):
 
 @dataclass(frozen=True)
 class Group:
-    """Weights or channels that are compared with each other."""
+    """Numbers of weights or channels that are compared with each other: of all, of those left, of those that have to stay."""
 
-    layers: tuple  # their layers: one, or all
-    total: int  # how many weights or channels there are
-    left: int  # that are not removed
-    spared: int  # that are never removed
+    layers: tuple
+    total: int
+    left: int
+    spared: int
 
     def due(self, target):
         """How many are removed in all where the target, a share, is reached."""
@@ -96,9 +96,11 @@ class Group:
         return min(count_to_remove(self.total, self.left, amount, target), self.left - self.spared)
 
 
-def groups_of(layers, scope):
-    """The names of layers that are compared with each other, as lists."""
-    return [list(layers)] if scope == "global" else [[name] for name in layers]
+def groups_of(left, kind, scope):
+    """A Group of all layers together, or of each, as the scope says; left: {layer: which weights or channels are left}."""
+    return [Group(tuple(names), sum(left[name].numel() for name in names), sum(int(left[name].sum()) for name in names),
+                  sum(bool(left[name].any()) for name in names) if kind == "structured" else 0)
+            for names in ([list(left)] if scope == "global" else [[name] for name in left])]
 
 
 def sums_of(groups):
@@ -141,10 +143,7 @@ class Prunable:
         return next_masks(self.weights(), masks, self.coupled, self.prune.type, self.prune.scope, amount, target)
 
     def groups(self, masks):
-        """A Group for all layers together, or for each layer, as the scope says."""
-        left, spares_one = units(self.weights(), masks, self.prune.type)[1], self.prune.type == "structured"
-        return [Group(tuple(names), *counted(left, names), sum(bool(left[name].any()) for name in names) if spares_one else 0)
-                for names in groups_of(self.layers, self.prune.scope)]
+        return groups_of(units(self.weights(), masks, self.prune.type)[1], self.prune.type, self.prune.scope)
 
     def check_target(self, groups, target):
         """Refuse a target share that is out of reach because one channel of each layer stays, or below what is removed."""
@@ -191,11 +190,9 @@ def next_masks(weights, masks, coupled, kind, scope, amount, target=None):
         target: share of all that is removed at most.
     """
     scores, left = units(weights, masks, kind)
-    for names in groups_of(left, scope):
-        total, remaining = counted(left, names)
-        count = count_to_remove(total, remaining, amount, target)
-        left.update(without_smallest({name: scores[name] for name in names}, {name: left[name] for name in names}, count,
-                                     spare_one=kind == "structured"))
+    for group in groups_of(left, kind, scope):
+        of_group = ({name: tensors[name] for name in group.layers} for tensors in (scores, left))
+        left.update(without_smallest(*of_group, group.to_remove(amount, target), spare_one=kind == "structured"))
     grown = dict(masks)
     for name, kept in left.items():
         if kind == "unstructured":
@@ -215,11 +212,6 @@ def units(weights, masks, kind):
         return {name: weight.detach().abs() for name, weight in weights.items()}, kept
     scores = {name: weight.detach().double().flatten(1).norm(dim=1) for name, weight in weights.items()}
     return scores, {name: mask.flatten(1).any(1) for name, mask in kept.items()}
-
-
-def counted(left, names):
-    """(all units of some layers, those that are left)."""
-    return sum(left[name].numel() for name in names), sum(int(left[name].sum()) for name in names)
 
 
 def without_smallest(scores, left, count, spare_one):

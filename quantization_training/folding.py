@@ -4,7 +4,7 @@ A BatchNorm computes y * g + (beta - mean * g) with g = gamma / sqrt(var + eps) 
 size of each output channel is multiplied by g, whose sign it takes, and the rest becomes the bias.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 from torch import nn
@@ -26,31 +26,27 @@ def find_folds(model, images):
     that is called once, has its weight for itself, and whose output nothing else uses.
 
     Args:
-        model: a network at a policy's bits, on the CPU.
-        images: [batch, 3, height, width] that it is run on.
+        model: a network at a policy's bits, on the CPU. images: [batch, 3, height, width] that it is run on.
     """
-    uses, calls, pairs, handles = _Uses(), {}, {}, []
+    uses, calls, pairs, handles = _Uses(), Counter(), defaultdict(list), []
+    names = {module: name for name, module in model.named_modules()}
     owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
 
-    def after_convolution(name):
-        def hook(module, inputs, output):
-            calls[name] = calls.get(name, 0) + 1
-            uses.watch(name, output)
-        return hook
+    def after_convolution(module, inputs, output):
+        calls[names[module]] += 1
+        uses.watch(names[module], output)
 
-    def before_batchnorm(name):
-        def hook(module, inputs):
-            before = uses.name_of(inputs[0])
-            is_changed = before is not None and inputs[0]._version != uses.versions[before]
-            pairs.setdefault(name, []).append(None if module.training or is_changed else before)
-        return hook
+    def before_batchnorm(module, inputs):
+        before = uses.name_of(inputs[0])
+        is_changed = before is not None and inputs[0]._version != uses.versions[before]
+        pairs[names[module]].append(None if module.training or is_changed else before)
 
-    for name, module in model.named_modules():
-        if isinstance(module, QuanConv2d) and _is_plain(module) and owners[id(module.weight)] == 1 \
-                and (module.bias is None or owners[id(module.bias)] == 1):
-            handles.append(module.register_forward_hook(after_convolution(name)))
+    for module, name in names.items():
+        if isinstance(module, QuanConv2d) and _is_plain(module) and all(
+                owners[id(own)] == 1 for own in (module.weight, module.bias) if own is not None):
+            handles.append(module.register_forward_hook(after_convolution))
         elif _can_vanish(module):
-            handles.append(module.register_forward_pre_hook(before_batchnorm(name)))
+            handles.append(module.register_forward_pre_hook(before_batchnorm))
             for entry, tensor in module.state_dict(keep_vars=True).items():
                 uses.watch(f"{name}.{entry}", tensor)
     with torch.no_grad(), uses:
@@ -58,7 +54,7 @@ def find_folds(model, images):
     for handle in handles:
         handle.remove()
     return {name: before[0] for name, before in pairs.items()
-            if len(before) == 1 and calls.get(before[0]) == 1 and uses.count[before[0]] == 1
+            if len(before) == 1 and calls[before[0]] == 1 and uses.count[before[0]] == 1
             and all(uses.count[tensor] <= 1 for tensor in uses.count if tensor.rpartition(".")[0] == name)}
 
 
@@ -105,12 +101,9 @@ class _Uses(TorchFunctionMode):
 
 @torch.no_grad()
 def fold_batchnorms(model, folds):
-    """Fold BatchNorms, in place; values stay the same but for rounding.
+    """Fold BatchNorms, {BatchNorm: convolution}, in place; values stay the same but for rounding.
 
     A channel that its BatchNorm multiplies by zero keeps its step size, and its weights become zero.
-
-    Args:
-        folds: {BatchNorm: convolution}, as find_folds gives them.
     """
     statistics = {name: model.get_submodule(name) for name in folds}
     make_room(model, folds)
@@ -129,37 +122,33 @@ def fold_batchnorms(model, folds):
 
 @torch.no_grad()
 def check_folds(before, after, folds, images):
-    """Compare each folded convolution with what it stands for, on the inputs that this has.
+    """Compare each folded convolution of `after` with convolution and BatchNorm of `before`, on the inputs that this has.
 
     Args:
-        before, after: the network with its BatchNorms, and the same with them folded.
-        folds: {BatchNorm: convolution}.
-        images: [batch, 3, height, width].
+        folds: {BatchNorm: convolution}. images: [batch, 3, height, width].
 
     Raises:
         UserError: naming a BatchNorm whose convolution gives something else, by more than rounding.
     """
     handles, found = [], {}
+    names = {module: name for name, module in before.named_modules()}
 
-    def after_convolution(name, layer):
-        def hook(module, inputs, output):
-            largest = layer.quan_a_fn(inputs[0]).abs().max()
-            found[name] = layer(inputs[0]), largest * layer.quan_w_fn(layer.weight).abs().flatten(1).sum(1)
-        return hook
+    def after_convolution(module, inputs, output):
+        layer = after.get_submodule(names[module])
+        largest = layer.quan_a_fn(inputs[0]).abs().max()
+        found[names[module]] = layer(inputs[0]), largest * layer.quan_w_fn(layer.weight).abs().flatten(1).sum(1)
 
-    def after_batchnorm(name):
-        def hook(module, inputs, output):
-            folded, terms = found.pop(name)  # sums may be small where what is added up is not
-            terms = terms + (_gain(module) * module.running_mean).abs() + output.abs().amax((0, 2, 3))
-            if not ((folded - output).abs().amax((0, 2, 3)) <= ROUNDING * terms).all():
-                raise UserError(f"--fold-bn: {name} cannot be folded into {folds[name]}: the convolution then gives other "
-                                "values by more than rounding; export without --fold-bn")
-        return hook
+    def after_batchnorm(module, inputs, output):
+        name = names[module]
+        folded, terms = found.pop(folds[name])  # sums may be small where what is added up is not
+        terms = terms + (_gain(module) * module.running_mean).abs() + output.abs().amax((0, 2, 3))
+        if not ((folded - output).abs().amax((0, 2, 3)) <= ROUNDING * terms).all():
+            raise UserError(f"--fold-bn: {name} cannot be folded into {folds[name]}: the convolution then gives other "
+                            "values by more than rounding; export without --fold-bn")
 
     for name, convolution in folds.items():
-        layer = after.get_submodule(convolution)
-        handles.append(before.get_submodule(convolution).register_forward_hook(after_convolution(name, layer)))
-        handles.append(before.get_submodule(name).register_forward_hook(after_batchnorm(name)))
+        handles.append(before.get_submodule(convolution).register_forward_hook(after_convolution))
+        handles.append(before.get_submodule(name).register_forward_hook(after_batchnorm))
     try:
         before(images.clone())
     finally:
@@ -168,11 +157,7 @@ def check_folds(before, after, folds, images):
 
 
 def make_room(model, folds):
-    """Give a network the shape that folding leaves: no such BatchNorms, and biases and a step size per channel instead.
-
-    Args:
-        folds: {BatchNorm: convolution}.
-    """
+    """Give a network the shape that folding leaves: no such BatchNorms, and biases and a step size per channel instead."""
     put_modules(model, {name: nn.Identity() for name in folds})
     for convolution in folds.values():
         layer = model.get_submodule(convolution)

@@ -25,11 +25,7 @@ EXAMPLE_IMAGES = 2  # one would be taken for a number that never varies
 
 
 def check_installed():
-    """Refuse to go on where a package is missing.
-
-    Raises:
-        UserError: naming what is missing and the command that installs it.
-    """
+    """Refuse to go on where a package is missing, with the command that installs it."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-export.txt")
@@ -41,12 +37,9 @@ def symbolic(operator, inputs, shape, dtype, version=OPSET, **attributes):
 
 
 class OnnxQuantizer(nn.Module):
-    """The quantizer of an input in operators of ONNX: round(x/s), clipped to [-Qn, Qp], times s.
+    """An LsqQuan with one step size, of an input, in operators of ONNX: round(x/s), clipped to [-Qn, Qp], times s.
 
     Rounding first gives the same integers, because the bounds are integers.
-
-    Args:
-        quantizer: an LsqQuan with one step size.
     """
 
     def __init__(self, quantizer):
@@ -67,14 +60,10 @@ class OnnxQuantizer(nn.Module):
 
 
 class OnnxLayer(nn.Module):
-    """A quantized convolution or linear layer with its weight as integers.
+    """A quantized convolution or linear layer with its weight as integers; its name is for messages.
 
     The bias is added by an operator of its own: where the layer has it, onnxruntime rounds it to multiples of the product of
     both step sizes, which are wide at few bits.
-
-    Args:
-        layer: the QuanConv2d or QuanLinear.
-        name: of the layer, for messages.
     """
 
     def __init__(self, layer, name):
@@ -106,14 +95,7 @@ def onnx_twin(model):
 
 
 def to_onnx(model, input_size):
-    """The ONNX model of a network at a policy's bits: `images` float32 [batch, 3, S, S] to `logits` [batch, classes].
-
-    Args:
-        model: the network, on the CPU.
-        input_size: S.
-
-    Returns:
-        onnx.ModelProto with weights as int8.
+    """The ONNX model of a network on the CPU: `images` float32 [batch, 3, S, S] to `logits` [batch, classes], weights as int8.
 
     Raises:
         UserError: where PyTorch cannot write it.
@@ -130,10 +112,7 @@ def to_onnx(model, input_size):
 
 
 def narrowest_that_loads(model):
-    """An ONNX model with its integer weights in the narrowest types that the installed onnxruntime loads.
-
-    Args:
-        model: onnx.ModelProto with weights as int8.
+    """An ONNX model, its weights int8, with them in the narrowest types that the installed onnxruntime loads.
 
     Returns:
         (onnx.ModelProto, {bits of a type: how many weights are stored in it}).
@@ -143,17 +122,18 @@ def narrowest_that_loads(model):
     """
     for types in (NARROW, NARROW[1:], ()):
         candidate, counts = with_narrow_weights(model, types)
-        failure = _fails_to_load(candidate)
-        if failure is None:
+        try:
+            _session(candidate.SerializeToString())
             return candidate, counts
+        except Exception as error:  # of its own classes, for what it does not know
+            failure = reason(error)
     raise UserError(f"--onnx: the installed onnxruntime does not load what PyTorch wrote ({failure[:200]})")
 
 
 def with_narrow_weights(model, types):
-    """A copy of an ONNX model whose int8 weights have the narrowest of some types that holds their integers.
+    """A copy of an ONNX model, its weights int8, with each in the narrowest of some types that holds its integers.
 
     Args:
-        model: onnx.ModelProto.
         types: as in NARROW.
 
     Returns:
@@ -168,7 +148,9 @@ def with_narrow_weights(model, types):
         if tensor.name not in dequantized or tensor.data_type != onnx.TensorProto.INT8:
             continue
         integers = onnx.numpy_helper.to_array(tensor)
-        bits, needed = next(((bits, first) for bits, first in types if _holds(integers, bits)), (8, OPSET))
+        low, high = integers.min(), integers.max()
+        bits, needed = next(((bits, first) for bits, first in types if -2 ** (bits - 1) <= low and high < 2 ** (bits - 1)),
+                            (8, OPSET))
         if bits < 8:
             tensor.ClearField("int32_data")
             tensor.data_type = getattr(onnx.TensorProto, f"INT{bits}")
@@ -176,10 +158,6 @@ def with_narrow_weights(model, types):
         counts[bits], opset = counts.get(bits, 0) + 1, max(opset, needed)
     _declare(model, opset)
     return model, counts
-
-
-def _holds(integers, bits):
-    return -2 ** (bits - 1) <= integers.min() and integers.max() < 2 ** (bits - 1)
 
 
 def _declare(model, opset):
@@ -208,15 +186,6 @@ def _session(data):
 def logits_of_onnxruntime(data, images):
     """What onnxruntime computes from images [batch, 3, S, S] with the bytes of an ONNX model: logits [batch, classes]."""
     return torch.from_numpy(_session(data).run(None, {"images": images.numpy()})[0])
-
-
-def _fails_to_load(model):
-    """What onnxruntime says where it does not load a model, else None."""
-    try:
-        _session(model.SerializeToString())
-    except Exception as error:  # of its own classes, for what it does not know
-        return reason(error)
-    return None
 
 
 @contextlib.contextmanager

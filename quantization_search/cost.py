@@ -58,7 +58,7 @@ class Costs:
         return sum(row.sparse_size(weight_bits) for row, weight_bits, _ in self.assigned())
 
     def effective_bitops(self, count):
-        """BitOPs per image of the MACs whose weight is not zero; count is 'published' or 'exact'."""
+        """BitOPs per image of the MACs whose weight is not zero."""
         return sum(row.nonzero_macs(count) * weight_bits * act_bits for row, weight_bits, act_bits in self.assigned())
 
     def mean_bits(self):
@@ -69,10 +69,10 @@ class Costs:
     def shares(self):
         """{layer: Share} of every layer, the searched ones first."""
         size, bitops = self.size(), self.bitops("published")
+        names = [*self.network.rows, *self.network.fixed]
         return {name: Share(row.macs_published, weight_bits, act_bits, row.params * weight_bits / size,
                             row.macs_published * weight_bits * act_bits / bitops, 1 - row.nonzero / row.params)
-                for name, (row, weight_bits, act_bits) in zip([*self.network.rows, *self.network.fixed], self.assigned(),
-                                                              strict=True)}
+                for name, (row, weight_bits, act_bits) in zip(names, self.assigned(), strict=True)}
 
     def as_plain(self):
         """What policy files and the tables of sweeps hold."""
@@ -80,11 +80,10 @@ class Costs:
         dense = {"size_mb": self.size() / BITS_PER_MB, "compression_ratio": self.full_size() / self.size(),
                  "bitops_published": self.bitops("published"), "bitops_exact": self.bitops("exact"),
                  "mean_weight_bits": weight_bits, "mean_act_bits": act_bits}
-        return dense | self._sparse_as_plain() if self.network.sparse else dense
-
-    def _sparse_as_plain(self):
+        if not self.network.sparse:
+            return dense
         zeros, params = self.zeros()
-        return {"sparsity": zeros / params, "sparse_size_mb": self.sparse_size() / BITS_PER_MB,
-                "sparse_compression_ratio": self.full_size() / self.sparse_size(),
-                "effective_bitops_published": self.effective_bitops("published"),
-                "effective_bitops_exact": self.effective_bitops("exact")}
+        return dense | {"sparsity": zeros / params, "sparse_size_mb": self.sparse_size() / BITS_PER_MB,
+                        "sparse_compression_ratio": self.full_size() / self.sparse_size(),
+                        "effective_bitops_published": self.effective_bitops("published"),
+                        "effective_bitops_exact": self.effective_bitops("exact")}

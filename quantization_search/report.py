@@ -1,4 +1,4 @@
-"""What a search prints: warnings about the indicators, the answer with its costs, and why there is none."""
+"""What a search prints: warnings about the indicators, the policy with its costs, and why there is none."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from util.config import describe
 RULES = {"erase": "and are taken only where nothing else fits", "keep": "and are kept as they are",
          "isotonic": "and give way to the nearest sequence that never is"}
 
-MOST_FACTS = 20  # of how the indicators were made, on one line
+MOST_ENTRIES = 20  # of how the indicators were made, on one line
 
 
 def describe_training(trained):
@@ -19,7 +19,7 @@ def describe_training(trained):
     if not isinstance(trained, dict):
         return ""
     said = [f"{key} {value if isinstance(value, str) and value.isidentifier() else describe(value)}"
-            for key, value in itertools.islice(trained.items(), MOST_FACTS) if isinstance(key, str) and key.isidentifier()]
+            for key, value in itertools.islice(trained.items(), MOST_ENTRIES) if isinstance(key, str) and key.isidentifier()]
     return f"indicators made with {', '.join(said)}" if said else ""
 
 
@@ -31,15 +31,10 @@ def print_indicators(layers, bits, outliers="erase"):
         total = len(rows) * len(searched)
         low = {name: [bit for bit in searched if row[bit] <= 0] for name, row in rows.items()}
         falling = {name: erased(row, searched) for name, row in rows.items()}
-        _print_suspects(f"of {total} {kind} indicators are not positive", low)
-        _print_suspects(f"of {total} {kind} indicators are smaller than with more bits, "
-                        f"{RULES[outliers]}", falling)
-
-
-def _print_suspects(what, found):
-    count = sum(map(len, found.values()))
-    if count:
-        print(f"warning: {count} {what}: {', '.join(name for name, bits in found.items() if bits)}")
+        for what, found in (("not positive", low), (f"smaller than with more bits, {RULES[outliers]}", falling)):
+            if any(found.values()):
+                print(f"warning: {sum(map(len, found.values()))} of {total} {kind} indicators are {what}: "
+                      f"{', '.join(name for name, bits in found.items() if bits)}")
 
 
 def print_solution(problem, solution, costs, solver=None):
@@ -75,26 +70,23 @@ def print_sparse_size(costs):
 
 
 def describe_proof(solution, solver=None):
-    """How well the answer is known to be the best, in one line."""
+    """How well the policy is known to be the best, in one line."""
     said = f"; {solver or 'HiGHS'} says {solution.solver_status}" if solution.solver_status else ""
     if solution.proven:
         return f"optimal, gap 0: every policy that could be better or tie was compared exactly{said}"
     if solution.optimal:
         return f"optimal within the solver's tolerances, ties not compared{said}, gap 0"
-    at_penalty = "" if solution.penalty_gap == 0 else f" at this penalty, whose own gap is {_gap(solution.penalty_gap)}"
-    return f"not proven to be optimal{said}, gap {_gap(solution.gap)}{at_penalty}"
+    gap, penalty_gap = ("of unknown size" if gap is None else f"{gap:.3g}" for gap in (solution.gap, solution.penalty_gap))
+    at_penalty = "" if solution.penalty_gap == 0 else f" at this penalty, whose own gap is {penalty_gap}"
+    return f"not proven to be optimal{said}, gap {gap}{at_penalty}"
 
 
 def describe_draw(problem, solution):
     """Where a policy comes from that no search has found, in one line."""
     largest = [constraint.name for constraint in problem.constraints if constraint.largest]
-    kept = "".join(f", {name} kept" for name in largest)
-    used = f", at least {LEAST_USE}% of each {'other ' if kept else ''}budget in use"
-    return f"drawn at random with seed {solution.seed}{used if len(largest) < len(problem.constraints) else ''}{kept}"
-
-
-def _gap(gap):
-    return "of unknown size" if gap is None else f"{gap:.3g}"
+    sums = len(problem.constraints) - len(largest)
+    used = f", at least {LEAST_USE}% of each {'other ' if largest else ''}budget in use" if sums else ""
+    return f"drawn at random with seed {solution.seed}{used}" + "".join(f", {name} kept" for name in largest)
 
 
 def print_layers(costs):
@@ -126,16 +118,15 @@ def headline(network, costs):
 
 def describe_conflict(conflict, together):
     """For each constraint that cannot be kept: what was asked and the smallest value it could take."""
-    return "; ".join(_describe_least(constraint, least, together) for constraint, least in conflict)
-
-
-def _describe_least(constraint, least, together):
-    bound = f"asked is at most {float(constraint.exactly(constraint.bound)):.6g} {constraint.unit}"
-    if least is None:
-        return f"the least that {constraint.name} takes beside the others was not found in time, {bound}"
-    value = constraint.exactly(least)
-    return (f"{constraint.name} takes at least {rounded(value)} {constraint.unit}{_as_asked(constraint, least)}"
-            f"{' beside the others' if together else ''}, {bound}")
+    parts = []
+    for constraint, least in conflict:
+        bound = f"asked is at most {constraint.shown(constraint.bound):.6g} {constraint.unit}"
+        if least is None:
+            parts.append(f"the least that {constraint.name} takes beside the others was not found in time, {bound}")
+        else:
+            parts.append(f"{constraint.name} takes at least {rounded(constraint.exactly(least))} {constraint.unit}"
+                         f"{_as_asked(constraint, least)}{' beside the others' if together else ''}, {bound}")
+    return "; ".join(parts)
 
 
 def _as_asked(constraint, least):

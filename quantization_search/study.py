@@ -1,4 +1,4 @@
-"""One search: the indicators file and its network, the problem that a configuration asks for, and its answer."""
+"""One search: the indicators file and its network, the problem that a configuration asks for, and its solution."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,6 +8,8 @@ import report
 from baselines import NoneDrawn, draw, mirrored
 from budgets import check_sparsity, find_allowed, find_groups, make_constraints
 from network import SearchSpace, find_network
+from options import BUDGETS
+from solver import SolverError
 from util.config import check_bits
 from util.errors import UserError
 from util.exchange import read_indicators
@@ -15,8 +17,7 @@ from util.exchange import read_indicators
 
 @dataclass(frozen=True)
 class Study:
-    """What does not change from one budget to the next: network, candidates (descending), layers, and what the indicators
-    file says of how it was made."""
+    """What all budgets share: network, candidates (descending), layers, and how the indicators file says it was made."""
 
     network: SearchSpace
     bits: list
@@ -47,8 +48,7 @@ class Study:
 
 
 def find_candidates(config, indicators):
-    """The candidates in descending order; each layer has to have an indicator of each, for weights, and for activations
-    where their bits are searched."""
+    """The candidates in descending order; each layer has to have an indicator of each, where bits of its kind are searched."""
     tables = [(kind, indicators[kind]) for kind in (["weight"] if config.weights_only else ["weight", "act"])]
     rows = [row for _, table in tables for row in table.values()]
     bits = sorted(config.bits or set(rows[0]).intersection(*rows), reverse=True)
@@ -64,28 +64,23 @@ def find_candidates(config, indicators):
 
 def solve(problem, config):
     """The solution, or a policy drawn at random where that is asked, or a UserError that says what stands in the way."""
-    from solver import SolverError
-
+    given = [key.replace("_", "-") for key in ("fix", "tie", "same_bits") if getattr(config, key)]
+    pinned = f"; with {', '.join(given)} as given" if given else ""
     try:
         if config.baseline == "random":
             return draw(problem, config.seed or 0)
         return ilp.solve(problem, config.solver, float(config.number("time_limit")))
     except ilp.Infeasible as error:
         why = report.describe_conflict(error.conflict, error.together)
-        raise Impossible(f"infeasible: {error}; {why}{_pinned(config)}") from None
+        raise Impossible(f"infeasible: {error}; {why}{pinned}") from None
     except NoneDrawn as error:
-        raise Impossible(f"baseline: {error}{_pinned(config)}") from None
+        raise Impossible(f"baseline: {error}{pinned}") from None
     except SolverError as error:
         raise UserError(f"solver: {error}") from None
 
 
 class Impossible(UserError):
     """The budgets cannot be kept together, or no policy drawn at random uses enough of them."""
-
-
-def _pinned(config):
-    given = [key.replace("_", "-") for key in ("fix", "tie", "same_bits") if getattr(config, key)]
-    return f"; with {', '.join(given)} as given" if given else ""
 
 
 def make_policy(config, study, problem, solution, costs):
@@ -103,14 +98,11 @@ def make_policy(config, study, problem, solution, costs):
 def _asked(config):
     asked = {"cr": plain(config.ratio), "bops": config.uniform, "wb": plain(config.wb), "ab": plain(config.ab),
              "macs": config.macs}
-    for key in ("bops_budget", "size_budget", "avg_wb", "avg_ab", "act_mem", "latency_budget"):
-        if getattr(config, key) is not None:
-            asked[key] = plain(getattr(config, key))
+    asked |= {key: plain(getattr(config, key)) for key in BUDGETS if getattr(config, key) is not None}
     if config.act_mem is not None:
         asked["act_mem_kind"] = config.act_mem_kind
-    for key in ("sparse_size", "sparse_bops", "latency", "fix", "tie", "same_bits"):
-        if getattr(config, key):
-            asked[key] = getattr(config, key)
+    asked |= {key: getattr(config, key) for key in ("sparse_size", "sparse_bops", "latency", "fix", "tie", "same_bits")
+              if getattr(config, key)}
     if config.outliers != "erase":
         asked["outliers"] = config.outliers
     if config.baseline:

@@ -32,11 +32,7 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def pack_network(network, source):
-    """The layers and tensors of a network at a policy's bits.
-
-    Args:
-        network: a PolicyNetwork on the CPU, its checkpoint loaded.
-        source: where it comes from, for messages.
+    """The layers and tensors of a PolicyNetwork on the CPU; `source` says in messages where it comes from.
 
     Returns:
         ({name: PackedLayer}, {name: numpy array}, {name: the name under which it is stored} of tensors with two names).
@@ -48,17 +44,14 @@ def pack_network(network, source):
     layers, tensors = {}, {}
     for name, call in network.graph.layers.items():
         layer = network.model.get_submodule(name)
-        mask = network.pruned.masks.get(f"{name}.weight")
         integers = integer_weights(layer, f"{source}: {name}")
-        kept, parts = _packed(integers, layer.quan_w_fn.bits[0], mask)
-        acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
-        layers[name] = PackedLayer(
-            call.kind, tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
-            acts and bool(acts.signed), name in network.metadata["weight_bits"],
-            integers.size - int(np.count_nonzero(integers)), kept)
+        kept, parts = _packed(integers, layer.quan_w_fn.bits[0], network.pruned.masks.get(f"{name}.weight"))
+        layers[name] = replace(_without_integers(layer), kind=call.kind, searched=name in network.metadata["weight_bits"],
+                               zeros=integers.size - int(np.count_nonzero(integers)), kept=kept)
         tensors.update(zip((f"{name}.weight", f"{name}.weight{MAP}"), parts, strict=False))
         del state[f"{name}.weight"]
-    tensors.update({name: _as_array(tensor) for name, tensor in state.items()})
+    for name, tensor in state.items():  # numpy has no bfloat16, whose values float32 holds exactly
+        tensors[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return layers, tensors, shared
 
 
@@ -82,9 +75,11 @@ def _training_only(model):
             for kind, entry in entries.items() if isinstance(module, kind)}
 
 
-def _as_array(tensor):
-    """A tensor that stays as it is; numpy has no bfloat16, whose values float32 holds exactly."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+def _without_integers(layer):
+    """The PackedLayer of a quantized layer, but for what its network and its weights say."""
+    acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
+    return PackedLayer("", tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
+                       acts and bool(acts.signed), False, 0)
 
 
 def integer_weights(layer, where):
@@ -141,52 +136,44 @@ def as_checkpoint(packed):
     Raises:
         UserError: where the packed integers are no packed integers, or are others than the header says.
     """
-    state, masks = {}, {}
-    for name, tensor in packed.tensors.items():
-        state[name] = torch.from_numpy(tensor.copy())
+    state, masks = {name: torch.from_numpy(tensor.copy()) for name, tensor in packed.tensors.items()}, {}
     for name, layer in packed.layers.items():
-        chart = packed.tensors.get(f"{name}.weight{MAP}")
-        integers, kept = _unpacked(name, layer, packed.tensors[f"{name}.weight"], chart, packed.path)
+        integers, kept = _unpacked(name, layer, packed)
         column = (-1, *[1] * (len(layer.shape) - 1))
         state[f"{name}.weight"] = integers.float() * state[f"{name}.quan_w_fn.s"][0].view(column)
         state.pop(f"{name}.weight{MAP}", None)
         if kept is not None:
             masks[f"{name}.weight"] = kept
-    _add_second_names(state, packed)
-    content = {"arch": packed.header["arch"], "state_dict": state, "masks": masks, "config": packed.header["config"],
-               "num_classes": packed.header["num_classes"], "input_size": packed.header["input_size"],
-               "weight_bits": {name: layer.bits for name, layer in packed.layers.items() if layer.searched},
-               "act_bits": {name: layer.act_bits or FLOAT_BIT for name, layer in packed.layers.items() if layer.searched},
-               "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
-    if "scaled" in packed.header:
-        content["scaled"] = packed.header["scaled"]
+    for name, first in packed.header["shared"].items():
+        if first not in state:
+            raise UserError(f"{packed.path}: shared: there is no tensor {first}{nearest(first, state)}")
+        state[name] = state[first]
+    content = {key: packed.header[key] for key in ("arch", "config", "num_classes", "input_size", "scaled")
+               if key in packed.header}
+    searched = {name: layer for name, layer in packed.layers.items() if layer.searched}
+    content |= {"state_dict": state, "masks": masks, "weight_bits": {name: layer.bits for name, layer in searched.items()},
+                "act_bits": {name: layer.act_bits or FLOAT_BIT for name, layer in searched.items()},
+                "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
     with naming(packed.path):
         check_plain(content)
     return {**content, "packed": packed}
 
 
-def _unpacked(name, layer, stream, chart, path):
+def _unpacked(name, layer, packed):
     """(integers as a tensor of the weight's shape, bool tensor of those that are stored, or None)."""
-    kept = None
+    stream, chart, kept = packed.tensors[f"{name}.weight"], packed.tensors.get(f"{name}.weight{MAP}"), None
     try:
         if chart is None:
             integers = unpack(stream, layer.bits, layer.signed, layer.count)
         else:
             integers, kept = unpack_sparse(chart, stream, layer.bits, layer.signed, layer.count)
     except ValueError as error:
-        raise UserError(f"{path}: header and tensors disagree ({name}: {error})") from None
+        raise UserError(f"{packed.path}: header and tensors disagree ({name}: {error})") from None
     zeros = layer.count - int(np.count_nonzero(integers))
     if zeros != layer.zeros:
-        raise UserError(f"{path}: header and tensors disagree ({name}: {layer.zeros} zeros, found {zeros})")
+        raise UserError(f"{packed.path}: header and tensors disagree ({name}: {layer.zeros} zeros, found {zeros})")
     return (torch.from_numpy(integers).view(layer.shape),
             None if kept is None else torch.from_numpy(kept).view(layer.shape))
-
-
-def _add_second_names(state, packed):
-    for name, first in packed.header["shared"].items():
-        if first not in state:
-            raise UserError(f"{packed.path}: shared: there is no tensor {first}{nearest(first, state)}")
-        state[name] = state[first]
 
 
 def fit_packed(model, content):
@@ -202,7 +189,7 @@ def fit_packed(model, content):
     for name in [*packed.layers, *quantized]:
         if name not in quantized or name not in packed.layers:
             raise UserError(f"{packed.path}: header and network disagree on which layers are quantized ({name})")
-        if _facts(quantized[name]) != replace(packed.layers[name], kind="", searched=False, zeros=0, kept=None):
+        if _without_integers(quantized[name]) != replace(packed.layers[name], kind="", searched=False, zeros=0, kept=None):
             raise UserError(f"{packed.path}: header and network disagree on shape, bits or signs of {name}")
     modules = dict(model.named_modules())
     for name, convolution in packed.header["folded"].items():
@@ -214,21 +201,14 @@ def fit_packed(model, content):
         content["state_dict"].setdefault(name, torch.ones_like(state[name]))
 
 
-def _facts(layer):
-    acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
-    return PackedLayer("", tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
-                       acts and bool(acts.signed), False, 0)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks from files alone.
 
 
 def rebuild(content, path, arch=None):
-    """The PolicyNetwork of a checkpoint of this stage, or of a packed model, loaded with it and in evaluation mode.
+    """The PolicyNetwork of what load_any gives, loaded with it and in evaluation mode.
 
     Args:
-        content: as load_any gives it.
         arch: path/to/file.py:factory, where the user allows their own file to be run; None for networks by name.
 
     Raises:
@@ -246,11 +226,10 @@ def rebuild(content, path, arch=None):
 
 
 def with_configuration(content, path, config_path, arch=None):
-    """A checkpoint that carries no configuration, such as LIMPQ's, with the one in a YAML file and the bits it asks for.
+    """A checkpoint without configuration, such as LIMPQ's, with the one in a YAML file and the bits that this asks for.
 
     Args:
-        content: as load_any gives it.
-        arch: what takes the place of the file's `arch`, or None.
+        content: as load_any gives it. arch: what takes the place of the file's `arch`, or None.
 
     Raises:
         UserError: where the checkpoint has its own, or the two do not fit each other.
@@ -292,11 +271,9 @@ def header_of(network, content, preprocessing, class_names, folds, shared):
     """What the header of a packed model says, besides its layers.
 
     Args:
-        network: the PolicyNetwork.
-        content: the checkpoint that it was rebuilt from.
+        content: the checkpoint that the PolicyNetwork was rebuilt from.
         preprocessing, class_names: as preprocessing.py gives them.
-        folds: {BatchNorm: convolution} of those that were folded.
-        shared: {second name: first name} of tensors.
+        folds: {BatchNorm: convolution} of those that were folded. shared: {second name: first name} of tensors.
     """
     plain = to_plain(network.config)
     return {"arch": content["arch"], "num_classes": content["num_classes"], "input_size": content["input_size"],

@@ -65,6 +65,7 @@ class PruningFolder:
         return None if number is None else self.load(number, config)
 
     def load(self, number, config):
+        """The ResumeCheckpoint of a level."""
         path = self.level(number)
         content = distributed.on_main(load_checkpoint, path)
         check_arch(content, config.arch, path)
@@ -80,13 +81,9 @@ def harmless(found, config):
         return HARMLESS + HARMLESS_WHILE_DENSE
     if config.prune.method == "one_shot":  # all in one level: another target is another run
         return tuple(key for key in HARMLESS if not key.startswith("prune."))
-    trained = flatten(found.content.get("config", {})).get("prune.amount")
-    return HARMLESS + (("prune.amount",) if _first(trained, level) == _first(config.prune.amount, level) else ())
-
-
-def _first(amount, levels):
-    """The amounts of the first levels."""
-    return amount[:levels] if isinstance(amount, list) else [amount] * levels
+    amounts = flatten(found.content.get("config", {})).get("prune.amount"), config.prune.amount
+    trained, wanted = (amount[:level] if isinstance(amount, list) else [amount] * level for amount in amounts)
+    return HARMLESS + (("prune.amount",) if trained == wanted else ())
 
 
 def level_of(found):
@@ -112,14 +109,7 @@ def announce_finished(folder):
 
 
 class Pruning:
-    """A run of all levels.
-
-    Args:
-        network: the DenseNetwork.
-        schedule: its LevelSchedule.
-        loaders, optimizer, config, monitor: as in every training; config is a PruningConfig made for levels.
-        folder: the PruningFolder.
-    """
+    """A run of all levels, of a DenseNetwork with its LevelSchedule in a PruningFolder; config is made for levels."""
 
     def __init__(self, network, schedule, loaders, optimizer, config, monitor, folder):
         self.model, self.graph, self.pruned = network.model, network.graph, network.pruned
@@ -128,12 +118,7 @@ class Pruning:
         self.rows = []
 
     def run(self, found, start):
-        """Train every level that is not finished.
-
-        Args:
-            found: the ResumeCheckpoint of the newest level, which is loaded already, or None.
-            start: its ResumeState.
-        """
+        """Train every level that is not finished, from the newest ResumeCheckpoint (or None), which is loaded already."""
         level = level_of(found)
         self.find_rows(found)
         if self.graph.contiguous:
@@ -176,18 +161,18 @@ class Pruning:
         def take_step(batches, epoch, step, metrics):
             training_step(self.model, batches, criterion, self.optimizer, metrics[None], self.passes)
 
-        def write(state, is_best=False):
+        def write(state, is_best):
             if level == 0 and state["epoch"] == rewind_epoch and "inside" not in state:
                 self.write(self.folder.rewind, state, level)
             self.write(self.folder.level(level), state, level)
 
         if level == start.epoch == rewind_epoch == 0 and start.inside is None:
-            self.write(self.folder.rewind, training_state(self.model, self.optimizer, 0, start.best, self.config,
-                                                          self.monitor), level)
+            initial = training_state(self.model, self.optimizer, 0, start.best, self.config, self.monitor)
+            self.write(self.folder.rewind, initial, level)
         hooks = Hooks(take_step, lambda epoch: self.validate(level, epoch), write,
                       epochs_before=epochs_before(level, self.config))
-        Training(self.model, self.optimizer, self.loaders.train, self.config, self.monitor, hooks).run(start,
-                                                                                                       self.config.last_epoch)
+        training = Training(self.model, self.optimizer, self.loaders.train, self.config, self.monitor, hooks)
+        training.run(start, self.config.last_epoch)
 
     def validate(self, level, epoch):
         """Validate where it is due and log it; return top-1 and top-5, or None."""
@@ -216,26 +201,21 @@ class Pruning:
 
     def find_rows(self, found):
         """Read the report of the levels that are finished; one that is missing there is evaluated again."""
-        newest, is_finished = level_of(found), found and found.content["epoch"] >= self.config.last_epoch
+        newest = level_of(found)
         known = distributed.on_main(pruning_report.read, self.folder.path, self.graph)
-        missing = [level for level in range(newest) if level not in known]
         for level in range(newest):
-            if level in missing:
-                self.evaluate_again(level)
-            else:
+            if level in known:
                 self.rows.append(known[level])
-        if missing:
+                continue
+            earlier = self.folder.load(level, self.config)
+            load_state(self.model, earlier.content["state_dict"], earlier.path)
+            self.pruned.set(masks_of(earlier.content, self.model, earlier.path))
+            self.report(level)
+        if not known.keys() >= set(range(newest)):  # put back what was loaded over
             load_training_state(found.content, self.model, self.optimizer, found.path)
             self.pruned.set(masks_of(found.content, self.model, found.path))
-        if is_finished and newest in known:
+        if newest in known and found and found.content["epoch"] >= self.config.last_epoch:
             self.rows.append(known[newest])
-
-    def evaluate_again(self, level):
-        """Report a finished level from its checkpoint."""
-        found = self.folder.load(level, self.config)
-        load_state(self.model, found.content["state_dict"], found.path)
-        self.pruned.set(masks_of(found.content, self.model, found.path))
-        self.report(level)
 
 
 def full_precision_criterion(config):

@@ -1,6 +1,8 @@
 """metrics.csv: the figures of a run, one row per epoch, split and bit-width."""
 
 import csv
+import math
+from statistics import fmean
 
 from util.errors import UserError
 from util.exchange import write_atomically
@@ -14,8 +16,7 @@ SPLITS = ("train", "val", "test")
 class MetricsFile:
     """metrics.csv: one row per epoch, split and bits, in the order in which they were first recorded.
 
-    Rows beyond `last_epoch` (all, for a fresh run, but those from before training) and lines that a crash left
-    torn are cut off. `rows` holds the rest as dicts; a missing figure is None.
+    Rows beyond `last_epoch` and lines that a crash left torn are cut off. `rows` are dicts; a missing figure is None.
     """
 
     def __init__(self, path, last_epoch, log):
@@ -29,10 +30,10 @@ class MetricsFile:
 
     def record(self, epoch, split, bits, figures):
         """Add a row, or replace the row of the same epoch, split and bits where it stands."""
-        row = {"epoch": epoch, "split": split, "bits": bits, **{name: figures.get(name) for name in FIGURES}}
-        key = (epoch, split, bits)
+        key = {"epoch": epoch, "split": split, "bits": bits}
+        row = {**key, **{name: figures.get(name) for name in FIGURES}}
         for position, other in enumerate(self.rows):
-            if (other["epoch"], other["split"], other["bits"]) == key:
+            if key.items() <= other.items():
                 self.rows[position] = row
                 self._rewrite()
                 return
@@ -57,7 +58,14 @@ def summarize(candidates):
         if label in candidates:
             return candidates[label]
     chosen = [score for label, score in candidates.items() if label.isdecimal()] or list(candidates.values())
-    return tuple(sum(column) / len(chosen) for column in zip(*chosen, strict=True))
+    return tuple(map(fmean, zip(*chosen, strict=True)))
+
+
+def best_epochs(scores, size):
+    """[(epoch, top1, top5)] of the best epochs by top-1, the best first; of equal ones the earlier, because that one became
+    the best checkpoint. Scores are {epoch: (top1, top5)}; NaN, which compares with nothing, comes last."""
+    ranked = sorted(scores.items(), key=lambda item: (-math.inf if math.isnan(item[1][0]) else item[1][0], -item[0]))
+    return [(epoch, *score) for epoch, score in reversed(ranked[-size:])]
 
 
 def to_csv(rows):
@@ -66,10 +74,7 @@ def to_csv(rows):
 
 
 def read_metrics(path):
-    """Read metrics.csv.
-
-    Returns:
-        (whether there is a file with its header, the rows, the number of lines that could not be read).
+    """(whether metrics.csv is there with its header, its rows, the number of lines that could not be read).
 
     Raises:
         UserError: where the file is something else, which must not be overwritten.
@@ -87,7 +92,7 @@ def read_metrics(path):
     if first.rstrip("\r") != header:
         raise UserError(f"{path}: not a metrics file (expected the header {header}, found {first[:60]!r})")
     lines = rest.splitlines(keepends=True)
-    rows = [row for row in map(parse_row, lines) if row is not None]
+    rows = list(filter(None, map(parse_row, lines)))
     return True, rows, len(lines) - len(rows)
 
 

@@ -19,7 +19,6 @@ HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "eval_c
                  "kernels", "keep_freed_memory", "dataloader.workers", "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
-PLAIN_MOMENTUM = "this run began when opt: sgd stood for plain momentum, and goes on with it; opt: momentum says the same"
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
@@ -34,14 +33,7 @@ class ResumeCheckpoint:
 
 
 def find_run(config, folder, read=load_checkpoint):
-    """What resume.path names, looked for and read once, by rank 0; None where a run starts afresh.
-
-    Args:
-        read: what reads it.
-
-    Raises:
-        UserError: where there is no such checkpoint, or it is one of another network.
-    """
+    """The ResumeCheckpoint that resume.path stands for, found and read by rank 0; None where a run starts afresh."""
     path, lean = distributed.on_main(find_checkpoint, config, folder)
     if path is None:
         return None
@@ -71,9 +63,6 @@ def create_dense(arch, num_classes, input_size, pre_trained=False, init_from=Non
 
     Returns:
         (network, its Graph, its pruning masks).
-
-    Raises:
-        UserError: where init_from is a checkpoint of another network, or has other classes.
     """
     source = found is None and (init_from or pre_trained)
     if not isinstance(source, str):
@@ -95,11 +84,9 @@ def decided_keys(config):
 
 
 def check_same_quantizers(checkpoint, config, path):
-    """Refuse to evaluate a quantized checkpoint with other quantizers than it was trained with.
-
-    Exceptions that are still to be found in the graph are compared once they are.
-    """
-    if "config" not in checkpoint or not any(name.endswith(".quan_w_fn.s") for name in checkpoint["state_dict"]):
+    """Refuse to evaluate a quantized checkpoint with other quantizers than it was trained with. Exceptions that are still to
+    be found in the graph are compared once they are."""
+    if "config" not in checkpoint or not any(map(is_step, checkpoint["state_dict"])):
         return
     unknown = (("quan.excepts",) if config.quan.excepts == AUTO else ()) + decided_keys(config)
     keys = [key for key in differing_keys(checkpoint["config"], to_plain(config))
@@ -120,8 +107,7 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
     """Load a checkpoint, if there is one, into a model; and unless only its weights are taken, continue its run.
 
     Args:
-        harmless: keys, or beginnings of keys, that may differ besides those that always may.
-        schedule_may_change: whether the number of epochs may.
+        harmless, schedule_may_change: those of check_continues.
 
     Returns:
         the ResumeState.
@@ -131,19 +117,18 @@ def restore(found, model, optimizer, config, harmless=(), schedule_may_change=Tr
     """
     if found is None:
         return ResumeState()
-    if is_foreign(found.content) and not found.lean:
-        return continue_limpq_run(found.content, model, optimizer, found.path)
-    changed = [] if found.lean else check_continues(found.content, config, found.path, harmless, schedule_may_change)
+    content, path = found.content, found.path
     if found.lean:
         if config.eval:
-            check_same_quantizers(found.content, config, found.path)
-            warn_of_signedness(found.content, config, found.path)
-        load_state(model, found.content["state_dict"], found.path, partial(may_lack, found.content))
+            check_same_quantizers(content, config, path)
+            warn_of_signedness(content, config, path)
+        load_state(model, content["state_dict"], path, partial(may_lack, content))
         return ResumeState()
-    start = load_training_state(found.content, model, optimizer, found.path)
-    # The options of the optimizer come from the checkpoint, so that the run goes on as it began.
-    is_plain = config.opt == "sgd" and has_plain_momentum_as_sgd(found.content)
-    return replace(start, changed=(*changed, *start.changed), remark=PLAIN_MOMENTUM if is_plain else "")
+    if is_foreign(content):
+        return continue_limpq_run(content, model, optimizer, path)
+    changed = check_continues(content, config, path, harmless, schedule_may_change)
+    start = load_training_state(content, model, optimizer, path)
+    return replace(start, changed=(*changed, *start.changed))
 
 
 def recorded_threads(found):
@@ -157,28 +142,20 @@ def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=T
 
     Args:
         harmless: keys, or beginnings of keys, that may differ besides those that always may.
+        schedule_may_change: whether the number of epochs may.
 
     Returns:
         the schedule keys that differ; the continued run then does not equal an undisturbed one.
     """
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
-    wanted = to_plain(config)
-    keys = differing_keys(with_defaults(checkpoint["config"], type(config)), wanted)
-    idle = ("quan.",) if config.fp_model and checkpoint["config"].get("fp_model") is True else decided_keys(config)
-    if config.opt == "momentum" and has_plain_momentum_as_sgd(checkpoint):
-        idle = (*idle, "opt")
-    keys = [key for key in keys if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
-            and not (key == "arch" and same_arch(checkpoint["config"].get("arch"), config.arch))]
+    earlier = checkpoint["config"]
+    idle = ("quan.",) if config.fp_model and earlier.get("fp_model") is True else decided_keys(config)
+    keys = [key for key in differing_keys(with_defaults(earlier, type(config)), to_plain(config))
+            if key not in HARMLESS_KEYS and not key.startswith((*HARMLESS_SECTIONS, *harmless, *idle))
+            and not (key == "arch" and same_arch(earlier.get("arch"), config.arch))]
     serious = [key for key in keys if not schedule_may_change or key not in SCHEDULE_KEYS]
     if serious:
         raise UserError(f"{path}: the run was started with another {', '.join(serious)}; "
                         "put these back, or start a new run under another name")
     return keys
-
-
-def has_plain_momentum_as_sgd(checkpoint):
-    """Whether a run began when `opt: sgd` stood for plain momentum, as it was before it came to mean Nesterov's."""
-    groups = checkpoint.get("optimizer", {}).get("param_groups", [])
-    return checkpoint["config"].get("opt") == "sgd" and any(group.get("momentum") and not group.get("nesterov")
-                                                            for group in groups)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.metrics_file import SPLITS, MetricsFile
-from engine.monitor import Monitor, Scoreboard, write_args
+from engine.metrics_file import SPLITS, MetricsFile, best_epochs
+from engine.monitor import Monitor, write_args
 from engine.plots import colour_labels, draw_panel, save_curves
 from engine.schema import LogConfig, RunConfig, WandbConfig
 from util.config import load_config
@@ -197,10 +197,8 @@ def test_the_scoreboard_keeps_the_best_epochs_and_survives_a_resume(tmp_path, ca
 
 @given(st.permutations([(1, float("nan")), (2, 50.0), (3, 70.0), (4, 70.0), (5, 60.0)]))
 def test_the_order_of_arrival_does_not_change_the_scoreboard_and_nan_is_worst(arrivals):
-    board = Scoreboard(5, {})
-    for epoch, top1 in arrivals:
-        board.add(epoch, top1, 100.0)
-    assert [epoch for epoch, _, _ in board.best()] == [3, 4, 5, 2, 1]
+    best = best_epochs({epoch: (top1, 100.0) for epoch, top1 in arrivals}, 5)
+    assert [epoch for epoch, _, _ in best] == [3, 4, 5, 2, 1]
 
 
 def test_rows_of_the_whole_model_go_before_the_mean_over_candidates(tmp_path):
@@ -210,7 +208,7 @@ def test_rows_of_the_whole_model_go_before_the_mean_over_candidates(tmp_path):
     metrics.record(2, "val", "6", {"top1": 10, "top5": 20})
     metrics.record(2, "val", "", {"top1": 50, "top5": 60})
     metrics.record(2, "test", "", {"top1": 99, "top5": 99})
-    assert Scoreboard(3, metrics.scores()).best() == [(2, 50, 60), (1, 30, 40)]
+    assert best_epochs(metrics.scores(), 3) == [(2, 50, 60), (1, 30, 40)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ Only the main process watches; on every other one each method of Monitor does no
 
 import functools
 import importlib.metadata
-import math
 import os
 import platform
 import shlex
@@ -23,7 +22,7 @@ from util.errors import UserError, reason
 from util.exchange import write_atomically
 
 from .checkpoint import FORMAT_VERSION
-from .metrics_file import SPLITS, MetricsFile, append
+from .metrics_file import SPLITS, MetricsFile, append, best_epochs
 from .plots import SPLIT_STYLES, name_label, save_curves
 from .wandb_run import choose_wandb, start_wandb
 
@@ -45,15 +44,12 @@ class Monitor:
         folder: the run folder, made where it is missing.
         config: the resolved RunConfig.
         is_main: whether this process is the one that watches.
-        wandb_id: the wandb run to continue, from the checkpoint.
+        wandb_id: of the wandb run to continue; afterwards that of this run, or None.
         resumed_epoch: epochs completed in the checkpoint that the run continues from, 0 for a fresh run.
         device_name, world_size: for the head of the log.
 
-    Attributes:
-        wandb_id: the id of the wandb run, to be stored in checkpoints; None where there is none.
-
     Raises:
-        UserError: where the folder cannot be written or the wandb mode that was asked for cannot be had.
+        UserError: where the folder cannot be written or wandb cannot be had in the mode that was asked for.
     """
 
     def __init__(self, folder, config, is_main, wandb_id=None, resumed_epoch=0, device_name="cpu", world_size=1):
@@ -63,18 +59,18 @@ class Monitor:
             self._open(Path(folder), config, resumed_epoch, device_name, world_size)
 
     def _open(self, folder, config, resumed_epoch, device_name, world_size):
-        self.folder, self.config = folder, config
+        self.folder, self.config, self._finished = folder, config, False
         self._bar = self._wandb = None
         self._drawn = []  # rows that curves.png shows
-        self._finished = False
-        # Refused before anything is written.
-        wandb, mode, remark = choose_wandb(config.wandb)
-        make_folder(folder)
+        wandb, mode, remark = choose_wandb(config.wandb)  # what it refuses comes before anything is written
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot make the run folder ({error.strerror})") from None
         self._log_path = folder / f"{config.name}.log"
         for line in describe_start(device_name, world_size):
             self.log(line)
         self._metrics = MetricsFile(folder / "metrics.csv", resumed_epoch, self.log)
-        self._scoreboard = Scoreboard(config.log.num_best_scores, self._metrics.scores())
         if remark:
             self.log(remark)
         if wandb is not None:
@@ -117,11 +113,8 @@ class Monitor:
         """Iterate under a progress bar on stderr with images per second and the time left.
 
         Args:
-            iterable: the batches.
-            title: what stands before the bar.
             images_per_step: images that all processes together take in one step.
-            total: the number of steps.
-            done: how many of them lie behind already.
+            total, done: the number of steps, and how many of them lie behind already.
         """
         if not self.is_main or not sys.stderr.isatty():
             yield from iterable
@@ -150,9 +143,7 @@ class Monitor:
 
     @main_rank_only
     def epoch(self, epoch, split, figures, bits=None):
-        """Record the figures after `epoch` completed epochs in metrics.csv, the log and wandb.
-
-        There is one row per epoch, split and bits; a second one for the same takes the place of the first.
+        """Record figures in metrics.csv, the log and wandb; a second row for the same takes the place of the first.
 
         Args:
             epoch: the number of completed epochs, 0 before training.
@@ -177,10 +168,10 @@ class Monitor:
 
     @main_rank_only
     def scores(self, epoch, top1, top5):
-        """Put an epoch on the scoreboard, log the best epochs so far, and draw curves.png."""
-        self._scoreboard.add(int(epoch), float(top1), float(top5))
-        for line in self._scoreboard.lines():
-            self.log(line)
+        """Log the best epochs so far, this one included, and draw curves.png."""
+        best = best_epochs(self._metrics.scores() | {epoch: (top1, top5)}, self.config.log.num_best_scores)
+        for place, (number, first, fifth) in enumerate(best, 1):
+            self.log(f"Scoreboard best {place} ==> Epoch [{number}][Top1: {first:.3f}   Top5: {fifth:.3f}]")
         self.save_plots()
 
     @main_rank_only
@@ -257,10 +248,6 @@ def log_start(monitor, start, remark):
         monitor.log(line)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text.
-
-
 def describe_start(device_name, world_size):
     """The lines every start of the program puts at the head of the log: versions, device, command."""
     versions = [f"python {platform.python_version()}"]
@@ -294,43 +281,7 @@ def describe_figure(name, value):
     return f"{value:.4g}" if name == "lr" or 0 < abs(value) < 1e-3 else f"{value:.3f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files of the run folder.
-
-
-def make_folder(folder):
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot make the run folder ({error.strerror})") from None
-
-
 def write_args(folder, config):
     """Write the whole resolved configuration to args.yaml in the run folder."""
     text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
     write_atomically(Path(folder) / "args.yaml", text.encode())
-
-
-class Scoreboard:
-    """The best epochs by top-1; of equal ones the earlier, because that one became the best checkpoint."""
-
-    def __init__(self, size, scores):
-        self.size = size
-        self.entries = dict(scores)
-
-    def add(self, epoch, top1, top5):
-        self.entries[epoch] = (top1, top5)
-
-    def best(self):
-        """[(epoch, top1, top5), ...], the best first."""
-        ranked = sorted(self.entries.items(), key=lambda item: (-comparable(item[1][0]), item[0]))
-        return [(epoch, *score) for epoch, score in ranked[:self.size]]
-
-    def lines(self):
-        return [f"Scoreboard best {place} ==> Epoch [{epoch}][Top1: {top1:.3f}   Top5: {top5:.3f}]"
-                for place, (epoch, top1, top5) in enumerate(self.best(), start=1)]
-
-
-def comparable(number):
-    """NaN compares with nothing and would leave the order to chance."""
-    return -math.inf if math.isnan(number) else number

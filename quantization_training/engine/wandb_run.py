@@ -1,9 +1,6 @@
 """The wandb run of a training. Nothing here asks a question, and nothing here stops a training that has begun."""
 
-import netrc
 import os
-from pathlib import Path
-from urllib.parse import urlsplit
 
 from util.config import to_plain
 from util.errors import UserError, reason
@@ -15,10 +12,7 @@ WANDB_MODE_VARIABLE = {"online": "online", "run": "online", "shared": "online", 
 
 
 def choose_wandb(config):
-    """Decide, without writing anything, whether and how a run is sent to wandb.
-
-    Returns:
-        (the wandb module or None, 'online', 'offline' or 'disabled', a remark for the log or '').
+    """(the wandb module or None; 'online', 'offline' or 'disabled'; a remark for the log or ''). Nothing is written.
 
     Raises:
         UserError: where the mode that the configuration asks for cannot be had.
@@ -55,23 +49,14 @@ def import_wandb():
 def has_credentials(wandb):
     """Whether a key for the wandb server is configured: by environment, wandb's settings, or a netrc file."""
     try:
+        from requests.utils import get_netrc_auth  # wandb brings it along
+
         # Silent from here on: finding a key is announced on stderr otherwise.
         settings = wandb.setup(wandb.Settings(silent=True)).settings
-        named = settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-        return bool(named) or in_netrc(urlsplit(settings.base_url).netloc)
+        return bool(settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+                    or get_netrc_auth(settings.base_url))
     except Exception:  # settings that wandb cannot read will do no better when the run starts
         return False
-
-
-def in_netrc(host):
-    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
-    paths = [Path(path).expanduser() for path in candidates if path]
-    path = paths[0] if os.environ.get("NETRC") else next((path for path in paths if path.exists()), None)
-    try:
-        entry = netrc.netrc(path).authenticators(host) if path else None
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return bool(entry and entry[2])
 
 
 def start_wandb(wandb, mode, folder, config, wandb_id, log):

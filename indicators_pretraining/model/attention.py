@@ -78,14 +78,14 @@ class SelfAttention(nn.Module):
         is_batched = query.dim() == 3
         query, key, value = (self._split(part, is_batched) for part in self._project(query, key, value))
         mask = self._merged_mask(attn_mask, key_padding_mask, query)
-        dropout = self.dropout if self.training else 0.0
         if need_weights:  # arXiv 1706.03762, eq. 1
             scores = query / math.sqrt(self.head_dim) @ key.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), self.dropout, self.training)
             out = weights @ value
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if is_batched else weights.squeeze(0)
         else:
+            dropout = self.dropout if self.training else 0.0
             out, weights = F.scaled_dot_product_attention(query, key, value, mask, dropout), None
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         if not is_batched:

@@ -42,11 +42,7 @@ def load_state(model, state_dict, source, may_lack=lambda name: False):
     """
     own = model.state_dict()
     state_dict = fit(own, state_dict)
-    for name in own:
-        if name not in state_dict and not may_lack(name):
-            raise UserError(f"{source}: the tensor {name} of this network is missing in the checkpoint")
-    for name, tensor in state_dict.items():
-        _check_tensor(own, name, tensor, source)
+    _check_tensors(own, state_dict, source, may_lack)
     marks = {f"{name.removesuffix('.s')}.init_state" for name in state_dict if is_step(name)} - state_dict.keys()
     own.update(state_dict | {mark: torch.ones_like(own[mark]) for mark in marks})
     model.load_state_dict(own)  # own brings the version marks that some modules ask for
@@ -65,32 +61,30 @@ def load_weights(model, state_dict, source, heads=None):
         UserError: naming the source and the first tensor that is missing, extra or of another shape.
     """
     own = model.state_dict()
-    heads = heads or [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1:]
     fitted = fit(own, state_dict)
-    head = {name for name in (*own, *fitted) if is_below(name, heads)}
     steps = [name for name in fitted if is_step(name) and name not in own]
     if steps:
         raise UserError(f"{source}: it is a quantized checkpoint ({steps[0]}), but weights in full precision are needed here; "
                         "joint training goes on from its checkpoints by resume.path, and fine-tuning starts from them by "
                         "init_from and goes on from its own by resume.path")
-    taken, parts = {}, {name.split(".")[0] for name in own}
-    for name, tensor in fitted.items():
-        part = name.split(".")[0]
-        if part.lower().startswith("aux") and part not in parts:
-            continue
-        if name not in head or name not in own or own[name].shape == tensor.shape:
-            _check_tensor(own, name, tensor, source)
-            taken[name] = tensor
-    for name in own:
-        if name not in taken and name not in head and not name.endswith("num_batches_tracked"):
-            raise UserError(f"{source}: the tensor {name} of this network is missing in the file")
+    heads = heads or [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))][-1:]
+    head = {name for name in own if is_below(name, heads)}
+    parts = {name.split(".")[0] for name in own}
+    extra = {name for name in fitted if name.lower().startswith("aux") and name.split(".")[0] not in parts}
+    resized = {name for name in fitted if name in head and own[name].shape != fitted[name].shape}
+    taken = {name: tensor for name, tensor in fitted.items() if name not in extra | resized}
+    _check_tensors(own, taken, source, lambda name: name in head or name.endswith("num_batches_tracked"))
     own.update(taken)
     model.load_state_dict(own)
-    return all(name in taken for name in head if name in own)
+    return head <= taken.keys()
 
 
-def _check_tensor(own, name, tensor, source):
-    if name not in own:
-        raise UserError(f"{source}: the tensor {name} is not part of this network{nearest(name, own)}")
-    if own[name].shape != tensor.shape:
-        raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, this network's is {list(own[name].shape)}")
+def _check_tensors(own, tensors, source, may_lack):
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise UserError(f"{source}: the tensor {name} is not part of this network{nearest(name, own)}")
+        if own[name].shape != tensor.shape:
+            raise UserError(f"{source}: {name} has shape {list(tensor.shape)}, this network's is {list(own[name].shape)}")
+    for name in own:
+        if name not in tensors and not may_lack(name):
+            raise UserError(f"{source}: the tensor {name} of this network is missing in the file")

@@ -1,4 +1,4 @@
-"""Attention taken apart against torch's and torchvision's own modules: outputs, gradients, names of weights."""
+"""Decomposed attention against torch's and torchvision's own modules: outputs, gradients, names of weights."""
 
 import copy
 
@@ -30,8 +30,8 @@ class Holder(nn.Module):
         self.inner = module
 
 
-def apart(module):
-    """The module taken apart, with parameters of its own."""
+def decomposed(module):
+    """The module decomposed, with parameters of its own."""
     return decompose_attention(Holder(copy.deepcopy(module))).inner
 
 
@@ -77,7 +77,7 @@ MASKS = {
 @pytest.mark.parametrize("masks", MASKS)
 def test_masks_layouts_and_weights_are_those_of_the_original(masks, batch_first, need_weights):
     original = multihead(batch_first=batch_first)
-    ours = apart(original)
+    ours = decomposed(original)
     x = torch.randn(*((2, 5) if batch_first else (5, 2)), 12, dtype=torch.float64, requires_grad=True)
     assert isinstance(ours, SelfAttention) and type(ours.in_proj) is type(ours.out_proj) is nn.Linear
     assert_same(original, ours, lambda module: module(x, x, x, need_weights=need_weights, **MASKS[masks])[0], x,
@@ -94,26 +94,26 @@ def test_masks_layouts_and_weights_are_those_of_the_original(masks, batch_first,
 def test_float32_is_the_same_to_1e_6_with_and_without_bias(dtype, bias):
     original = multihead(dtype, bias=bias, batch_first=True)
     x = torch.randn(3, 17, 12, dtype=dtype, requires_grad=True)
-    assert_same(original, apart(original), lambda module: module(x, x, x, need_weights=False)[0], x, dtype=dtype)
+    assert_same(original, decomposed(original), lambda module: module(x, x, x, need_weights=False)[0], x, dtype=dtype)
 
 
 def test_without_a_batch_and_weights_of_every_head():
     original = multihead()
     x = torch.randn(5, 12, dtype=torch.float64)
     for options in ({}, {"average_attn_weights": False}, {"key_padding_mask": torch.tensor([False] * 4 + [True])}):
-        for theirs, ours in zip(original(x, x, x, **options), apart(original)(x, x, x, **options), strict=True):
+        for theirs, ours in zip(original(x, x, x, **options), decomposed(original)(x, x, x, **options), strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_dropout_of_attention_is_drawn_alike(need_weights):
     original = multihead(dropout=0.5, batch_first=True)
-    ours, x, answers = apart(original), torch.randn(2, 5, 12, dtype=torch.float64), []
+    ours, x, outputs = decomposed(original), torch.randn(2, 5, 12, dtype=torch.float64), []
     for module in (original.train(), ours.train()):
         torch.manual_seed(3)
-        answers.append(module(x, x, x, need_weights=need_weights)[0])
-    torch.testing.assert_close(answers[1], answers[0])
-    assert not torch.allclose(answers[1], ours.eval()(x, x, x)[0])
+        outputs.append(module(x, x, x, need_weights=need_weights)[0])
+    torch.testing.assert_close(outputs[1], outputs[0])
+    assert not torch.allclose(outputs[1], ours.eval()(x, x, x)[0])
 
 
 class Between(nn.Module):
@@ -171,7 +171,7 @@ def test_window_attention_is_torchvisions(kind, window, shift, sides, dtype):
     original = kind(12, list(window), list(shift), 3).to(dtype).eval()
     for parameter in original.parameters():
         nn.init.normal_(parameter, std=0.3)
-    ours = apart(original)
+    ours = decomposed(original)
     assert type(ours) is not kind and ours.state_dict().keys() == original.state_dict().keys()
     x = torch.randn(2, *sides, 12, dtype=dtype, requires_grad=True)
     assert_same(original, ours, lambda module: module(x), x, dtype=dtype)
@@ -182,7 +182,7 @@ def test_window_attention_without_biases(kind):
     torch.manual_seed(0)
     original = kind(12, [4, 4], [2, 2], 3, qkv_bias=False, proj_bias=False).double()
     x = torch.randn(2, 8, 8, 12, dtype=torch.float64, requires_grad=True)
-    assert_same(original, apart(original), lambda module: module(x), x, dtype=torch.float64)
+    assert_same(original, decomposed(original), lambda module: module(x), x, dtype=torch.float64)
 
 
 def randomised(model):

@@ -174,12 +174,12 @@ class ByKeyword(nn.Module):
 
 
 class Answers(nn.Module):
-    def __init__(self, answer):
+    def __init__(self, head):
         super().__init__()
-        self.fc, self.answer = nn.Linear(12, 2), answer
+        self.fc, self.head = nn.Linear(12, 2), head
 
     def forward(self, x):
-        return self.answer(self.fc(x.flatten(1)))
+        return self.head(self.fc(x.flatten(1)))
 
 
 @pytest.mark.parametrize(("model", "message"), [
@@ -297,7 +297,7 @@ def test_first_layer_its_batchnorm_and_classifier_are_found(arch, names):
 
 
 class Unordered(nn.Module):
-    """Registered in another order than it is called, ending in a scale; its answer comes from `a` alone."""
+    """Registered in another order than it is called, ending in a scale; its output comes from `a` alone."""
 
     def __init__(self):
         super().__init__()
@@ -318,7 +318,7 @@ def test_a_network_without_convolutions_excepts_its_first_layer():
 
 
 class Branches(nn.Module):
-    """Two convolutions see the image, two linear layers give the answer, and a block's output is added to its input."""
+    """Two convolutions see the image, two linear layers give the output, and a block's output is added to its input."""
 
     def __init__(self):
         super().__init__()
@@ -344,7 +344,7 @@ class Beside(nn.Module):
 
 
 class Residual(nn.Module):
-    """Its answer is a sum that reaches back to the first convolution."""
+    """Its output is a sum that reaches back to the first convolution."""
 
     def __init__(self):
         super().__init__()

@@ -116,7 +116,7 @@ def test_batchnorms_follow_the_bits_of_the_layer_before_them():
     switch = BitSwitch(model, graph, excepts, bits)
     switch.policy({"conv3": 2, "conv1": 3})
     selected = {name: bits[getattr(model, name).index] for name in ("bn1", "bn2", "bn3", "bn4")}
-    assert selected == {"bn1": 2, "bn2": 3, "bn3": 4, "bn4": 4}  # after an exception, or a sum: the widest
+    assert selected == {"bn1": 2, "bn2": 3, "bn3": 4, "bn4": 4}  # after an exception, or a sum: the highest
     assert bits[model.conv3.quan_w_fn.index] == 2 and bits[model.conv1.quan_a_fn.index] == 3
     switch.uniform(3)
     assert {bits[getattr(model, name).index] for name in ("bn1", "bn2", "bn3", "bn4")} == {3}

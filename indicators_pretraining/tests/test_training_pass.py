@@ -43,12 +43,12 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = self.between(self.bn(self.stem(x)).relu())
-        return self.answer(x.mean((2, 3)))
+        return self.output(x.mean((2, 3)))
 
     def between(self, x):
         return self.bn2(self.conv(x)).relu()
 
-    def answer(self, x):
+    def output(self, x):
         return self.fc(x)
 
 
@@ -63,7 +63,7 @@ def checked(model):
 @pytest.mark.parametrize("always", [False, True])
 def test_of_several_outputs_the_first_tensor_is_trained_on(wrap, kind, always):
     class Several(Net):
-        def answer(self, x):
+        def output(self, x):
             return wrap(self.fc(x), x) if self.training or always else self.fc(x)
 
     model, images = Several(), torch.randn(2, 3, SIZE, SIZE)
@@ -73,16 +73,16 @@ def test_of_several_outputs_the_first_tensor_is_trained_on(wrap, kind, always):
     assert torch.equal(model(images), alone(images))
 
 
-@pytest.mark.parametrize(("answer", "message"), [
+@pytest.mark.parametrize(("output", "message"), [
     (lambda net, x: (x, net.fc(x)), r"gives a tuple with a first tensor of shape \[2, 6\] for two images, expected logits"),
     (lambda net, x: {"loss": 1.0}, "gives a dict without a tensor for two images, expected logits of shape"),
     (lambda net, x: None, "gives a NoneType without a tensor"),
     (lambda net, x: net.fc(x)[:1], r"first tensor of shape \[1, 4\]"),
     (lambda net, x: net.missing(x), r"the network fails in training, on two images of 8x8 \(AttributeError: ")])
-def test_a_network_without_logits_in_training_is_refused(answer, message):
+def test_a_network_without_logits_in_training_is_refused(output, message):
     class Odd(Net):
-        def answer(self, x):
-            return answer(self, x) if self.training else self.fc(x)
+        def output(self, x):
+            return output(self, x) if self.training else self.fc(x)
 
     with pytest.raises(UserError, match=message):
         checked(Odd())
@@ -96,7 +96,7 @@ def test_an_auxiliary_head_is_not_trained_in_place_of_the_one_that_is_evaluated(
             super().__init__()
             self.helper = nn.Linear(self.fc.in_features, CLASSES)
 
-        def answer(self, x):
+        def output(self, x):
             logits = self.fc(x)
             return wrap(logits, self.helper(x)) if self.training else logits
 
@@ -113,7 +113,7 @@ def test_layers_that_only_one_of_training_and_evaluation_reaches():
         checked(Elsewhere())
 
     class Helped(Net):
-        def answer(self, x):
+        def output(self, x):
             return self.fc(x) + (self.other(x[:, :, None, None]).mean() if self.training else 0)
 
     assert checked(Helped()) == "reached in training only, and left in full precision: other"
@@ -144,7 +144,7 @@ def test_layers_that_training_skips_at_random_are_reached_by_it_and_no_generator
 
 def test_one_value_per_channel_on_two_images_is_left_to_the_batch_that_is_trained_on():
     class Single(Net):
-        def answer(self, x):
+        def output(self, x):
             return self.fc(self.bn2(x[:1, :, None, None])[:, :, 0, 0]).expand(len(x), -1)
 
     assert checked(Single()) == ""

@@ -99,7 +99,7 @@ def joint(per_channel=False):
 
 
 def steps_of(model, switch, optimizer, count, seed):
-    """The losses at the widest candidate in some joint steps; the images of one class are the brighter ones."""
+    """The losses at the highest bit-width in some joint steps; the images of one class are the brighter ones."""
     draws, losses = torch.Generator().manual_seed(seed), []
 
     def criterion(logits, target):

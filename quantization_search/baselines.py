@@ -18,18 +18,11 @@ class NoneDrawn(Exception):
     """No policy that uses enough of the budgets was found; the message says of which."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reversed: the search with each layer's indicators exchanged.
-
-
 def mirrored(layers, bits):
     """The layers, each with the indicators of its mirror rank: the layer of the smallest mean has those of the largest.
 
-    Weights and activations are ranked apart, by the mean over the candidates in use; equal means rank in network order.
-    The layer at rank r has the whole row of the one at rank L - 1 - r, L the number of layers.
-
-    Args:
-        layers: list of ilp.Layer in network order. bits: the candidates in use; each row has them.
+    Weights and activations are ranked apart, by the mean over the candidates in use; equal means rank in network order. The
+    layer at rank r has the whole row of the one at rank L - 1 - r, L the number of layers.
     """
     weight, act = (_mirrored_rows([getattr(layer, kind) for layer in layers], bits) for kind in ("weight", "act"))
     return [replace(layer, weight=weight[index], act=act[index]) for index, layer in enumerate(layers)]
@@ -38,12 +31,7 @@ def mirrored(layers, bits):
 def _mirrored_rows(rows, bits):
     totals = [sum(Fraction(row.get(bit, 0)) for bit in bits) for row in rows]
     ranked = sorted(range(len(rows)), key=totals.__getitem__)
-    taken = dict(zip(ranked, reversed(ranked), strict=True))
-    return [rows[taken[index]] for index in range(len(rows))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Random: a policy that no indicator decides.
+    return [rows[mirror] for _, mirror in sorted(zip(ranked, reversed(ranked), strict=True))]
 
 
 def draw(problem, seed):
@@ -80,11 +68,7 @@ def draw(problem, seed):
 
 
 def _within_largest(problem, options):
-    """The choices of each group that keep the constraints on a largest use.
-
-    Raises:
-        ilp.Infeasible: naming every constraint, sums too, that no choice keeps.
-    """
+    """The choices of each group that keep the constraints on a largest use; Infeasible names all that no choice keeps."""
     least = [(constraint, _extreme(constraint, options, min)) for constraint in problem.constraints]
     broken = [(constraint, amount) for constraint, amount in least if amount > constraint.bound]
     if broken:

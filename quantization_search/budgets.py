@@ -15,11 +15,7 @@ FIXED_PAIR = (ilp.FIXED_BITS, ilp.FIXED_BITS)
 
 
 def make_constraints(config, layers, bits, network, allowed):
-    """Every budget that is on, as a list of ilp.Constraint.
-
-    Args:
-        allowed: for each layer the indices of the pairs it may take, as find_allowed gives them.
-    """
+    """Every budget that is on, as a list of ilp.Constraint; `allowed` as find_allowed gives it."""
     fixed = network.fixed.values()
     fixed_params = sum(row.params for row in fixed)
     fixed_macs = sum(getattr(row, f"macs_{config.macs}") for row in fixed)
@@ -65,10 +61,6 @@ def check_sparsity(config, network):
         if getattr(config, key) and all(row.sparsity is None for row in network.all_rows()):
             raise UserError(f"{key}: {config.indicators} says nothing of sparsity; expected a layer table with a column "
                             "sparsity")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pins and ties.
 
 
 def find_allowed(config, network, bits):
@@ -138,16 +130,8 @@ def matching(key, pattern, network):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measured times.
-
-
 def find_times(path, network, pairs, allowed):
-    """Times in ms, exactly as written.
-
-    Returns:
-        ([layer][pair] of the searched layers, 0 for pairs that may not be taken; the sum over the fixed layers).
-    """
+    """Times in ms: ([layer][pair] of the searched layers, 0 for pairs that may not be taken; the sum over the fixed ones)."""
     table = read_latency(path, network)
     times = []
     for name, indices in zip(network.rows, allowed, strict=True):
@@ -155,13 +139,11 @@ def find_times(path, network, pairs, allowed):
             if (name, *pairs[index]) not in table:
                 raise UserError(f"{path}: the row {name},{_written(pairs[index])} is missing")
         times.append([table[name, *pair] if index in indices else 0 for index, pair in enumerate(pairs)])
-    fixed = [table.get((name, *FIXED_PAIR)) for name in network.fixed]
-    if any(time is not None for time in fixed):
-        for name, time in zip(network.fixed, fixed, strict=True):
-            if time is None:
-                raise UserError(f"{path}: the row {name},{_written(FIXED_PAIR)} is missing; other fixed layers have theirs")
-        return times, sum(fixed)
-    return times, 0
+    fixed = {name: table.get((name, *FIXED_PAIR)) for name in network.fixed}
+    missing = [name for name, time in fixed.items() if time is None]
+    if missing and len(missing) < len(fixed):
+        raise UserError(f"{path}: the row {missing[0]},{_written(FIXED_PAIR)} is missing; other fixed layers have theirs")
+    return times, 0 if missing else sum(fixed.values())
 
 
 def read_latency(path, network):
@@ -177,22 +159,19 @@ def read_latency(path, network):
     table = {}
     for number, words in enumerate(lines[1:], 2):
         if words:
-            key, milliseconds = _latency_row(f"{path}: line {number}", words, network)
-            if key in table:
-                raise UserError(f"{path}: line {number}: {key[0]},{_written(key[1:])} stands twice")
-            table[key] = milliseconds
+            _add_latency(table, f"{path}: line {number}", [word.strip() for word in words], network)
     return table
 
 
-def _latency_row(where, words, network):
-    words = [word.strip() for word in words]
+def _add_latency(table, where, words, network):
     if len(words) != len(LATENCY_COLUMNS) or not (words[1].isdecimal() and words[2].isdecimal()):
         raise UserError(f"{where}: expected a layer, two bit-widths and a time, found {describe(','.join(words))}")
     name = words[0].removeprefix("module.")
     if name not in network.rows and name not in network.fixed:
-        raise UserError(f"{where}: {name} is not a layer of {network.arch}"
-                        + nearest(name, [*network.rows, *network.fixed]))
+        raise UserError(f"{where}: {name} is not a layer of {network.arch}{nearest(name, [*network.rows, *network.fixed])}")
     milliseconds = exact(f"{where}: ms", words[3])
     if milliseconds < 0:
         raise UserError(f"{where}: ms: found {words[3]}, expected 0 or more")
-    return (name, int(words[1]), int(words[2])), milliseconds
+    key = (name, int(words[1]), int(words[2]))
+    if table.setdefault(key, milliseconds) is not milliseconds:
+        raise UserError(f"{where}: {name},{_written(key[1:])} stands twice")

@@ -179,21 +179,19 @@ def isotonic(indicators, bits):
 def pairs_of(bits):
     """The pairs (weight bits, activation bits) of candidates, in the order of Problem.
 
-    Args:
-        bits: candidates of both, descending; or ([those of weights], [those of activations]). So in all of this file.
+    Here and below, `bits` are candidates of both, descending, or ([those of weights], [those of activations]).
     """
     weight_bits, act_bits = bits if isinstance(bits, tuple) and not isinstance(bits[0], int) else (bits, bits)
     return list(itertools.product(weight_bits, act_bits))
 
 
 def make_problem(layers, bits, alpha, constraints, outliers="erase", allowed=None, groups=None):
-    """The problem for candidates `bits`, descending, with alpha (a Fraction >= 0) as the weight of the weights.
+    """The Problem with alpha (a Fraction >= 0) as the weight of the weights; allowed and groups as there.
 
     An erased candidate adds its penalty (alpha for a weight indicator, 1 for an activation indicator) and nothing else.
 
     Args:
         outliers: "erase" the candidates that `erased` finds, make the sequences "isotonic", or "keep" them as they are.
-        allowed, groups: as in Problem.
     """
     pairs = pairs_of(bits)
     weight_bits, act_bits = (list(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
@@ -273,7 +271,7 @@ def memory_budget(elements, fixed_elements, bits, kind, megabytes):
     """Memory of the layers' inputs at their activation bits: of the largest one, or of all together ("summed").
 
     Args:
-        elements, fixed_elements: per image, one number for each searched and each fixed layer; fixed ones take 8 bits.
+        elements, fixed_elements: of one image, a number for each searched and each fixed layer; fixed ones take 8 bits.
     """
     use = [[count * a for _, a in pairs_of(bits)] for count in elements]
     fixed = [FIXED_BITS * count for count in fixed_elements]
@@ -284,11 +282,10 @@ def memory_budget(elements, fixed_elements, bits, kind, megabytes):
 
 
 def latency_budget(times, fixed_time, milliseconds):
-    """Sum of the times of all layers.
+    """Sum of the times of all layers, in ms, all Fractions.
 
     Args:
-        times: [layer][pair] in ms, Fractions; a pair that may not be taken has 0. fixed_time: of the fixed layers.
-        milliseconds: the limit, a Fraction.
+        times: [layer][pair]; a pair that may not be taken has 0. fixed_time: of the fixed layers.
     """
     unit = math.lcm(Fraction(fixed_time).denominator, *(Fraction(value).denominator for row in times for value in row))
     fixed = int(fixed_time * unit)
@@ -378,11 +375,7 @@ def _minimised(problem, options, more, solver, deadline, before=None):
 
 
 def solution_of(problem, chosen, proven, solver_status, gap, penalty_gap, seed=None):
-    """The Solution with its cost and every constraint worked out anew from the problem, in exact arithmetic.
-
-    Args:
-        chosen: the index of each layer's pair; it has to keep the constraints. The others: as in Solution.
-    """
+    """The Solution in which layers take these pairs; cost and constraints are worked out anew, in exact arithmetic."""
     for constraint in problem.constraints:
         assert constraint.amount(chosen) <= constraint.bound, f"the policy breaks the {constraint.name} constraint"
     pairs = [row[pair] for row, pair in zip(problem.pairs, chosen, strict=True)]
@@ -399,10 +392,10 @@ def _conflict(problem, solver):
     for count in range(1, len(constraints) + 1):
         conflict = []
         for group in itertools.combinations(constraints, count):
-            least = [_least_amount(problem, constraint, group, solver) for constraint in group]
+            least = [(constraint, _least_amount(problem, constraint, group, solver)) for constraint in group]
             if count == len(constraints) or any(amount is not None and amount > constraint.bound
-                                                for amount, constraint in zip(least, group, strict=True)):
-                conflict += zip(group, least, strict=True)
+                                                for constraint, amount in least):
+                conflict += least
                 if count > 1:  # one pair at a time: what each could take holds beside the other one only
                     break
         if conflict:

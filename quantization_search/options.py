@@ -217,10 +217,6 @@ def exact(key, value):
     return Fraction(number)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line.
-
-
 def parse_arguments(description, arguments=None):
     """LIMPQ's flags, and those that came later, as a SearchConfig."""
     parser = Parser(description=description)

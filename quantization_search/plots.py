@@ -25,10 +25,6 @@ FIXED_COLOUR = "0.9"
 MAP_DECADES = 4  # the heat map's colours reach this far below the largest indicator
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A policy.
-
-
 def policy_figure(arch, shares, candidates, indicators, erased, title, fixed=frozenset()):
     """The bits of each layer, its shares of size and BitOPs, and its indicators, in panels one below the other.
 
@@ -216,10 +212,6 @@ def finish_panel(axes, heading, y_label, grid="y"):
 
 def add_legend_beside(axes, handles):
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=SMALL + 0.5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A sweep.
 
 
 def frontier_figure(rows, x_label, y_label, title):

@@ -224,9 +224,6 @@ class _Program:
 
         What is found within a smaller allowance is better than everything beyond it, so small ones are tried first, and
         smaller steps where one turns out too wide.
-
-        Raises:
-            _TooLong: when `limit` steps in all, or the deadline, were reached.
         """
         allowance = self.allowance(known, gain)
         if allowance < 0:
@@ -365,7 +362,7 @@ class _Program:
 
 
 def _ordered_keys(keys, ties, base):
-    """One integer per option whose sums compare like (cost, ties..., option indices); `keys` are integer costs."""
+    """One integer per option, made of its cost in `keys`, so that sums compare like (cost, ties..., option indices)."""
     for table in ties:
         radix = sum(map(max, table)) - sum(map(min, table)) + 1
         keys = [[key * radix + value - min(values) for key, value in zip(row, values, strict=True)]

@@ -58,9 +58,6 @@ def parse(arguments):
     return options
 
 
-# What follows imports the networks only where one is built: --inspect does without torch.
-
-
 def export(options):
     """Write a packed model, and ONNX, from a checkpoint; compare their logits with its own; print what they take."""
     from packed_network import as_checkpoint, load_any, rebuild, with_configuration
@@ -187,7 +184,7 @@ def difference(before, after):
 
 
 def is_rounding(change, before, model, images):
-    """Whether rounding explains that logits differ by `change` from those of `model`, at a policy's bits, `before`.
+    """Whether rounding explains that logits differ by `change` from those of `model`, `before`.
 
     An activation beside a threshold may be rounded to the other integer, and change all that comes after it. So logits may
     differ as they do where the input of each layer is off by a little more than rounding.

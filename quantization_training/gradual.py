@@ -5,11 +5,9 @@ from util import distributed
 
 
 def sparsity_at(time, start, end, initial, final):
-    """The sparsity due at a time: final + (initial - final) * (1 - (time - start) / (end - start))^3 (eq. 1 there).
+    """The sparsity due at a time, in epochs: initial up to `start`, final from `end` on, between them (eq. 1 there)
 
-    Args:
-        time, start, end: in epochs; before start it is `initial`, from end on `final`.
-        initial, final: shares of the prunable weights, or channels, that are removed.
+    final + (initial - final) * (1 - (time - start) / (end - start))^3.
     """
     if time >= end:
         return final
@@ -38,7 +36,7 @@ class GradualPruning(Prunable):
     Args:
         network: the PolicyNetwork; its PrunedParameters get the new masks.
         config: the FinetuneConfig, with prune.target_sparsity.
-        initial: the share that was removed when the run began; None for a run that begins, with the masks as they are.
+        initial: the share that was removed when the run began; None where it begins now.
 
     Raises:
         UserError: where more than the target is removed already, or the target is out of reach.
@@ -56,8 +54,7 @@ class GradualPruning(Prunable):
         """Prune where it is due: every `frequency` steps, at the end of each epoch, and when the end is reached.
 
         Args:
-            epoch, step: those of the step just made; the first are 0.
-            steps: per epoch.
+            epoch, step: those of the step just made; the first are 0. steps: per epoch.
         """
         before, now = epoch + step / steps, epoch + (step + 1) / steps
         if now <= self.start or before >= self.end:

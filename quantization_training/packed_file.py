@@ -92,10 +92,6 @@ class PackedFile:
         return self.size - sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing.
-
-
 def serialize(header, layers, tensors):
     """The bytes of a packed model.
 
@@ -120,10 +116,6 @@ def _with_checksum(data, digits):
     if data[place.stop:place.stop + 2] != b'\\"':
         return None
     return data[:place.start] + digits.encode() + data[place.stop:]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading.
 
 
 def is_packed(path):
@@ -220,10 +212,6 @@ def _check_tensors(layers, tensors):
             raise UserError(f"header and tensors disagree ({name}: no step size fits its weight)")
         if not np.isfinite(step).all() or not step.all():
             raise UserError(f"{name}: a step size is zero or no finite number")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a header may say.
 
 
 def _check_header(header):

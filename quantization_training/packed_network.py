@@ -26,10 +26,6 @@ from util.exchange import FLOAT_BIT, split_arch
 CPU = torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packing.
-
-
 @torch.no_grad()
 def pack_network(network, source):
     """The layers and tensors of a PolicyNetwork on the CPU; `source` says in messages where it comes from.
@@ -109,10 +105,6 @@ def _packed(integers, bits, mask):
         return None, [pack(integers, bits)]
     chart, stream = pack_sparse(integers, mask.numpy(), bits)
     return left, [stream, chart]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Unpacking.
 
 
 def load_any(path):
@@ -199,10 +191,6 @@ def fit_packed(model, content):
     state = model.state_dict()
     for name in _training_only(model) & state.keys():
         content["state_dict"].setdefault(name, torch.ones_like(state[name]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks from files alone.
 
 
 def rebuild(content, path, arch=None):

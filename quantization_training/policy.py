@@ -19,7 +19,6 @@ def resolve_policy(config, names, policy_file=None, checkpoint=None):
     """The policy that a configuration asks for.
 
     Args:
-        config: the FinetuneConfig.
         names: the searchable layers, in network order.
         policy_file: the content of config.policy, as read_policy gives it.
         checkpoint: for evaluation without a policy in the configuration, the checkpoint that carries one.

@@ -17,18 +17,14 @@ CLASS_NAMES = {
 
 
 def describe_preprocessing(config, input_size):
-    """What evaluation does to the images of a dataset, in plain values.
-
-    Args:
-        config: a DataConfig.
-        input_size: height and width of what the network gets.
+    """What evaluation does to the images of a dataset, a DataConfig's; input_size is the height and width of what is left.
 
     Returns:
         {mean, std: of pixels from 0 to 1, per channel; resize: 'crop' (the shorter side, then the middle) or 'square'
         (the whole image); padding: black pixels on each side; grey: whether colours are taken away}.
     """
-    facts = DATASETS[config.dataset]
-    mean, std = (facts.mean, facts.std) if facts.mean else grey_mean_and_std(read_digits(input_size)[0].images)
+    dataset = DATASETS[config.dataset]
+    mean, std = (dataset.mean, dataset.std) if dataset.mean else grey_mean_and_std(read_digits(input_size)[0].images)
     return {"mean": list(config.mean or mean), "std": list(config.std or std),
             "resize": "crop" if config.dataset in ("imagenet", "folder") else "square",
             "padding": FASHION_PADDING if config.dataset == "fashion_mnist" else 0, "grey": config.dataset in GREY}
@@ -47,9 +43,6 @@ def read_image(path, preprocessing, size):
     """An image file as a network gets it: float32 [3, size, size], normalised.
 
     An image that has the size already, with or without its padding, is not resized.
-
-    Raises:
-        UserError: naming a file that cannot be read, as util.datasets.read_rgb does.
     """
     image = read_rgb(path)
     if preprocessing["grey"]:

@@ -30,8 +30,8 @@ def create_criterion(config, teacher=None):
             return loss
         with torch.no_grad():
             wanted = F.log_softmax(teacher(images) / temperature, dim=1)
-        answer = F.log_softmax(logits / temperature, dim=1)
-        distance = F.kl_div(answer, wanted, reduction="batchmean", log_target=True)
+        student = F.log_softmax(logits / temperature, dim=1)
+        distance = F.kl_div(student, wanted, reduction="batchmean", log_target=True)
         return (1 - weight) * loss + weight * temperature**2 * distance
 
     return criterion

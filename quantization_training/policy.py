@@ -42,9 +42,12 @@ def _from_file(config, names, content):
         raise UserError(f"{path}: the policy is for {content['arch']}, but arch is {config.arch}")
     fitted = fit_names(names, content["layer_name"])
     layers = [fitted[name] for name in content["layer_name"]]
-    for name in layers:
-        if name not in names:
-            raise UserError(f"{path}: {name} is no searchable layer of {config.arch}{nearest(name, names)}")
+    strangers = [name for name in layers if name not in names]
+    if strangers:
+        hint = nearest(strangers[0], names)
+        if not hint and 2 * len(strangers) > len(layers):
+            hint = f"; nor are {len(strangers)} of the policy's {len(layers)} layers in all: it is another network's"
+        raise UserError(f"{path}: {strangers[0]} is no searchable layer of {config.arch}{hint}")
     for name in names:
         if name not in layers:
             raise UserError(f"{path}: the policy says nothing of the layer {name} of {config.arch}")

@@ -65,7 +65,8 @@ def complaint(capsys, command, *arguments):
     (["nowhere.yaml"], "nowhere.yaml: cannot read the file"),
     (["epochs=3"], "a configuration file is needed"),
     ([], "required"),
-    (["config.yaml", "--dryrun"], "--dryrun"),
+    (["config.yaml", "--dryrun"], "--dryrun; did you mean '--dry-run'?"),
+    (["config.yaml", "--epochs", "1"], "--epochs 1; a key of the configuration is written without dashes: epochs=1"),
     (["config.yaml", "arch=alexnet"], "the network does not take images of 8x8"),
 ])
 def test_training(folder, capsys, arguments, message):

@@ -236,6 +236,7 @@ BAD_FILES = {
     "not a pickle": (b"importance: high\n", "not an indicators file"),
     "empty": (b"", "not an indicators file"),
     "truncated": (pickle.dumps(content())[:-40], "not an indicators file"),
+    "a checkpoint": (b"PK\5\6" + bytes(18), "is a checkpoint; in indicators_pretraining, python importance_extractor.py"),
     "other content": ([1, 2, 3], "not an indicators file"),
     "NaN": (edited("weight", "module.block.conv2", "3", value=math.nan), "weight: block.conv2: the indicator at 3"),
     "infinite": (edited("act", "module.block.conv2", "3", value=-math.inf), "act: block.conv2: the indicator at 3"),

@@ -8,7 +8,7 @@ import textwrap
 import typing
 
 from util.config import default_of, describe_bounds, expected, load_config
-from util.errors import UserError
+from util.errors import UserError, nearest
 
 KEY = re.compile(r"""("[^"]*"|[^"=/\\])+=""")  # how `dotted.key=value` begins
 YAML_ENDINGS = (".yaml", ".yml")
@@ -22,7 +22,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
-        raise UserError(f"{message} (see --help)")
+        unknown, hint = re.match(r"unrecognized arguments: (--[\w.-]+)(?:[ =](\S+))?", message), ""
+        if unknown:
+            flag, value = unknown[1], unknown[2] or "VALUE"
+            hint = nearest(flag, [known for action in self._actions for known in action.option_strings])
+            if not hint and any(action.dest == "words" for action in self._actions):
+                hint = f"; a key of the configuration is written without dashes: {flag.lstrip('-')}={value}"
+        raise UserError(f"{message}{hint} (see --help)")
 
 
 def add_configuration(parser):

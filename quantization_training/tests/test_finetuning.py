@@ -86,6 +86,8 @@ def test_one_number_is_a_uniform_policy():
 @pytest.mark.parametrize(("change", "message"), [
     ({"arch": "resnet50"}, "is for resnet50, but arch is resnet20"),
     ({"layer_name": ["layer1.0.con1"]}, "layer1.0.con1 is no searchable layer of resnet20; did you mean 'layer1.0.conv1'"),
+    ({"layer_name": ["stem", "a.b", "layer1.0.conv1"]},
+     "stem is no searchable layer of resnet20; nor are 2 of the policy's 3 layers in all: it is another network's"),
     ({"layer_name": ["layer1.0.conv1"]}, "says nothing of the layer layer1.0.conv2")])
 def test_a_policy_of_another_network_is_refused(tmp_path, change, message):
     names = change.get("layer_name", layer_names())

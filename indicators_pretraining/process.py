@@ -1,11 +1,13 @@
 """Joint training: one network learns the step sizes of all candidate bit-widths together."""
 
+from functools import partial
+
 import numpy as np
 import torch.nn.functional as F
 from torch import nn
 
 from engine.loop import Hooks, Training
-from engine.metrics import Metrics, evaluate, evaluate_best
+from engine.metrics import Metrics, describe_accuracy, evaluate, evaluate_best
 from engine.monitor import log_start
 from engine.passes import Passes
 from engine.run_folder import describe_evaluated
@@ -25,8 +27,7 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
     """Add up the gradients of one pass per candidate and, unless it is None, one at the policy `chosen`.
 
     Args:
-        model: the jointly trained network.
-        switch: its BitSwitch.
+        model, switch: the jointly trained network and its BitSwitch.
         images, target: a batch, [batch, 3, height, width] and [batch].
         criterion: loss of (logits, target).
         chosen: {layer: bit} for the last pass, or None.
@@ -77,12 +78,8 @@ def joint_criterion(config):
 
 
 def pretrain(network, loaders, optimizer, config, monitor, folder, start):
-    """Train to the last epoch, validating every candidate at each val_cycle; write a checkpoint after each epoch.
-
-    Args:
-        network: the JointNetwork.
-        start: the ResumeState of this run.
-    """
+    """Train a JointNetwork from a ResumeState to the last epoch, validating every candidate at each val_cycle; write a
+    checkpoint after each epoch."""
     model, switch, last = network.model, network.switch, config.last_epoch
     criterion, layers = joint_criterion(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
@@ -120,15 +117,16 @@ def final_evaluation(network, loaders, config, monitor, folder):
     is off; log it, and write summary.yaml."""
     figures, best = {}, {}
     if config.final_test:
-        figures = evaluate_candidates(network.model, network.switch, loaders.test)
+        test = partial(evaluate_candidates, network.model, network.switch, loaders.test)
+        figures = test()
         for bit, row in figures.items():
             monitor.epoch(config.last_epoch, "test", row, bits=bit)
-        found = evaluate_best(network.model, folder, config.last_epoch,
-                              lambda: evaluate_candidates(network.model, network.switch, loaders.test), figures, monitor)
+        found = evaluate_best(network.model, folder, config.last_epoch, test, figures, monitor)
         if found:
-            best = {"best": {"epoch": found[0], "candidates": {bit: dict(row) for bit, row in found[1].items()}}}
-            for bit, row in found[1].items():
-                monitor.log(f"best on validation (epoch {found[0]}) on the test set at {bit} bits: {describe_figures(row)}")
+            epoch, reached = found
+            best = {"best": {"epoch": epoch, "candidates": {bit: dict(row) for bit, row in reached.items()}}}
+            for bit, row in reached.items():
+                monitor.log(f"best on validation (epoch {epoch}) on the test set at {bit} bits: {describe_accuracy(row)}")
     if distributed.is_main():
         folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, "candidates": figures,
                           **best})
@@ -140,24 +138,20 @@ def evaluate_only(network, loaders, found):
         print(describe_evaluated(found.path, found.content))
     for bit, row in evaluate_candidates(network.model, network.switch, loaders.test).items():
         if distributed.is_main():
-            print(f"{found.path} at {bit} bits: {describe_figures(row)}")
-
-
-def describe_figures(row):
-    return "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}".format(**row)
+            print(f"{found.path} at {bit} bits: {describe_accuracy(row)}")
 
 
 def dry_run(network, loaders, optimizer, config):
     """Compute one batch and report sizes; nothing is written."""
     network.model.train()
-    switch, facts = network.switch, network.metadata
+    switch, metadata = network.switch, network.metadata
     images, target = next(iter(loaders.train))
     metrics = {candidate: Metrics(images.device) for candidate in config.passes}
     chosen = random_policy(list(switch.layers), switch.bits, config.seed, 0, 0) if config.random_pass else None
     joint_step(network.model, switch, images, target, joint_criterion(config), optimizer, chosen,
                config.in_place_distillation, metrics, network.passes)
-    layers, size = [*facts["layers"].values(), *facts["fixed"].values()], facts["input_size"]
-    report = [f"{config.arch}: {len(facts['layers'])} searchable layers, {len(facts['fixed'])} fixed; "
+    layers, size = [*metadata["layers"].values(), *metadata["fixed"].values()], metadata["input_size"]
+    report = [f"{config.arch}: {len(metadata['layers'])} searchable layers, {len(metadata['fixed'])} fixed; "
               f"{sum(row['params'] for row in layers) / 1e6:.3f} M weights, "
               f"{sum(row['macs_exact'] for row in layers) / 1e6:.1f} M MACs at {size}x{size}",
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(images.shape)}, "

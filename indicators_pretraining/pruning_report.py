@@ -3,18 +3,16 @@
 import csv
 import os
 
-import yaml
-
 from engine.run_folder import read_summary
 from quan.cost import full_precision_cost, nonzero_macs
 from sparsity.masks import weights_left
-from util import distributed
 from util.exchange import write_atomically
 from util.figures import clear_panel, new_figure, save_figure
 from util.tables import csv_text
 
 COLUMNS = ("level", "removed", "sparsity", "loss", "top1", "top5", "size_mb", "sparse_size_mb", "sparse_ratio", "macs",
            "nonzero_macs")
+WHOLE = ("level", "macs", "nonzero_macs")  # numbers
 PER_LAYER = "sparsity."  # begins the name of a column that belongs to one layer
 
 
@@ -52,17 +50,22 @@ def write(folder, title, rows):
     draw(os.path.join(folder, "pruning.png"), title, rows)
 
 
+def _read_row(texts):
+    try:
+        return {column: (int if column in WHOLE else float)(text) for column, text in texts.items()}
+    except (ValueError, TypeError):
+        return None
+
+
 def read(folder, graph):
     """{level: row} of pruning.csv, without rows that cannot be read; {} where it is missing or another network's."""
     try:
         with open(os.path.join(folder, "pruning.csv"), encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            if reader.fieldnames != columns_of(graph.layers):
-                return {}
-            rows = [_read_row(row) for row in reader]
+            rows = list(filter(None, map(_read_row, reader))) if reader.fieldnames == columns_of(graph.layers) else []
     except (OSError, UnicodeDecodeError, csv.Error):
         return {}
-    return {row["level"]: row for row in rows if row is not None}
+    return {row["level"]: row for row in rows}
 
 
 def is_complete(folder, graph, last_level):
@@ -71,20 +74,10 @@ def is_complete(folder, graph, last_level):
     return set(read(folder, graph)) == set(range(last_level + 1)) and len(levels) == last_level + 1
 
 
-def _read_row(texts):
-    whole = ("level", "macs", "nonzero_macs")
-    try:
-        return {column: int(text) if column in whole else float(text) for column, text in texts.items()}
-    except (ValueError, TypeError):
-        return None
-
-
-def summarise(path, config, rows):
+def summarise(folder, config, rows):
     """Write summary.yaml: the levels without their layers."""
-    if distributed.is_main():
-        levels = [{column: row[column] for column in COLUMNS} for row in rows]
-        facts = {"name": config.name, "arch": config.arch, "epochs_per_level": config.epochs, "levels": levels}
-        write_atomically(path, yaml.safe_dump(facts, sort_keys=False).encode())
+    levels = [{column: row[column] for column in COLUMNS} for row in rows]
+    folder.summarise({"name": config.name, "arch": config.arch, "epochs_per_level": config.epochs, "levels": levels})
 
 
 def draw(path, title, rows):

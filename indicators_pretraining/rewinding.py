@@ -6,7 +6,6 @@ smallest of the weights that are left, loads that early state back, and trains w
 
 import os
 import re
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 
@@ -28,15 +27,8 @@ HARMLESS = ("quan.", "target_bits", "in_place_distillation", "random_pass", "wei
 HARMLESS_WHILE_DENSE = ("prune.method", "prune.type", "prune.scope", "prune.amount", "prune.excepts")
 
 
-@dataclass(frozen=True)
-class PruningFolder:
+class PruningFolder(RunFolder):
     """`<output_dir>/<name>_pruning/`: a checkpoint for each level, and the early state that all of them go back to."""
-
-    path: str
-
-    @classmethod
-    def of(cls, config):
-        return cls(RunFolder.of(config).path)
 
     def level(self, number):
         return os.path.join(self.path, f"level_{number}_checkpoint.pth.tar")
@@ -44,10 +36,6 @@ class PruningFolder:
     @property
     def rewind(self):
         return os.path.join(self.path, "rewind_checkpoint.pth.tar")
-
-    @property
-    def summary(self):
-        return os.path.join(self.path, "summary.yaml")
 
     def newest_level(self):
         """The number of the newest level that left a checkpoint, or None."""
@@ -130,7 +118,8 @@ class Pruning:
                 break
             level += 1
             start = self.begin(level, distributed.on_main(self.schedule.masks_for, level, self.pruned.masks))
-        pruning_report.summarise(self.folder.summary, self.config, self.rows)
+        if distributed.is_main():
+            pruning_report.summarise(self.folder, self.config, self.rows)
 
     def begin(self, level, masks):
         """Load the early state back, unless the method goes on without, and apply the new masks; return the ResumeState."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from engine.interruption import watched
 from engine.loop import Hooks, Training, grouped, training_step
-from engine.metrics import Metrics, evaluate, evaluate_best, evaluation_mode
+from engine.metrics import Metrics, describe_accuracy, evaluate, evaluate_best, evaluation_mode
 from engine.monitor import log_start
 from engine.run_folder import describe_evaluated
 from quan.utils import BATCHNORM, weights_quantized_once
@@ -140,7 +140,7 @@ def final_evaluation(network, loaders, config, monitor, folder):
         if found:
             best = {"best": {"epoch": found[0], **found[1]}}
             if found[0] != config.last_epoch:
-                monitor.log(f"best on validation (epoch {found[0]}) on the test set: {describe_figures(found[1])}")
+                monitor.log(f"best on validation (epoch {found[0]}) on the test set: {describe_accuracy(found[1])}")
     monitor.log(f"{which}{' on the test set' if figures else ''}: {report(figures, network.cost)}")
     if distributed.is_main():
         folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, **figures, **network.cost,
@@ -149,11 +149,7 @@ def final_evaluation(network, loaders, config, monitor, folder):
 
 def report(figures, cost):
     """Accuracy, where there are figures of it, size and BitOPs on one line."""
-    return "  ".join(filter(None, [describe_figures(figures), describe_cost(cost, "  ")]))
-
-
-def describe_figures(figures):
-    return "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}".format(**figures) if figures else ""
+    return "  ".join(([describe_accuracy(figures)] if figures else []) + [describe_cost(cost, "  ")])
 
 
 def describe_cost(cost, separator):

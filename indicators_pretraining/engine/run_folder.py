@@ -17,7 +17,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 
 BEST, LAST = "_best.pth.tar", "_checkpoint.pth.tar"
 KINDS = {BEST: "the best on validation", LAST: "the last"}
-OTHER_FILE = re.compile(r"(epoch|level)_\d+_checkpoint\.pth\.tar$")
+BEST_OR_LAST = re.compile(r"(?!.*(?:epoch|level)_\d+_checkpoint\.pth\.tar$)(.*)(_best\.pth\.tar|_checkpoint\.pth\.tar)")
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class RunFolder:
     def summary(self):
         return os.path.join(self.path, "summary.yaml")
 
-    def summarise(self, facts):
+    def summarise(self, results):
         """Write summary.yaml, the results of a finished run, from plain values."""
-        write_atomically(self.summary, yaml.safe_dump(facts, sort_keys=False).encode())
+        write_atomically(self.summary, yaml.safe_dump(results, sort_keys=False).encode())
 
     def epoch(self, number):
         return os.path.join(self.path, f"{self.name}_epoch_{number}_checkpoint.pth.tar")
@@ -75,25 +75,20 @@ class RunFolder:
 
 def describe_evaluated(path, content):
     """A line on which checkpoint of its run is evaluated, the best or the last, and what the other one is."""
-    own, epoch = _kind(path), content.get("epoch")
+    epoch, match = content.get("epoch"), BEST_OR_LAST.fullmatch(path)
     if epoch is None:
         return f"{path}: a packed model" if "packed" in content else f"{path}: a checkpoint that does not say its epoch"
-    if own is None:
+    if not match:
         return f"{path}: a checkpoint after epoch {epoch}"
-    other = path.removesuffix(own) + next(suffix for suffix in KINDS if suffix != own)
+    own, other = match[2], LAST if match[2] == BEST else BEST
     try:
-        there = load_checkpoint(other).get("epoch")
+        there = load_checkpoint(match[1] + other).get("epoch")
     except UserError:
         there = None
     if there == epoch:
         return f"{path}: {KINDS[BEST]} and {KINDS[LAST]}, epoch {epoch}"
-    rest = f"; {KINDS[_kind(other)]} is {os.path.basename(other)}, epoch {there}" if there is not None else ""
+    rest = f"; {KINDS[other]} is {os.path.basename(match[1]) + other}, epoch {there}" if there is not None else ""
     return f"{path}: {KINDS[own]}, epoch {epoch}{rest}"
-
-
-def _kind(path):
-    """Which of KINDS a file is by its name; None where it is neither."""
-    return next((suffix for suffix in KINDS if path.endswith(suffix)), None) if not OTHER_FILE.search(path) else None
 
 
 def copy_file(source, target):

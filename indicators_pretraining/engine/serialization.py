@@ -56,7 +56,7 @@ OURS = frozenset({"version", "arch", "state_dict", "config", "random_states"})  
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes. Errors here do not name the file; checkpoint.py does.
+# Bytes. Errors do not name the file here; checkpoint.py does.
 
 
 def pack(content):
@@ -70,12 +70,9 @@ def pack(content):
 
 
 def unpack(data, name):
-    """What the bytes of a checkpoint hold, on the CPU, and whether they carry a checksum. No code in them is run.
+    """(what the bytes of a checkpoint, or of safetensors, hold, on the CPU; whether they carry a checksum).
 
-    Safetensors are read as well, as a dict of tensors.
-
-    Args:
-        name: of the file, for advice.
+    No code in them is run. `name` of the file stands in advice.
 
     Raises:
         UserError: on damage and on what is more than tensors and plain containers.
@@ -162,12 +159,8 @@ def check_globals(stream, name):
 
 
 def check_values(content, size):
-    """Refuse what is nested without end, and tensors that claim more than the file's bytes or are of another kind.
-
-    Args:
-        content: what torch read. Written out without aliases, it has to stay small: whoever reads it may do so.
-        size: of the file, in bytes.
-    """
+    """Refuse what is nested without end, or large when it is written out without aliases, as whoever reads it may do, and
+    tensors that claim more than the `size` of the file in bytes or are of another kind."""
     counted = itertools.count(1)
 
     def visit(value, level):

@@ -237,7 +237,7 @@ def test_a_single_bit_width_without_the_random_pass_is_trained_to_its_indicators
     assert summary["best"] == {"epoch": 1, "candidates": summary["candidates"]} and summary["candidates"].keys() == {4}
     main.main(["config.yaml", *idle, "eval=true"])
     assert capsys.readouterr().out.splitlines()[-1].endswith(
-        f"best.pth.tar at 4 bits: {process.describe_figures(summary['candidates'][4])}")
+        f"best.pth.tar at 4 bits: {process.describe_accuracy(summary['candidates'][4])}")
     importance_extractor.main(["results/indicators/indicators_checkpoint.pth.tar", "--output", "i.pkl"])
     content = read_indicators("i.pkl")
     assert content["bits"] == [4] and all(row.keys() == {4} for kind in ("weight", "act") for row in content[kind].values())

@@ -67,12 +67,7 @@ class Hooks:
 
 
 class Training:
-    """Trains a network epoch by epoch, writing what an exact resume needs, and stopping where a signal asks for it.
-
-    Args:
-        model, optimizer, loader, config, monitor: those of the run.
-        hooks: the Hooks of the stage.
-    """
+    """Trains a network epoch by epoch, writing what an exact resume needs, and stopping where a signal asks for it."""
 
     def __init__(self, model, optimizer, loader, config, monitor, hooks):
         self.model, self.optimizer, self.loader, self.config, self.monitor = model, optimizer, loader, config, monitor

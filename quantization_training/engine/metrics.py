@@ -34,6 +34,10 @@ class Metrics:
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
 
 
+def describe_accuracy(figures):
+    return "loss {loss:.4f}  top-1 {top1:.3f}  top-5 {top5:.3f}".format(**figures)
+
+
 @contextlib.contextmanager
 def evaluation_mode(model):
     """Evaluation mode for every module; afterwards each is put back into the mode it was in."""
@@ -58,15 +62,12 @@ def evaluate(model, loader):
 
 
 def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
-    """What the best checkpoint's weights reach, and their epoch; the model is left as it was.
+    """(epoch, figures) of the best checkpoint; None where no epoch counted as the best, or it cannot be read, which is logged.
 
     Args:
+        model: the network, which is left as it was.
         evaluate_model: gives the figures of the model as it is.
         figures: those of the last epoch, which are taken where it is the best one.
-        monitor: where to log that the best checkpoint cannot be read.
-
-    Returns:
-        (epoch, figures); None where no epoch counted as the best, or its checkpoint cannot be read.
     """
     try:
         content = distributed.on_main(load_checkpoint, folder.best) if distributed.on_main(os.path.exists, folder.best) else {}

@@ -2,27 +2,26 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from util.config import describe
-from util.errors import UserError, nearest
+from util.errors import UserError, naming, nearest
 from util.exchange import fit_names, same_arch, split_arch
 
 DEFAULT_ARCH = "resnet50"
 INPUT_SIZE, CLASSES = 224, 1000  # of ImageNet
 CIFAR = {"resnet20": (32, 10)}  # networks for smaller images: input size and classes
-TABLES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tables.json")
+TABLES = Path(__file__).with_name("tables.json")
 LARGEST_COUNT = 10**15
-COUNTS = ("groups", "macs_published", "macs_exact", "params", "act_elements")
 
 
 @dataclass(frozen=True)
 class Row:
     """One layer of the table: its weight shape, MACs per image by both counts, weights, and elements of its input.
 
-    signed: {'weight': bool, 'act': bool}, whether the quantizers' ranges have negative values.
-    sparsity: share of the weights that are zero, from 0 to 1; None where the table does not say.
+    signed: {'weight': bool, 'act': bool}, whether the quantization ranges have negative values; None: unknown.
+    sparsity: share of the weights that are zero, from 0 to 1; None: unknown.
     """
 
     kind: str
@@ -37,7 +36,7 @@ class Row:
 
     @property
     def nonzero(self):
-        """Number of weights that are not zero: all of them where the table does not say."""
+        """Number of weights that are not zero: all of them where the sparsity is unknown."""
         return round(self.params * (1 - (self.sparsity or 0)))
 
     def nonzero_macs(self, count):
@@ -54,8 +53,8 @@ class Row:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """rows: {name: Row} of the layers to be searched, in network order; fixed: {name: Row} of those at 8 bits. products:
-    MACs of matrix products that are no layer's, those of attention, which are in full precision and in no BitOPs."""
+    """rows: {name: Row} of the layers to be searched, in network order; fixed: {name: Row} of those at 8 bits.
+    non_layer_macs: of matrix products such as those of attention, which are in full precision and in no BitOPs."""
 
     arch: str
     rows: dict
@@ -72,44 +71,34 @@ class SearchSpace:
 
 
 def find_network(path, indicators, model=None):
-    """The network that the indicators file at `path` speaks of.
+    """The SearchSpace of the network that the indicators file at `path` speaks of.
 
     Args:
-        path: for messages.
-        indicators: what read_indicators gives; its table, where there is one, goes before building the model.
+        indicators: what read_indicators gives; its table, where there is one, spares building the model. Its layers get, in
+            place, the names that they have in the network.
         model: the architecture the user named, or None.
 
     Raises:
         UserError: on a bad table, another architecture, or layers that do not match.
     """
     arch = check_arch(path, indicators, model)
-    if "layers" in indicators:
-        rows = _checked_rows(path, "layers", indicators["layers"])
-        fixed = _checked_rows(path, "fixed", indicators.get("fixed", {}))
-    else:
-        rows, fixed = _rows_of_model(path, indicators, arch, model), {}
-    _rename(indicators, rows)
-    names = indicators["layer_name"]
-    for name in names:
-        if not name.isprintable() or not name:
-            raise UserError(f"{path}: layer_name: {name!r} is not a layer name")
-        if name not in rows:
-            raise UserError(f"{path}: layer_name: {name} is not a layer of {arch}{nearest(name, rows)}")
-        if name in fixed:
-            raise UserError(f"{path}: fixed: {name} is among the searched layers too")
-    others = {name: row for name, row in rows.items() if name not in names}
-    if "layers" in indicators and others:
-        raise UserError(f"{path}: layers: {next(iter(others))} has no indicators{nearest(next(iter(others)), names)}")
-    _check_ends(path, rows, others)
-    return SearchSpace(arch, {name: rows[name] for name in names}, fixed | others, _checked_products(path, indicators))
-
-
-def _rename(indicators, rows):
-    """Give the layers of an indicators file that was written elsewhere the names they have in the network, in place."""
-    names = fit_names(rows, indicators["layer_name"])
-    indicators["layer_name"] = list(names.values())
-    for kind in ("weight", "act"):
-        indicators[kind] = {names[name]: row for name, row in indicators[kind].items()}
+    rows = None if "layers" in indicators else _rows_of_model(path, indicators, arch, model)
+    with naming(path):
+        fixed = {} if rows else _checked_rows("fixed", indicators.get("fixed", {}))
+        rows = rows or _checked_rows("layers", indicators["layers"])
+        names = fit_names(rows, indicators["layer_name"])
+        indicators["layer_name"] = list(names.values())
+        for kind in ("weight", "act"):
+            indicators[kind] = {names[name]: row for name, row in indicators[kind].items()}
+        others = _check_names(indicators, arch, rows, fixed)
+        products = indicators.get("products", {})
+        if not isinstance(products, dict):
+            raise UserError(f"products: expected a table {{module: MACs}}, found {describe(products)}")
+        for name, macs in products.items():
+            if not is_count(macs):
+                raise UserError(f"products: {describe(name)}: found {describe(macs)}, expected a positive whole number")
+    searched = {name: rows[name] for name in indicators["layer_name"]}
+    return SearchSpace(arch, searched, fixed | others, sum(products.values()))
 
 
 def check_arch(path, indicators, model):
@@ -117,20 +106,31 @@ def check_arch(path, indicators, model):
     arch = indicators.get("arch")
     if arch is None:
         return model or DEFAULT_ARCH
-    if not isinstance(arch, str) or not arch or not arch.isprintable():
+    if not is_layer_name(arch):
         raise UserError(f"{path}: arch: found {describe(arch)}, expected the name of a network")
     if model is not None and not same_arch(model, arch):
         raise UserError(f"model: found {model!r}, but the indicators in {path} are those of {arch!r}")
     return arch
 
 
-def _check_ends(path, rows, others):
-    """A model's own layers without indicators can only be the first and the last; a table says itself what is fixed."""
-    ends = [next(iter(rows)), next(reversed(rows))]
+def _check_names(indicators, arch, rows, fixed):
+    """{name: Row} of the layers without indicators. They are a model's own first and last one; a table lists them as fixed."""
+    names = indicators["layer_name"]
+    for name in names:
+        if not is_layer_name(name):
+            raise UserError(f"layer_name: {name!r} is not a layer name")
+        if name not in rows:
+            raise UserError(f"layer_name: {name} is not a layer of {arch}{nearest(name, rows)}")
+        if name in fixed:
+            raise UserError(f"fixed: {name} is among the searched layers too")
+    others = {name: row for name, row in rows.items() if name not in names}
     for name in others:
-        if name not in ends:
-            raise UserError(f"{path}: layer_name: no indicators for the layer {name}, which is neither the first layer "
-                            "of the network nor the last")
+        if "layers" in indicators:
+            raise UserError(f"layers: {name} has no indicators{nearest(name, names)}")
+        if name not in (next(iter(rows)), next(reversed(rows))):
+            raise UserError(f"layer_name: no indicators for the layer {name}, which is neither the first layer of the network "
+                            "nor the last")
+    return others
 
 
 def _rows_of_model(path, indicators, arch, model):
@@ -148,8 +148,7 @@ def _rows_of_model(path, indicators, arch, model):
 
 def read_tables():
     """{arch: {layer: Row}} of the networks whose tables lie in the repository, at their usual input size."""
-    with open(TABLES, encoding="utf-8") as file:
-        content = json.load(file)
+    content = json.loads(TABLES.read_text(encoding="utf-8"))
     return {arch: {name: Row(**dict(zip(content["columns"], values, strict=True))) for name, values in rows.items()}
             for arch, rows in content["networks"].items()}
 
@@ -166,63 +165,63 @@ def trace_rows(arch, size, classes, where="model"):
     return {name: Row(**call.as_row()) for name, call in graph.layers.items()}
 
 
-def _checked_rows(path, key, table):
+# ---------------------------------------------------------------------------------------------------------------------
+# A table from outside.
+
+
+def is_layer_name(value):
+    return isinstance(value, str) and value.isprintable() and value != ""
+
+
+def is_count(value):
+    return type(value) is int and 0 < value <= LARGEST_COUNT
+
+
+def is_shape(value):
+    return isinstance(value, (list, tuple)) and 2 <= len(value) <= 5
+
+
+def is_signed(value):
+    return value is None or (isinstance(value, dict) and value.keys() == {"weight", "act"}
+                             and all(type(signed) is bool for signed in value.values()))
+
+
+COLUMNS = {"kind": (lambda value: value in ("conv", "linear"), "'conv' or 'linear'"),
+           "shape": (is_shape, "the shape of the weight"),
+           **dict.fromkeys(("groups", "macs_published", "macs_exact", "params", "act_elements"),
+                           (is_count, "a positive whole number")),
+           "signed": (is_signed, "{'weight': True, 'act': True or False}"),
+           "sparsity": (lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1),
+                        "a share from 0 to 1")}
+
+
+def _checked_rows(key, table):
     if not isinstance(table, dict):
-        raise UserError(f"{path}: {key}: expected a table {{layer: row}}, found {describe(table)}")
+        raise UserError(f"{key}: expected a table {{layer: row}}, found {describe(table)}")
     rows = {}
     for name, row in table.items():
-        if not isinstance(name, str) or not name.isprintable() or not name:
-            raise UserError(f"{path}: {key}: {describe(name)} is not a layer name")
-        rows[name.removeprefix("module.")] = _checked_row(f"{path}: {key}: {name}", row)
+        if not is_layer_name(name):
+            raise UserError(f"{key}: {describe(name)} is not a layer name")
+        with naming(f"{key}: {name}"):
+            rows[name.removeprefix("module.")] = _checked_row(row)
     return rows
 
 
-def _checked_products(path, indicators):
-    """The sum of the MACs of products that are no layer's, as an indicators file gives them by module."""
-    products = indicators.get("products", {})
-    if not isinstance(products, dict):
-        raise UserError(f"{path}: products: expected a table {{module: MACs}}, found {describe(products)}")
-    for name, macs in products.items():
-        _check_count(f"{path}: products: {describe(name)}", macs)
-    return sum(products.values())
-
-
-def _checked_row(where, row):
+def _checked_row(row):
     """A Row from a mapping that came from outside."""
-    known = Row.__dataclass_fields__
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a row of the layer table, found {describe(row)}")
-    for field in row:
-        if field not in known:
-            raise UserError(f"{where}: {describe(field)} is not a column of the layer table{nearest(field, known)}")
-    for field in ("kind", "shape", *COUNTS):
-        if field not in row:
-            raise UserError(f"{where}: {field} is missing")
-    if row["kind"] not in ("conv", "linear"):
-        raise UserError(f"{where}: kind: found {describe(row['kind'])}, expected 'conv' or 'linear'")
-    for field in COUNTS:
-        _check_count(f"{where}: {field}", row[field])
-    _check_shape(where, row)
-    signed = row.get("signed")
-    if signed is not None and (not isinstance(signed, dict) or signed.keys() != {"weight", "act"}
-                               or not all(type(value) is bool for value in signed.values())):
-        raise UserError(f"{where}: signed: found {describe(signed)}, expected {{'weight': True, 'act': True or False}}")
-    sparsity = row.get("sparsity")
-    if sparsity is not None and (type(sparsity) not in (int, float) or not 0 <= sparsity <= 1):
-        raise UserError(f"{where}: sparsity: found {describe(sparsity)}, expected a share from 0 to 1")
+        raise UserError(f"expected a row of the layer table, found {describe(row)}")
+    for column in row:
+        if column not in COLUMNS:
+            raise UserError(f"{describe(column)} is not a column of the layer table{nearest(column, COLUMNS)}")
+    for column, (fits, wanted) in COLUMNS.items():
+        if column not in row and column not in ("signed", "sparsity"):
+            raise UserError(f"{column} is missing")
+        if column in row and not fits(row[column]):
+            raise UserError(f"{column}: found {describe(row[column])}, expected {wanted}")
+    for length in row["shape"]:
+        if not is_count(length):
+            raise UserError(f"shape: found {describe(length)}, expected a positive whole number")
+    if math.prod(row["shape"]) != row["params"]:
+        raise UserError(f"params: found {row['params']}, but the shape {list(row['shape'])} has {math.prod(row['shape'])}")
     return Row(**row)
-
-
-def _check_count(where, value):
-    if type(value) is not int or not 0 < value <= LARGEST_COUNT:
-        raise UserError(f"{where}: found {describe(value)}, expected a positive whole number")
-
-
-def _check_shape(where, row):
-    shape = row["shape"]
-    if not isinstance(shape, (list, tuple)) or not 2 <= len(shape) <= 5:
-        raise UserError(f"{where}: shape: found {describe(shape)}, expected the shape of the weight")
-    for length in shape:
-        _check_count(f"{where}: shape", length)
-    if math.prod(shape) != row["params"]:
-        raise UserError(f"{where}: params: found {row['params']}, but the shape {list(shape)} has {math.prod(shape)}")

@@ -33,37 +33,35 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class DenseNetwork:
-    """A full-precision network, its graph, its passes in training, and what is pruned of it."""
+    """A full-precision network."""
 
     model: nn.Module
     graph: Graph
-    passes: Passes
+    passes: Passes  # in training
     pruned: PrunedParameters
 
 
 @dataclass(frozen=True)
 class JointNetwork:
-    """A network with quantized layers for all candidates, the switch between them, its passes in training, what is pruned of
-    it, its description for later stages (bits, num_classes, input_size, layers, fixed, products, batchnorms, masks), a
-    remark on exceptions and on what is left alone, or '', and the configuration with its exceptions named."""
+    """A network with quantized layers for all candidates."""
 
     model: nn.Module
     switch: BitSwitch
-    passes: Passes
+    passes: Passes  # in training
     pruned: PrunedParameters
-    description: dict
-    remark: str
-    config: IndicatorsConfig
+    description: dict  # what describe_network gives
+    remark: str  # on exceptions and on what is left alone, or ''
+    config: IndicatorsConfig  # with its exceptions named
 
     @property
     def metadata(self):
-        """What travels in the checkpoint: the description, with the signs of activations as they are decided by now."""
+        """What the checkpoint holds besides tensors; the signedness of activations is what is decided by now."""
         signed = signedness_in_use(self.model)
         return {**self.description, "layers": with_signedness(self.description["layers"], signed), "signed": signed}
 
 
 def build_dense(config, num_classes, input_size, found, device):
-    """Build the full-precision network of a configuration; the arguments are those of build_network."""
+    """Build the DenseNetwork of a configuration; the arguments are those of build_network."""
     model, graph, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained, config.init_from, found)
     to_device(model, device, graph)
     distributed.broadcast_model(model)
@@ -71,11 +69,9 @@ def build_dense(config, num_classes, input_size, found, device):
 
 
 def build_network(config, num_classes, input_size, found, device):
-    """Build the jointly trained network of a configuration.
+    """Build the JointNetwork of an IndicatorsConfig.
 
     Args:
-        config: the IndicatorsConfig.
-        num_classes, input_size: of the data.
         found: the ResumeCheckpoint that is going to be loaded into it, or None; initial weights are then not needed.
         device: where the network is to live.
 
@@ -121,8 +117,7 @@ def clamp_external_steps(found, config):
 
 
 def with_signedness(layers, signed):
-    """The table of layers with the signs of their weights and activations; signed: {layer: whether its activations are},
-    where that is decided."""
+    """The table of layers with the signedness of weights and activations; signed: {layer: whether its input is signed}."""
     return {name: {**row, "signed": {"weight": True, "act": signed.get(name, False)}} for name, row in layers.items()}
 
 

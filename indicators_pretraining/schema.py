@@ -1,12 +1,13 @@
 """What a configuration file of this stage may say: LIMPQ's keys, and those that are new here."""
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Literal
 
 from engine.optim import check_schedule
 from engine.schema import NAME, RunConfig
-from util.config import option
+from util.config import option, refuse_if
 from util.errors import UserError
 
 RANDOM = "random"  # stands for a bit-width drawn for each layer
@@ -37,14 +38,9 @@ class PruneConfig:
         None, help="Layers that are not pruned; [] for none; blank: the first convolution and the classifier.")
 
     def __post_init__(self):
-        if isinstance(self.amount, list):
-            if not self.amount:
-                raise UserError("amount: found an empty list, expected one share per level")
-            for amount in self.amount:
-                if not 0 < amount < 1:
-                    raise UserError(f"amount: found {amount}, allowed is above 0 and below 1")
-        if self.levels is not None and self.target_sparsity is not None:
-            raise UserError("target_sparsity: levels says where to stop already; give one of the two")
+        refuse_if(self.amount == [], "amount: found an empty list, expected one share per level")
+        refuse_if(self.levels is not None and self.target_sparsity is not None,
+                  "target_sparsity: levels says where to stop already; give one of the two")
         if isinstance(self.amount, list) and (self.levels or 0) > len(self.amount):
             raise UserError(f"amount: found {len(self.amount)} shares for {self.levels} levels")
 
@@ -63,10 +59,7 @@ class PruneConfig:
         if self.method != "one_shot":
             return None
         amounts = self.amount[:self.levels] if isinstance(self.amount, list) else [self.amount] * self.levels
-        left = Fraction(1)
-        for amount in amounts:
-            left *= 1 - Fraction(str(amount))
-        return 1 - left
+        return 1 - math.prod(1 - Fraction(str(amount)) for amount in amounts)
 
     def amount_of(self, level):
         """The share of what is left that a level (the first is 1) removes."""
@@ -99,10 +92,9 @@ class IndicatorsConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_schedule(self)
-        if self.fp_model:
-            raise UserError("fp_model: full-precision networks are trained in quantization_training")
-        if self.init_from and self.pre_trained:
-            raise UserError("init_from: weights come from pre_trained already; give one of the two")
+        refuse_if(self.fp_model, "fp_model: full-precision networks are trained in quantization_training")
+        refuse_if(self.init_from and self.pre_trained,
+                  "init_from: weights come from pre_trained already; give one of the two")
 
     def idle(self):
         later = dict.fromkeys(("weight_bits", "act_bits"), "quantization_training reads it")
@@ -123,21 +115,18 @@ class PruningConfig(IndicatorsConfig):
     def __post_init__(self):
         super().__post_init__()
         prune = self.prune
-        if prune.levels is None and prune.target_sparsity is None and not isinstance(prune.amount, list):
-            raise UserError("prune.levels: missing; give levels or target_sparsity")
-        if prune.rewind_epoch >= self.epochs_of_level:
-            raise UserError(f"prune.rewind_epoch: found {prune.rewind_epoch}, which is never reached before the end of a "
-                            f"level; allowed is less than {self.epochs_of_level}")
-        if self.eval:
-            raise UserError("eval: pruning.py evaluates each level when it is trained; quantization_training evaluates its "
-                            "checkpoint (fp_model: true, eval: true, resume.path)")
-        if self.resume.path != "auto" or self.resume.lean:
-            raise UserError("resume.path: pruning.py finds its levels itself; leave it auto, and name a start in init_from "
-                            "or pre_trained")
-        if not self.final_test:
-            raise UserError("final_test: pruning.py evaluates each level when it is trained; leave it true")
-        if self.freeze_weights:
-            raise UserError("freeze_weights: pruning.py trains the weights; leave it false")
+        refuse_if(prune.levels is None and prune.target_sparsity is None and not isinstance(prune.amount, list),
+                  "prune.levels: missing; give levels or target_sparsity")
+        refuse_if(prune.rewind_epoch >= self.epochs_of_level,
+                  f"prune.rewind_epoch: found {prune.rewind_epoch}, which is never reached before the end of a level; allowed "
+                  f"is less than {self.epochs_of_level}")
+        refuse_if(self.eval, "eval: pruning.py evaluates each level when it is trained; quantization_training evaluates its "
+                             "checkpoint (fp_model: true, eval: true, resume.path)")
+        refuse_if(self.resume.path != "auto" or self.resume.lean,
+                  "resume.path: pruning.py finds its levels itself; leave it auto, and name a start in init_from or "
+                  "pre_trained")
+        refuse_if(not self.final_test, "final_test: pruning.py evaluates each level when it is trained; leave it true")
+        refuse_if(self.freeze_weights, "freeze_weights: pruning.py trains the weights; leave it false")
 
     def idle(self):
         keys = ("target_bits", "quan", "in_place_distillation", "random_pass")

@@ -46,22 +46,19 @@ LARGEST_FACTOR = 100  # by which scale-adjusted training may multiply outputs; 4
 
 @dataclass(frozen=True)
 class PolicyNetwork:
-    """A network at a policy's bits, or in full precision; its graph; its passes in training; what is pruned of it; its
-    description (classes, input size, bits); a remark on exceptions and on what is left alone, or ''; and
-    the configuration with its exceptions named."""
+    """A network at a policy's bits, or in full precision."""
 
     model: nn.Module
     graph: Graph
-    passes: Passes
+    passes: Passes  # in training
     pruned: PrunedParameters
-    description: dict
-    remark: str
-    config: FinetuneConfig
+    description: dict  # num_classes, input_size, and where it is quantized weight_bits, act_bits and scaled
+    remark: str  # on exceptions and on what is left alone, or ''
+    config: FinetuneConfig  # with its exceptions named
 
     @property
     def metadata(self):
-        """What travels in the checkpoint, besides the masks: the description, and the signs of activations as they are
-        decided by now."""
+        """What the checkpoint holds besides tensors and masks; the signedness of activations is what is decided by now."""
         is_quantized = "weight_bits" in self.description
         return {**self.description, **({"signed": signedness_in_use(self.model)} if is_quantized else {})}
 
@@ -73,15 +70,13 @@ class PolicyNetwork:
         if "weight_bits" not in self.description:
             return full_precision_cost(layers, left)
         weight_bits, act_bits = bits_in_use(self.model)
-        return policy_cost(layers, weight_bits, {**self.description["act_bits"], **act_bits}, left)
+        return policy_cost(layers, weight_bits, self.description["act_bits"] | act_bits, left)
 
 
 def build_network(config, num_classes, input_size, checkpoint, device):
-    """Build the network of a configuration.
+    """Build the PolicyNetwork of a FinetuneConfig.
 
     Args:
-        config: the FinetuneConfig.
-        num_classes, input_size: of the data.
         checkpoint: what is going to be loaded into it, or None; initial weights are then not needed.
         device: where the network is to live.
     """
@@ -98,7 +93,11 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     if not config.fp_model:
         config, exceptions = name_exceptions(config, graph)
         plain = copy.deepcopy(model)
-        policy = quantize(model, graph, config, policy_file, checkpoint or joint, scaled_layers(graph, config, checkpoint))
+        policy = resolve_policy(config, searchable_layers(graph, config.quan.excepts), policy_file, checkpoint or joint)
+        signed = signedness_of(checkpoint or joint or {}) or policy.signed
+        scaled = scaled_layers(graph, config, checkpoint)
+        replace_module_by_names(model, policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed,
+                                                      scaled))
         check_unchanged(plain, model, graph, input_size, config.eval)
         del plain
         description.update(weight_bits=policy.weight_bits, act_bits=policy.act_bits)
@@ -129,27 +128,9 @@ def read_files(config, fresh):
         return policy, load_checkpoint(config.init_from) if fresh and config.init_from else None
 
 
-def quantize(model, graph, config, policy_file, checkpoint, scaled):
-    """Put quantized layers at the policy's bits into the network; return the policy.
-
-    Args:
-        policy_file: the content of config.policy, or None.
-        checkpoint: the one that is loaded into the network, of this stage or of stage 1, or None.
-        scaled: names of the linear layers with scale-adjusted training.
-    """
-    names = searchable_layers(graph, config.quan.excepts)
-    policy = resolve_policy(config, names, policy_file, checkpoint)
-    signed = signedness_of(checkpoint or {}) or policy.signed
-    modules = policy_modules(model, graph, config.quan, policy.weight_bits, policy.act_bits, signed, scaled)
-    replace_module_by_names(model, modules)
-    return policy
-
-
 def start_from_joint_training(model, graph, policy, checkpoint, masks, config):
-    """Load the weights, and the step sizes and BatchNorms of the chosen bits, from a stage-1 checkpoint.
-
-    Quantizers that stage 1 does not have, those of the excepted layers, start from the weights that were loaded and are
-    not pruned.
+    """Load the weights, and the step sizes and BatchNorms of the chosen bits, from a stage-1 checkpoint. Quantizers that it
+    lacks, those of the excepted layers, start from the loaded weights that are not pruned.
 
     Returns:
         a line about step sizes that were taken otherwise than they stand in the checkpoint, or ''.
@@ -170,8 +151,7 @@ def start_from_joint_training(model, graph, policy, checkpoint, masks, config):
 
 
 def joint_from_elsewhere(checkpoint, graph, config):
-    """A stage-1 checkpoint of LIMPQ's with what it does not say: its candidates are target_bits, and which BatchNorm follows
-    which layer is found in the graph. The line of clamp_as_limpq comes with it."""
+    """(a stage-1 checkpoint of LIMPQ's with what it lacks, target_bits and the graph's BatchNorms; line of clamp_as_limpq)"""
     state = checkpoint["state_dict"]
     counts = {len(tensor) if tensor.dim() else 0 for name, tensor in state.items() if is_step(name)}
     bits = checkpoint.get("bits") or config.target_bits
@@ -188,8 +168,8 @@ def joint_from_elsewhere(checkpoint, graph, config):
 
 
 def scaled_layers(graph, config, checkpoint):
-    """Names of the linear layers that are to have scale-adjusted training: the classifiers, or what a checkpoint of this
-    stage says. Those that do not say it were trained with it on the linear layer that is called last."""
+    """Names of the linear layers that are to have scale-adjusted training: the classifiers, or those of a checkpoint of this
+    stage; of one that does not say, the linear layer that is called last."""
     linear = [name for name, call in graph.layers.items() if call.kind == "linear"]
     if not config.sat:
         return []
@@ -208,12 +188,11 @@ def is_scaled(module):
 
 @torch.no_grad()
 def check_scaling(model):
-    """Leave scale-adjusted training out where it would multiply by what the weight does not stand; return lines about that,
-    and about classifiers whose outputs it makes more than twice as large or small.
+    """Switch scale-adjusted training off where the factor makes no sense; return lines about that, and about classifiers whose
+    outputs it makes more than twice as large or small.
 
-    It is decided when a run begins and stands in its checkpoints. Dividing by a standard deviation makes sense of a weight
-    that varies; of one that is (nearly) constant it enlarges the rounding, and a weight much smaller than what the first
-    steps change it by is clipped at once.
+    It divides by the weight's standard deviation: of a weight that is nearly constant this enlarges the rounding, and a weight
+    much smaller than what the first steps change it by is clipped at once.
     """
     lines = []
     for name, module in model.named_modules():
@@ -234,30 +213,20 @@ def check_scaling(model):
 def check_same_bits(checkpoint, description):
     """Refuse a checkpoint that was trained at other bits than the configuration asks for."""
     steps = [tensor for name, tensor in checkpoint.get("state_dict", {}).items() if is_step(name)]
-    is_other = is_foreign(checkpoint) and "weight_bits" not in checkpoint
-    if "bits" in checkpoint or (is_other and any(tensor.dim() and len(tensor) > 1 for tensor in steps)):
+    says_bits = not is_foreign(checkpoint) or "weight_bits" in checkpoint  # one of LIMPQ does not
+    if "bits" in checkpoint or (not says_bits and any(tensor.dim() and len(tensor) > 1 for tensor in steps)):
         raise UserError("resume.path: it is a checkpoint of indicators_pretraining, at all bits together; init_from starts "
                         "fine-tuning from it, and eval: true there evaluates it")
-    if is_other and "weight_bits" in description and "state_dict" in checkpoint and not steps:
-        raise UserError("resume.path: the checkpoint is in full precision, the configuration asks for a network quantized; "
-                        "pre_trained takes it")
-    if is_other and "weight_bits" not in description and steps:
-        raise UserError("resume.path: the checkpoint is quantized, the configuration asks for a network in full precision; "
-                        "fp_model: false evaluates it")
-    for key in ("weight_bits", "act_bits"):
-        trained, wanted = checkpoint.get(key), description.get(key)
-        if trained is None and wanted is None:
-            continue
-        if trained is None and is_other:  # a checkpoint of LIMPQ does not say its bits
-            continue
-        if trained is None or wanted is None:
-            kinds = ("in full precision", "quantized")
-            raise UserError(f"resume.path: the checkpoint is {kinds[trained is not None]}, "
-                            f"the configuration asks for a network {kinds[wanted is not None]}")
-        for layer, bit in wanted.items():
-            if trained.get(layer) != bit:
-                raise UserError(f"{key}: {layer}: the checkpoint was trained at {trained.get(layer)} bits, "
-                                f"the configuration asks for {bit}")
+    trained, wanted = "weight_bits" in checkpoint if says_bits else bool(steps), "weight_bits" in description
+    if trained != wanted:
+        kinds, remedies = ("in full precision", "quantized"), ("pre_trained takes it", "fp_model: false evaluates it")
+        raise UserError(f"resume.path: the checkpoint is {kinds[trained]}, the configuration asks for a network "
+                        f"{kinds[wanted]}" + ("" if says_bits else f"; {remedies[trained]}"))
+    for key in ("weight_bits", "act_bits") if says_bits and wanted else ():
+        for layer, bit in description[key].items():
+            if checkpoint[key].get(layer) != bit:
+                raise UserError(f"{key}: {layer}: the checkpoint was trained at {checkpoint[key].get(layer)} bits, the "
+                                f"configuration asks for {bit}")
 
 
 def create_teacher(config, num_classes, device, input_size):

@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 
 from engine.optim import check_schedule
 from engine.schema import NAME, RunConfig
-from util.config import option
-from util.errors import UserError
+from util.config import option, refuse_if
 from util.exchange import BITS_OF, is_bit
 
 
@@ -63,23 +62,22 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         check_schedule(self)
-        self._check_pruning()
+        if self.prune.target_sparsity is not None:
+            self._check_pruning()
         typed = [key for key in ("weight_bits", "act_bits") if getattr(self, key) is not None]
-        if self.policy and typed:
-            raise UserError(f"{typed[0]}: the bits come from policy already; give one of the two")
-        if not self.fp_model and not self.policy and not self.eval and len(typed) < 2:
-            raise UserError("policy: a policy file, or weight_bits and act_bits, are needed; or fp_model: true")
-        if self.eval and self.eval_calibration and not self.calibration_images:
-            raise UserError("eval_calibration: calibration_images is 0; give the number of training images, such as 6000")
-        if self.init_from and self.pre_trained:
-            raise UserError("init_from: weights come from pre_trained already; give one of the two")
-        if self.init_from and self.fp_model:
-            raise UserError("init_from: takes step sizes, which fp_model does not have; use pre_trained")
+        refuse_if(self.policy and typed, f"{''.join(typed[:1])}: the bits come from policy already; give one of the two")
+        refuse_if(not self.fp_model and not self.policy and not self.eval and len(typed) < 2,
+                  "policy: a policy file, or weight_bits and act_bits, are needed; or fp_model: true")
+        refuse_if(self.eval and self.eval_calibration and not self.calibration_images,
+                  "eval_calibration: calibration_images is 0; give the number of training images, such as 6000")
+        refuse_if(self.init_from and self.pre_trained,
+                  "init_from: weights come from pre_trained already; give one of the two")
+        refuse_if(self.init_from and self.fp_model,
+                  "init_from: takes step sizes, which fp_model does not have; use pre_trained")
         for key in typed:
             bits = getattr(self, key)
             for bit in bits if isinstance(bits, list) else [bits]:
-                if not is_bit(key, bit):
-                    raise UserError(f"{key}: found {bit}, expected {BITS_OF[key]}")
+                refuse_if(not is_bit(key, bit), f"{key}: found {bit}, expected {BITS_OF[key]}")
 
     def idle(self):
         idle = {**super().idle(), **({} if self.init_from else {"target_bits": "indicators_pretraining reads it"})}
@@ -94,16 +92,12 @@ class FinetuneConfig(RunConfig):
         return idle
 
     def _check_pruning(self):
-        if self.prune.target_sparsity is None:
-            return
-        if self.prune_until > self.last_epoch:
-            raise UserError(f"prune.end_epoch: found {self.prune_until:g}, allowed is at most the {self.last_epoch} epochs of "
-                            "the run")
-        if self.prune.start_epoch >= self.prune_until:
-            raise UserError(f"prune.start_epoch: found {self.prune.start_epoch:g}, allowed is less than end_epoch "
-                            f"({self.prune_until:g})")
-        if self.freeze_weights:
-            raise UserError("freeze_weights: weights that do not change are not worth ranking; leave it false with prune")
+        start, end = self.prune.start_epoch, self.prune_until
+        refuse_if(end > self.last_epoch,
+                  f"prune.end_epoch: found {end:g}, allowed is at most the {self.last_epoch} epochs of the run")
+        refuse_if(start >= end, f"prune.start_epoch: found {start:g}, allowed is less than end_epoch ({end:g})")
+        refuse_if(self.freeze_weights,
+                  "freeze_weights: weights that do not change are not worth ranking; leave it false with prune")
 
     @property
     def prune_until(self):

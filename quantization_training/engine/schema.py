@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from quan.config import QuanConfig
-from util.config import AUTO, check_bits, describe, option
-from util.errors import UserError
+from util.config import AUTO, check_bits, describe, option, refuse_if
 
 MAX_NAME = 150
 NAME = "Name of the run, and of its run folder under output_dir."
@@ -138,20 +137,19 @@ class RunConfig:
                    "read by stage 3.")
 
     def __post_init__(self):
-        if not self.name.isprintable() or "/" in self.name or self.name in ("", ".", "..") or len(self.name) > MAX_NAME:
-            raise UserError(f"name: {describe(self.name)} cannot name a folder")
+        refuse_if(not self.name.isprintable() or "/" in self.name or self.name in ("", ".", "..")
+                  or len(self.name) > MAX_NAME, f"name: {describe(self.name)} cannot name a folder")
         for statistic in ("mean", "std"):
             values = getattr(self.dataloader, statistic)
-            if values is not None and (len(values) != 3 or (statistic == "std" and min(values) <= 0)):
-                raise UserError(f"dataloader.{statistic}: found {values}, expected three numbers, one per colour channel")
-        if self.quan.weight.all_positive:
-            raise UserError("quan.weight.all_positive: weights are always signed; leave it false")
-        if self.quan.excepts != AUTO:
-            for name, entry in self.quan.excepts.items():
-                if entry.weight.all_positive:
-                    raise UserError(f"quan.excepts.{name}.weight.all_positive: weights are always signed; leave it false")
-        if self.quan.act.per_channel:
-            raise UserError("quan.act.per_channel: activations have one step size per layer; leave it false")
+            refuse_if(values is not None and (len(values) != 3 or (statistic == "std" and min(values) <= 0)),
+                      f"dataloader.{statistic}: found {values}, expected three numbers, one per colour channel")
+        excepts = {} if self.quan.excepts == AUTO else self.quan.excepts
+        weights = {"quan": self.quan, **{f"quan.excepts.{name}": entry for name, entry in excepts.items()}}
+        for section, entry in weights.items():
+            refuse_if(entry.weight.all_positive,
+                      f"{section}.weight.all_positive: weights are always signed; leave it false")
+        refuse_if(self.quan.act.per_channel,
+                  "quan.act.per_channel: activations have one step size per layer; leave it false")
         check_bits("target_bits", self.target_bits)
 
     @property

@@ -63,10 +63,16 @@ def default_of(item):
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
+def refuse_if(is_wrong, message):
+    """Raise a UserError where something is wrong; the message begins with the key."""
+    if is_wrong:
+        raise UserError(message)
+
+
 def check_bits(key, bits):
     """Refuse candidate bit-widths that are missing, repeated, or outside 2..8."""
-    if not bits or len(set(bits)) != len(bits) or not all(2 <= bit <= 8 for bit in bits):
-        raise UserError(f"{key}: found {bits}, expected different bit-widths from 2 to 8, such as [6, 5, 4, 3, 2]")
+    refuse_if(not bits or len(set(bits)) != len(bits) or not all(2 <= bit <= 8 for bit in bits),
+              f"{key}: found {bits}, expected different bit-widths from 2 to 8, such as [6, 5, 4, 3, 2]")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,14 +287,14 @@ def build(schema, data, sources, prefix=""):
 
 
 def convert(hint, value, dotted, sources, bounds=types.MappingProxyType({})):
-    """A value as the type `hint`, within bounds; a UserError says what was expected."""
+    """A value as the type `hint`, it or the elements of a list within bounds; a UserError says what was expected."""
     result = fit(hint, value, dotted, sources)
     if result is MISFIT:
         raise UserError(f"{source_of(sources, dotted)}: {dotted}: expected {expected(hint)}, found {describe(value)}"
                         + (nearest(value, typing.get_args(hint)) if typing.get_origin(hint) is Literal else ""))
-    if isinstance(result, (int, float)) and not all(holds(result, bounds[name]) for name, (_, holds) in BOUNDS.items()
-                                                    if name in bounds):
-        raise UserError(f"{source_of(sources, dotted)}: {dotted}: found {result}, allowed is {describe_bounds(bounds)}")
+    for number in result if isinstance(result, list) else [result]:
+        if not all(holds(number, bounds[name]) for name, (_, holds) in BOUNDS.items() if name in bounds):
+            raise UserError(f"{source_of(sources, dotted)}: {dotted}: found {number}, allowed is {describe_bounds(bounds)}")
     return result
 
 

@@ -55,8 +55,7 @@ class DatasetInfo:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# CIFAR: the statistics commonly published for the training images. Fashion-MNIST: measured over all pixels of the
-# 60,000 training images after padding to 32 x 32.
+# Mean and std of CIFAR are those commonly published; of Fashion-MNIST, measured over the 60,000 padded training images.
 DATASETS = {
     "imagenet": DatasetInfo("ImageNet", 1000, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
     "folder": DatasetInfo("folder", None, 224, True, True, IMAGENET_MEAN, IMAGENET_STD),
@@ -69,14 +68,10 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with their classes.
+    """Images with their classes."""
 
-    images: uint8 tensor [N, C, S, S] with C = 1 (grey) or 3, or a numpy array of N encoded file names.
-    labels: int64 numpy array [N].
-    """
-
-    images: torch.Tensor | np.ndarray
-    labels: np.ndarray
+    images: torch.Tensor | np.ndarray  # uint8 [N, C, S, S] with C = 1 (grey) or 3, or N encoded file names
+    labels: np.ndarray  # int64 [N]
 
     def to(self, device):
         """The same set with its images, where they are in memory, on `device`."""
@@ -85,12 +80,12 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset as read. mean and std are per colour channel, of pixels from 0 to 1."""
+    """A dataset as read."""
 
     train: ImageSet
     test: ImageSet
     class_names: tuple
-    mean: tuple
+    mean: tuple  # per colour channel, of pixels from 0 to 1
     std: tuple
 
 
@@ -176,12 +171,9 @@ def read_folders(path, dataset, num_classes):
 
 
 def list_images(folder, part, dataset="folder"):
-    """Return (ImageSet of file names, class names) for a folder of class folders, each with at least one image."""
+    """(ImageSet of file names, class names) of a folder of class folders, each with at least one image."""
     classes = find_classes(folder, part, dataset)
-    try:
-        samples = torchvision.datasets.ImageFolder(folder, allow_empty=True).samples
-    except OSError as error:
-        raise UserError(f"dataloader.path: cannot list {folder} ({reason(error)})") from None
+    samples = torchvision.datasets.ImageFolder(folder, allow_empty=True).samples
     labels = np.array([label for _, label in samples], dtype=np.int64)
     empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
     if len(empty):
@@ -210,9 +202,7 @@ def find_classes(folder, part, dataset="folder"):
 
 
 def read_rgb(path):
-    """An image file as an RGB image of Pillow with 8 bits per channel; of several frames, the first.
-
-    It stands upright as its EXIF says. Grey values of 16 bits are scaled to 8; what is transparent is laid over white.
+    """An image file as an upright RGB image of Pillow with 8 bits per channel, over white; of several frames, the first.
 
     Raises:
         UserError: naming a file that cannot be read, or whose pixels have no defined range (32-bit whole numbers, floats).
@@ -234,7 +224,7 @@ def _as_rgb(image):
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in DEEP_FORMATS):
         image = _in_8_bits(image)
     if image.mode in ("I", "F"):
-        kind = {"I": "whole numbers of 32 bits", "F": "floats"}[image.mode]
+        kind = "whole numbers of 32 bits" if image.mode == "I" else "floats"
         raise UserError(f"its pixels are {kind}, which have no defined range; save the image with 8 or 16 bits per channel")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -70,23 +70,20 @@ def user_errors_on_one_line():
     """Turn a UserError into one line on stderr and exit status 2, and a signal into one line and 128 plus its number."""
     try:
         yield
-    except UserError as error:
-        _stop_for(error)
     except Interrupted as stop:
-        _stop(f"{stop}; the same command goes on from there" if is_first_process() else "", SIGNAL_STATUS + stop.number)
+        _stop(f"{stop}; the same command goes on from there", SIGNAL_STATUS + stop.number)
     except Lost as error:
-        _stop(str(error), 1)
+        _stop(str(error), 1, is_told=not str(error))
     except BrokenPipeError:  # what read our output is gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _stop("stopped from the keyboard; the same command goes on from the last checkpoint" if is_first_process() else "",
-              SIGNAL_STATUS + signal.SIGINT)
+        _stop("stopped from the keyboard; the same command goes on from the last checkpoint", SIGNAL_STATUS + signal.SIGINT)
     except Exception as error:
         mended = as_user_error(error)
         if mended is None:
             raise
-        _stop_for(mended)
+        _stop(f"error: {mended}", USER_ERROR_STATUS, mended.is_told)
 
 
 def as_user_error(error):
@@ -116,12 +113,8 @@ def is_first_process():
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _stop_for(error):
-    is_told = error.is_told if error.is_told is not None else not is_first_process()
-    _stop("" if is_told else f"error: {error}", USER_ERROR_STATUS)
-
-
-def _stop(line, status):
-    if line:
+def _stop(line, status, is_told=None):
+    """End the process with a line on stderr, unless another one tells it; None: the first process of each machine tells it."""
+    if is_first_process() if is_told is None else not is_told:
         print(line, file=sys.stderr, flush=True)
     sys.exit(status)

@@ -78,7 +78,7 @@ def _meeting_place():
 
 @contextlib.contextmanager
 def one_process_tells():
-    """Mark a UserError that another rank has met too and tells; name the loss of another process as what it is."""
+    """Mark a UserError that another rank tells; say the loss of another process as Lost."""
     try:
         yield
     except Exception as error:
@@ -94,21 +94,17 @@ def one_process_tells():
 
 def _tells(message):
     """Whether this rank is the first to meet an error, or meets another one than the first."""
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        first = store.compare_set(ERROR_KEY, "", f"{rank()}:{message}").decode()
-    except Exception:  # the store may be gone with the process that held it; an error told twice is better than none
-        return True
-    told_by, _, told = first.partition(":")
-    return told_by == str(rank()) or told != message
+    first = None
+    with contextlib.suppress(Exception):  # the store may be gone with its process; an error told twice is better than none
+        first = dist.distributed_c10d._get_default_store().compare_set(ERROR_KEY, "", f"{rank()}:{message}").decode()
+    return first is None or first.startswith(f"{rank()}:") or first.partition(":")[2] != message
 
 
 def _is_told():
     """Whether any rank has told an error."""
-    try:
+    with contextlib.suppress(Exception):  # as above
         return dist.distributed_c10d._get_default_store().check([ERROR_KEY])
-    except Exception:  # as above
-        return False
+    return False
 
 
 def largest_over_ranks(number):
@@ -121,13 +117,8 @@ def largest_over_ranks(number):
 
 
 def set_threads(wanted, recorded=None):
-    """Choose how many threads each process computes with: `wanted`, or as many as the run had before.
-
-    A launcher that starts several processes sets OMP_NUM_THREADS=1 where nothing is said; the cores are shared out instead.
-
-    Args:
-        wanted: from the configuration, or None.
-        recorded: what the checkpoint says, or None; taken where the machine has so many.
+    """Choose how many threads each process computes with: `wanted`, or else `recorded`, those that the run had before, where
+    the machine has so many; or else all. A launcher of several processes sets OMP_NUM_THREADS=1; they share the cores instead.
     """
     cores = os.cpu_count() or 1
     if wanted is None and recorded is not None and recorded <= cores:

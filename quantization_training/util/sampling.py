@@ -36,8 +36,8 @@ def stratified_split(labels, fraction, seed):
 
     Args:
         labels: class of each image, int [N].
-        fraction: how much to take, from 0 to 1; a number or a Fraction.
-        seed: a whole number or a sequence of them; the split depends on labels, fraction and seed only.
+        fraction: a number or a Fraction from 0 to 1.
+        seed: a whole number or a sequence of them.
 
     Returns:
         (taken, rest): int64 index arrays in ascending order, disjoint, together 0..N-1.
@@ -75,8 +75,6 @@ class ShuffledSampler(Sampler):
     """
 
     def __init__(self, indices, stream, seed, batch_size, steps, rank, world_size):
-        if steps * batch_size * world_size > len(indices):
-            raise ValueError(f"{steps} steps of {world_size} x {batch_size} images need more than {len(indices)}")
         self.indices, self.stream, self.seed = indices, stream, seed
         self.batch_size, self.steps, self.rank, self.world_size = batch_size, steps, rank, world_size
         self.images = steps * batch_size * world_size
@@ -115,7 +113,5 @@ def calibration_sampler(indices, samples, seed, batch_size, rank, world_size):
     than `samples` images are used, and at most one per rank and step fewer.
     """
     per_rank = min(samples, len(indices)) // world_size
-    if per_rank < 1:
-        raise ValueError(f"{min(samples, len(indices))} calibration samples are too few for {world_size} processes")
     steps = math.ceil(per_rank / batch_size)
     return ShuffledSampler(indices, Stream.CALIBRATION, seed, per_rank // steps, steps, rank, world_size)

@@ -13,23 +13,19 @@ import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from solver import Budget, NoPolicy, SolverError, least_total, minimise
+from solver import OPTIMAL, Budget, NoPolicy, SolverError, least_total, minimise
 
 BITS_PER_MB = 8 * 2**20
 BITOPS_PER_G = 10**9
 FULL_PRECISION_BITS = 32
 FIXED_BITS = 8
-SOLVED = "Optimal", "Optimal Solution Found"
 ZERO_GAP = 1e-12
 CONFLICT_SECONDS = 10  # for each constraint of a conflict, to find the least it could take
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to be searched.
-
-    weight, act: {bit: indicator}, the learned step sizes. macs: per image. params: number of weights.
-    """
+    """A layer to be searched. weight, act: {bit: indicator}. macs: per image. params: number of weights."""
 
     name: str
     weight: dict
@@ -44,8 +40,7 @@ class Constraint:
 
     use, bound and offset are integers in the smallest unit, such as bits; (amount + offset) / per_unit is printed, in `unit`.
     The offset is what the fixed layers add (with `largest`: what they take, a part of the amount).
-    key: the option that asked for it. whole: what the option's number divides or multiplies, where that is not in `unit`: the
-    full-precision bits for cr, the MACs of the searched layers for bops.
+    key: the option that asked for it. whole: what its number divides (cr: full-precision bits) or multiplies (bops: MACs).
     """
 
     name: str
@@ -83,11 +78,9 @@ class Constraint:
 class Problem:
     """Layers, the pairs each may take, what each pair costs, and the constraints on all of them together.
 
-    pairs, costs, penalties and the tables in ties and constraints are indexed [layer][pair]; pairs stand in descending order,
-    costs and penalties are Fractions.
-    allowed: for each layer the indices of the pairs it may take, ascending; by default all.
-    groups: tuples of layer indices that share one pair, in the order of their first layers, every layer in one; by default
-    each layer chooses for itself.
+    Tables are indexed [layer][pair]; pairs stand in descending order, costs and penalties are Fractions. allowed: for each
+    layer the indices of the pairs it may take, ascending; by default all. groups: tuples of layer indices that share one pair,
+    in the order of their first layers, every layer in one; by default each layer chooses for itself.
     """
 
     names: list
@@ -131,7 +124,7 @@ class Solution:
     def optimal(self):
         """Proven, or solved without a gap by a solver that says so itself."""
         closed = all(gap is not None and gap <= ZERO_GAP for gap in (self.gap, self.penalty_gap))
-        return self.proven or (self.solver_status in SOLVED and closed)
+        return self.proven or (self.solver_status in OPTIMAL and closed)
 
 
 class Infeasible(Exception):

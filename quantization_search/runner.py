@@ -54,9 +54,8 @@ def search(config, study):
 def shadow_prices(problem, config):
     """(constraint, solution with 1% more of it) for each constraint."""
     for index, constraint in enumerate(problem.constraints):
-        others = list(problem.constraints)
-        others[index] = constraint.relaxed(Fraction(MORE))
-        yield constraint, solve(replace(problem, constraints=others), config)
+        constraints = [*problem.constraints[:index], constraint.relaxed(Fraction(MORE)), *problem.constraints[index + 1:]]
+        yield constraint, solve(replace(problem, constraints=constraints), config)
 
 
 def draw(config, study, costs):

@@ -437,14 +437,12 @@ def _solve_mixed_integer(program, name, deadline=math.inf):
 
 
 def _integral(program, variables):
-    chosen = []
-    for row in variables:
-        ones = [option for option, variable in row.items() if abs((variable.varValue or 0) - 1) < 1e-4]
-        zeros = [option for option, variable in row.items() if abs(variable.varValue or 0) < 1e-4]
-        if len(ones) != 1 or len(zeros) != len(row) - 1:
-            return None
-        chosen += ones
-    return chosen if program.keeps_budgets(chosen) else None
+    """The option whose variable is 1 in each layer; None where one is neither 0 nor 1, or a budget is not kept."""
+    values = [{option: variable.varValue or 0 for option, variable in row.items()} for row in variables]
+    chosen = [max(row, key=row.get) for row in values]
+    is_integral = all(abs(value - (option == choice)) < 1e-4
+                      for row, choice in zip(values, chosen, strict=True) for option, value in row.items())
+    return chosen if is_integral and program.keeps_budgets(chosen) else None
 
 
 def _solver(name, pulp, seconds):

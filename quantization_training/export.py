@@ -139,10 +139,6 @@ def pack(network, content, path, images):
     return serialize(header, layers, tensors), folds
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing.
-
-
 def random_images(size):
     """Images [CHECKED_IMAGES, 3, size, size], the same each time."""
     import torch
@@ -206,10 +202,6 @@ def is_rounding(change, before, model, images):
     return change <= MARGIN * usual
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables.
-
-
 def itemise(packed):
     """{part: bytes} of a packed model, parts as PARTS names them."""
     sizes = dict.fromkeys(PARTS, 0)
@@ -271,10 +263,6 @@ def describe_layers(packed):
         f"{packed.path}: {header['arch']}, {header['num_classes']} classes, images of {header['input_size']} pixels{folded}",
         *lines, f"bytes: {parts}; in all {packed.size:,}",
         f"BitOPs {header['cost'].get('gbitops', 0):.3f} G; format {header['version']}"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images.
 
 
 def predict(path, files, arch):

@@ -112,13 +112,10 @@ def to_onnx(model, input_size):
 
 
 def narrowest_that_loads(model):
-    """An ONNX model, its weights int8, with them in the narrowest types that the installed onnxruntime loads.
+    """An ONNX model, its weights int8, with them in the narrowest types that onnxruntime loads; else a UserError.
 
     Returns:
         (onnx.ModelProto, {bits of a type: how many weights are stored in it}).
-
-    Raises:
-        UserError: where onnxruntime does not load the model at all.
     """
     for types in (NARROW, NARROW[1:], ()):
         candidate, counts = with_narrow_weights(model, types)
@@ -131,14 +128,7 @@ def narrowest_that_loads(model):
 
 
 def with_narrow_weights(model, types):
-    """A copy of an ONNX model, its weights int8, with each in the narrowest of some types that holds its integers.
-
-    Args:
-        types: as in NARROW.
-
-    Returns:
-        (onnx.ModelProto, {bits of a type: how many weights are stored in it}).
-    """
+    """The same, not loaded: each weight in the narrowest of these types, as in NARROW, that holds its integers."""
     import onnx
 
     model = copy.deepcopy(model)
@@ -194,8 +184,8 @@ def _silence():
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with (warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()),
+              contextlib.redirect_stderr(io.StringIO())):
             yield
     finally:
         logging.disable(before)

@@ -121,12 +121,9 @@ def load_any(path):
 
 
 def as_checkpoint(packed):
-    """A PackedFile as a checkpoint: its weights are integers times step sizes, and `packed` is its header.
+    """A PackedFile as a checkpoint, its weights integers times step sizes; a UserError where they are not as its header says.
 
     Masks are those that are stored; a pruned layer that is smaller without a map, and any other, has none.
-
-    Raises:
-        UserError: where the packed integers are no packed integers, or are others than the header says.
     """
     state, masks = {name: torch.from_numpy(tensor.copy()) for name, tensor in packed.tensors.items()}, {}
     for name, layer in packed.layers.items():
@@ -196,11 +193,7 @@ def fit_packed(model, content):
 def rebuild(content, path, arch=None):
     """The PolicyNetwork of what load_any gives, loaded with it and in evaluation mode.
 
-    Args:
-        arch: path/to/file.py:factory, where the user allows their own file to be run; None for networks by name.
-
-    Raises:
-        UserError: where the network is one of the user's own and `arch` is not given, or the file does not say enough.
+    A network of the user's own is a UserError unless they let it run, by `arch`: path/to/file.py:factory.
     """
     config = recorded_config(content, path, arch)
     try:
@@ -259,8 +252,7 @@ def header_of(network, content, preprocessing, class_names, folds, shared):
     """What the header of a packed model says, besides its layers.
 
     Args:
-        content: the checkpoint that the PolicyNetwork was rebuilt from.
-        preprocessing, class_names: as preprocessing.py gives them.
+        content: the checkpoint that the PolicyNetwork was rebuilt from. preprocessing, class_names: as preprocessing.py gives.
         folds: {BatchNorm: convolution} of those that were folded. shared: {second name: first name} of tensors.
     """
     plain = to_plain(network.config)

@@ -1,4 +1,4 @@
-"""Which modules of a network are quantized, by name, and how their bit-widths are switched."""
+"""Which modules of a network are quantized, by name, and what is done with all quantizers of a network."""
 
 import contextlib
 from dataclasses import replace
@@ -171,12 +171,7 @@ def check_all_reached(model):
 
 
 def init_weight_steps(model, masks, untrained=lambda name: True):
-    """Set the initial step sizes of weights anew, from the weights that remain.
-
-    Args:
-        masks: pruning masks, {parameter name: bool tensor}.
-        untrained: which quantizers, by name, have no step size yet; the others are left as they are.
-    """
+    """Set initial step sizes from the weights that are not pruned, in those weight quantizers whose names are `untrained`."""
     for name, quantizer in step_quantizers(model).items():
         layer, _, kind = name.rpartition(".")
         if kind == "quan_w_fn" and untrained(name):

@@ -21,9 +21,6 @@ KEPT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch
 def create_from_file(arch, num_classes):
     """The network that factory(num_classes=num_classes) in the user's own file gives, its parameters in float32.
 
-    Args:
-        arch: path/to/file.py:factory, the path relative to the working directory.
-
     Raises:
         UserError: where the file or the factory is not there, takes other arguments, fails, or gives no nn.Module or one
             with tensors that no checkpoint holds.
@@ -109,11 +106,7 @@ def _check_arguments(arch, factory):
 
 
 def create_from_timm(arch, num_classes, pre_trained, input_size):
-    """A network of timm, by its name there after `timm:`; the arguments are those of create_model.
-
-    Raises:
-        UserError: where timm is not installed, does not know the name, or cannot get the weights.
-    """
+    """A network of timm, by its name there after `timm:`; the arguments are those of create_model."""
     try:
         import timm
     except ImportError as error:

@@ -146,8 +146,11 @@ class _Windowed:
         mask = None
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
-            mask = into_windows(_regions(sides, self.window_size, shift, x), self.window_size).squeeze(-1)
-            mask = (mask[:, :, None] != mask[:, None, :]) * x.new_tensor(SEPARATED)
+            # Within a window, rows and columns that came round from the other end are no neighbours of the others.
+            rows, columns = (torch.arange(side, device=x.device) >= side - step
+                             for side, step in zip(sides, shift, strict=True))
+            regions = into_windows((2 * rows[:, None] + columns)[None, :, :, None], self.window_size).squeeze(-1)
+            mask = (regions[:, :, None] != regions[:, None, :]) * x.new_tensor(SEPARATED)
         x = out_of_windows(self._attend(into_windows(x, self.window_size), mask), self.window_size, sides)
         if any(shift):
             x = x.roll(shift, (1, 2))
@@ -196,12 +199,3 @@ def out_of_windows(x, window, sides):
     rows, columns = (side // length for side, length in zip(sides, window, strict=True))
     x = x.unflatten(1, tuple(window)).unflatten(0, (-1, rows, columns))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def _regions(sides, window, shift, like):
-    """A number for each token [1, height, width, 1] that tokens share which were neighbours before the shift."""
-    numbers = []
-    for side, length, step in zip(sides, window, shift, strict=True):
-        place = torch.arange(side, device=like.device)
-        numbers.append((place >= side - length).int() + (place >= side - step).int() if step else place * 0)
-    return (3 * numbers[0][:, None] + numbers[1])[None, :, :, None]

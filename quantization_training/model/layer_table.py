@@ -305,11 +305,7 @@ def _why_it_fails(model, input_size, error):
 
 
 def _twin(model, device):
-    """A copy in evaluation mode.
-
-    Raises:
-        UserError: where the network cannot be copied, or its modules take no hooks.
-    """
+    """A copy in evaluation mode; a network that cannot be copied, or whose modules take no hooks, is refused."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(f"arch: {name or 'the network'} is compiled by torch.jit, which hides its layers; do without")
@@ -421,17 +417,12 @@ def _check_graph(model, graph, num_classes):
 
 
 class Notes:
-    """What the forward pass meets: layers in the order of their calls, BatchNorms, attention, and what feeds what.
-
-    Args:
-        model: the network that is to be run; it is given hooks.
-    """
+    """Notes, by hooks in a network, its layers in the order of their calls, BatchNorms, attention, and what feeds what."""
 
     def __init__(self, model):
         self.matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
         self.lineage = _Lineage(self.matrices)
-        self.calls, self.batchnorms, self.kinds_of_attention = {}, {}, {}
-        self.unquantizable = {}  # layers that cannot be quantized, and why
+        self.calls, self.unquantizable, self.batchnorms, self.kinds_of_attention = {}, {}, {}, {}
         self.outputs = {}  # of each layer, when it was called last, and its version
         self.indirect = {}  # BatchNorms that get something else than such an output, in order
         self.sources = {}  # of the input of each layer, when it is called first
@@ -487,14 +478,13 @@ class Notes:
 
 
 def _layer_call(name, module, entering, leaving):
-    weight = module.weight
+    shape, params = tuple(module.weight.shape), module.weight.numel()
     if isinstance(module, nn.Linear):
-        macs = weight.numel() * (leaving.numel() // module.out_features)
-        return LayerCall(name, "linear", tuple(weight.shape), 1, macs, macs, weight.numel(), entering.numel())
-    height, width = (_unrounded_output(module, entering, axis) for axis in (0, 1))
-    published = weight.numel() * int(height * width)
-    exact = weight.numel() * leaving.shape[-2] * leaving.shape[-1]
-    return LayerCall(name, "conv", tuple(weight.shape), module.groups, published, exact, weight.numel(), entering.numel())
+        macs = params * (leaving.numel() // module.out_features)
+        return LayerCall(name, "linear", shape, 1, macs, macs, params, entering.numel())
+    published = params * int(_unrounded_output(module, entering, 0) * _unrounded_output(module, entering, 1))
+    exact = params * leaving.shape[-2] * leaving.shape[-1]
+    return LayerCall(name, "conv", shape, module.groups, published, exact, params, entering.numel())
 
 
 def _unrounded_output(conv, entering, axis):

@@ -35,7 +35,7 @@ def choose_candidates(checkpoint, weight_bits, act_bits, source, second_names=fr
         batchnorm, _, copy = module.rpartition(".bns.")
         if kind in ("quan_w_fn", "quan_a_fn") and entry in ("s", "init_state") and layer in weight_bits:
             wanted = (weight_bits if kind == "quan_w_fn" else act_bits)[layer]
-            if wanted == FLOAT_BIT:  # an input that is left alone
+            if wanted == FLOAT_BIT:  # an input that is not quantized
                 continue
             index = _index(bits, wanted, layer, source)
             if tensor.dim() == 0 or len(tensor) != len(bits):

@@ -214,9 +214,7 @@ def bits_in_use(model):
 
 def freeze_weights(model):
     """Leave only step sizes and normalization layers to be trained."""
-    normalization = (BATCHNORM, nn.LayerNorm, nn.GroupNorm)
-    trained = {id(quantizer.s) for quantizer in step_quantizers(model).values()}
-    trained |= {id(parameter) for module in model.modules() if isinstance(module, normalization)
-                for parameter in module.parameters()}
+    kinds = (LsqQuan, BATCHNORM, nn.LayerNorm, nn.GroupNorm)
+    trained = {parameter for module in model.modules() if isinstance(module, kinds) for parameter in module.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+        parameter.requires_grad_(parameter in trained)

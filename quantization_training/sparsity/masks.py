@@ -9,7 +9,7 @@ from util.errors import UserError, nearest
 
 
 class PrunedParameters:
-    """Holds the removed parameters of a network, full-precision or quantized, at zero; `masks` are in force, on the CPU."""
+    """Holds the pruned parameters of a network, full-precision or quantized, at zero; `masks`, on the CPU, say which."""
 
     def __init__(self, model, masks):
         self.model = model

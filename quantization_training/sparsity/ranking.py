@@ -15,8 +15,8 @@ from .masks import mask_of
 
 
 def prunable_layers(graph, excepts=None):
-    """Names of the layers that are pruned, in network order: all but `excepts`, where these are None all but the convolutions
-    that see the image and the classifiers."""
+    """Names of the layers that are pruned, in network order: all but `excepts`; of None, all but the convolutions that see the
+    image and the classifiers."""
     names = list(graph.layers)
     if excepts is None:
         excepts = [*(name for name in graph.first if graph.layers[name].kind == "conv"), *graph.classifiers]
@@ -105,8 +105,12 @@ def sums_of(groups):
 
 
 class Prunable:
-    """The weights of a network, which has a model and a graph, that may be pruned; `remark` is a line about layers that cannot
-    be pruned by channel, or ''. The configuration `prune` has type, scope and excepts."""
+    """The weights of a network that may be pruned; `remark` is a line about layers that cannot be pruned by channel, or ''.
+
+    Args:
+        network: has a model and its graph.
+        prune: a configuration with type, scope and excepts.
+    """
 
     def __init__(self, network, prune):
         self.model, self.prune = network.model, prune

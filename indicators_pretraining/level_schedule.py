@@ -7,12 +7,7 @@ from util.errors import UserError
 
 
 class LevelSchedule(Prunable):
-    """What each level removes, of which layers, and when it is enough.
-
-    Args:
-        network: the DenseNetwork; its weights are ranked as they are when masks are asked for.
-        prune: the PruneConfig.
-    """
+    """What each level removes of a DenseNetwork by a PruneConfig; weights are ranked as they are when masks are asked for."""
 
     def __init__(self, network, prune):
         super().__init__(network, prune)
@@ -59,7 +54,7 @@ class LevelSchedule(Prunable):
 
     def describe(self, masks):
         total, left = self.count(masks)
-        return f"{total - left:,} of {total:,} {self.unit} removed ({100 * (1 - left / total):.2f} %)"
+        return f"{total - left:,} of {total:,} {self.unit} removed ({100 * self.share_removed(masks):.2f} %)"
 
     def check(self, level, masks):
         """Refuse a target that lies below what is removed already or out of reach, fewer levels than are there, and levels

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.checkpoint import check_plain, is_foreign, load_checkpoint
+from engine.checkpoint import is_foreign, load_checkpoint
 from engine.resume import check_arch, warn_of_signedness
+from engine.serialization import check_entries
 from folding import make_room
 from model.weights import load_state
 from network import build_network
@@ -144,7 +145,7 @@ def as_checkpoint(packed):
                 "act_bits": {name: layer.act_bits or FLOAT_BIT for name, layer in searched.items()},
                 "signed": {name: layer.act_signed for name, layer in packed.layers.items() if layer.act_bits}}
     with naming(packed.path):
-        check_plain(content)
+        check_entries(content)
     return {**content, "packed": packed}
 
 

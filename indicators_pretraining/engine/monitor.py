@@ -215,13 +215,7 @@ class Monitor:
 
 
 def open_monitor(folder, config, start, device):
-    """The Monitor of a training run; every rank meets the UserError that rank 0 meets.
-
-    Args:
-        folder: the RunFolder.
-        start: the ResumeState of the run.
-        device: the torch.device.
-    """
+    """The Monitor of a training run that begins from a ResumeState; every rank meets the UserError that rank 0 meets."""
     opened = []
 
     def open_on_main():
@@ -234,12 +228,7 @@ def open_monitor(folder, config, start, device):
 
 
 def log_start(monitor, start, remark):
-    """Log where a run begins.
-
-    Args:
-        start: its ResumeState.
-        remark: on what is left alone in the network, or ''.
-    """
+    """Log where a run begins, by its ResumeState, and a remark on its network, or ''."""
     if start.epoch or start.inside:
         monitor.log(f"continuing after epoch {start.epoch}" + (f" and {start.inside.step} steps" if start.inside else ""))
     if start.changed:
@@ -250,23 +239,12 @@ def log_start(monitor, start, remark):
 
 def describe_start(device_name, world_size):
     """The lines every start of the program puts at the head of the log: versions, device, command."""
-    versions = [f"python {platform.python_version()}"]
-    for package in ("torch", "torchvision", "numpy"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} not installed")
-    versions.append(f"checkpoint format {FORMAT_VERSION}")
-    return [
-        "versions: " + ", ".join(versions),
-        f"device: {device_name}, {count(world_size, 'process', 'processes')}, "
-        f"{count(torch.get_num_threads(), 'thread', 'threads')} each, quantizers on the CPU by {kernel.describe()}",
-        f"command: {shlex.join(sys.argv)}",
-    ]
-
-
-def count(number, singular, plural):
-    return f"{number} {singular if number == 1 else plural}"
+    packages = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", "torchvision", "numpy")]
+    threads = torch.get_num_threads()
+    return [f"versions: python {platform.python_version()}, {', '.join(packages)}, checkpoint format {FORMAT_VERSION}",
+            f"device: {device_name}, {world_size} process{'es' * (world_size != 1)}, {threads} thread{'s' * (threads != 1)} "
+            f"each, quantizers on the CPU by {kernel.describe()}",
+            f"command: {shlex.join(sys.argv)}"]
 
 
 def describe_figures(figures):

@@ -1,9 +1,7 @@
 """The run folder: what a run leaves on disk, and where it is found again."""
 
-import contextlib
 import os
 import re
-import shutil
 from dataclasses import dataclass
 
 import yaml
@@ -65,7 +63,7 @@ class RunFolder:
     def _keep(self, epoch, keep):
         """Give the newest epoch's checkpoint a file of its own, and remove those of epochs that are too long ago."""
         if keep > 1:
-            copy_file(self.last, self.epoch(epoch))
+            write_atomically(self.epoch(epoch), read_bytes(self.last, "the checkpoint", limit=None))
         pattern = re.compile(re.escape(self.name) + r"_epoch_(\d+)_checkpoint\.pth\.tar")
         for name in os.listdir(self.path):
             match = pattern.fullmatch(name)
@@ -89,21 +87,6 @@ def describe_evaluated(path, content):
         return f"{path}: {KINDS[BEST]} and {KINDS[LAST]}, epoch {epoch}"
     rest = f"; {KINDS[other]} is {os.path.basename(match[1]) + other}, epoch {there}" if there is not None else ""
     return f"{path}: {KINDS[own]}, epoch {epoch}{rest}"
-
-
-def copy_file(source, target):
-    """Make `target` hold what `source` holds, whole at every moment, without using more of the disk where that can be."""
-    partial = f"{target}.partial"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(partial)
-    try:
-        try:
-            os.link(source, partial)
-        except OSError:  # not every file system has links
-            shutil.copyfile(source, partial)
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot write the file ({error.strerror})") from None
 
 
 def find_checkpoint(config, folder):

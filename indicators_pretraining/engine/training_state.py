@@ -16,12 +16,9 @@ from .checkpoint import may_lack
 
 @dataclass(frozen=True)
 class MidEpochState:
-    """A place inside an epoch.
-
-    step: of how many steps the epoch has had. seconds: spent in it. images_per_step: over all ranks. is_trained: whether
-    only validation is still to come. sums: of the Metrics, on each rank; while it is this rank's own, a list of tensors.
-    batchnorms: running statistics of each rank, [] for a single one.
-    """
+    """A place inside an epoch: how many steps it has had, seconds spent in it, images per step over all ranks, whether only
+    validation is still to come, sums of the Metrics (this rank's own as a list of tensors, or a list of those of all ranks),
+    running statistics of the BatchNorms of each rank, [] for a single one."""
 
     step: int
     seconds: float
@@ -97,12 +94,7 @@ def other_machine(content):
 
 
 def training_state(model, optimizer, epoch, best, config, monitor):
-    """What every stage's checkpoint holds: enough to continue the run and to rebuild the model.
-
-    Args:
-        epoch: epochs completed.
-        best: (top-1, top-5) of the best epoch so far.
-    """
+    """What every stage's checkpoint holds, after `epoch` completed epochs, the `best` of which has this (top-1, top-5)."""
     return {"epoch": epoch, "arch": config.arch, "state_dict": model.state_dict(),
             "extras": {"top1": best[0], "top5": best[1]},
             "optimizer": optimizer.state_dict(), "random_states": distributed.random_states(), "machine": machine(),

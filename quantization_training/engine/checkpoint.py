@@ -19,14 +19,11 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU. No code in the file is run.
+    """Read a checkpoint onto the CPU. No code in the file is run; errors name the file and what is wrong with it.
 
     Returns:
         the dict in the file, where this project wrote it. Of any other file that holds weights, {'state_dict': ...} and those
         entries that are what ours are, without 'version'; its names lose the wrappers that all of them have.
-
-    Raises:
-        UserError: naming the file and what is wrong with it.
     """
     data = read_bytes(path, "the checkpoint", limit=None)
     with naming(path):
@@ -35,7 +32,9 @@ def load_checkpoint(path):
             content = from_external(content)
         elif not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise UserError("not a checkpoint (it has no state_dict)")
-        check_plain(content)
+        check_entries(content)
+        if content.get("version", 0) > FORMAT_VERSION:
+            raise UserError(f"written by a newer version of this project (format {content['version']})")
         if content.get("version", 0) >= FIRST_WITH_CHECKSUM and not has_checksum:
             raise UserError("damaged (its checksum is missing); use an earlier checkpoint")
     return content
@@ -49,13 +48,6 @@ def is_foreign(content):
 def may_lack(content, name):
     """Whether the checkpoint of another program may lack the tensor of a name: what counts or marks, but computes nothing."""
     return is_foreign(content) and name.endswith((".num_batches_tracked", ".init_state"))
-
-
-def check_plain(content):
-    """Refuse a checkpoint whose entries are not of the types that they have to be, or one that is too new."""
-    check_entries(content)
-    if content.get("version", 0) > FORMAT_VERSION:
-        raise UserError(f"written by a newer version of this project (format {content['version']})")
 
 
 def masks_of(content, model, path):

@@ -12,7 +12,7 @@ from util.errors import Interrupted, UserError
 
 from . import interruption
 from .metrics import Metrics
-from .optim import learning_rate, set_learning_rate
+from .optim import learning_rate
 from .passes import Passes
 from .training_state import MidEpochState, training_state
 
@@ -109,7 +109,8 @@ class Training:
         batches = self.monitor.progress(grouped(self.loader, self.hooks.batches_per_step), f"epoch {number}",
                                         self.images_per_step, self.steps, first)
         for step, group in enumerate(batches, first):
-            set_learning_rate(self.optimizer, learning_rate(self.config, epoch + step / self.steps))
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = learning_rate(self.config, epoch + step / self.steps)
             # Before the step, which would spread what is not finite over the whole network.
             check = self.optimizer.register_step_pre_hook(lambda *_, done=step + 1: self.check_where_due(epoch, done, metrics))
             try:

@@ -64,8 +64,3 @@ def learning_rate(config, time):
     if config.sched == "multistep":
         return max(config.min_lr, config.lr * config.decay_rate ** sum(epoch <= time for epoch in config.decay_epochs))
     return config.lr
-
-
-def set_learning_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        group["lr"] = rate

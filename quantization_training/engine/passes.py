@@ -17,12 +17,7 @@ GLIBC_KEEPS = {-1: -1, -2: 2**26, -4: 0}
 
 
 def prepare(config, recorded_threads):
-    """Choose with how many threads, and how, this process computes; called before anything is computed.
-
-    Args:
-        config: the RunConfig.
-        recorded_threads: how many a run that is continued had, or None.
-    """
+    """Choose with how many threads (those of a run that is continued, or None), and how, this process computes, beforehand."""
     distributed.set_threads(config.threads, recorded_threads)
     kernel.use(config.kernels)
     if config.keep_freed_memory:
@@ -30,23 +25,12 @@ def prepare(config, recorded_threads):
 
 
 def keep_freed_memory():
-    """Let the C library keep memory that was freed, where it is glibc.
-
-    A training step frees and takes the same large tensors again and again; given back to the system each time, their pages
-    come back empty, and to fill them costs more than to quantize what lies in them.
-    """
+    """Let the C library, where it is glibc, keep memory that was freed: a step takes the same large tensors again and again,
+    and to fill pages that come back empty costs more than to quantize what lies in them."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in GLIBC_KEEPS.items():
             mallopt(parameter, value)
-
-
-def autocast(device, precision):
-    """The context of a pass: as it is for "fp32", autocast to bfloat16 for "bf16".
-
-    The integers of every candidate up to 8 bits fit into bfloat16; step sizes and their gradients stay in float32.
-    """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def to_device(model, device, graph=None):
@@ -86,7 +70,8 @@ class Passes:
         """The logits, [batch, classes], in the type of its loss: float32 where it computes in less."""
         forward = self.model if self._is_starting() else self._compiled
         try:
-            with autocast(images.device, self.precision):
+            # bfloat16 holds the integers of every candidate; step sizes and their gradients stay in float32.
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 logits = forward(images)
         except Exception as error:  # of the compiler, which has many types of them
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -12,11 +12,8 @@ WANDB_MODE_VARIABLE = {"online": "online", "run": "online", "shared": "online", 
 
 
 def choose_wandb(config):
-    """(the wandb module or None; 'online', 'offline' or 'disabled'; a remark for the log or ''). Nothing is written.
-
-    Raises:
-        UserError: where the mode that the configuration asks for cannot be had.
-    """
+    """(the wandb module or None; 'online', 'offline' or 'disabled'; a remark for the log or ''). Nothing is written; a mode
+    that is asked for and cannot be had raises a UserError."""
     mode = config.mode
     if mode == "auto":
         mode = WANDB_MODE_VARIABLE.get(os.environ.get("WANDB_MODE", "").lower(), "auto")

@@ -309,7 +309,7 @@ def test_curves_of_one_epoch_or_nothing_but_tests(tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_a_missing_plotting_library_costs_the_picture_only(tmp_path, monkeypatch, capsys):
+def test_a_missing_plotting_library_costs_the_plot_only(tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

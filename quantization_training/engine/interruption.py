@@ -41,7 +41,7 @@ def noted():
 
 @contextlib.contextmanager
 def put_off():
-    """While this lasts, check() lets signals wait: what would be begun anew with each start comes to its end."""
+    """While this lasts, check() lets signals wait, so that what a later start would begin anew comes to its end."""
     _put_off.append(True)
     try:
         yield
@@ -50,11 +50,7 @@ def put_off():
 
 
 def check(place=""):
-    """Raise Interrupted on every rank where a signal came to any of them. All ranks have to call it alike.
-
-    Args:
-        place: where the run stands, in words.
-    """
+    """Raise Interrupted, which says the place, on every rank where a signal came to any. All ranks have to call it alike."""
     number = 0 if _put_off else distributed.largest_over_ranks(noted())
     if number:
         raise Interrupted(number, place)

@@ -78,11 +78,8 @@ class Training:
         self.has_checkpoint = False  # whether this run, or the one that it goes on from, has left any
 
     def run(self, start, last):
-        """Train the epochs from `start` to last - 1; a checkpoint is written after each.
-
-        Raises:
-            Interrupted: on all ranks, with a checkpoint written, where a signal came.
-        """
+        """Train the epochs from `start` to last - 1, with a checkpoint after each; a signal raises Interrupted on all ranks,
+        with a checkpoint written."""
         self.best = start.best
         self.has_checkpoint = bool(self.hooks.epochs_before or start.epoch or start.inside)
         for epoch in range(start.epoch, last):

@@ -6,6 +6,7 @@ lost at the first start).
 
 import os
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "indicators_pretraining"))
@@ -26,8 +27,8 @@ def fail(kind):
         raise UserError("image.png: only rank 1 meets this")
     if kind == "loss":
         metrics, training = Metrics(torch.device("cpu")), object.__new__(Training)
-        training.model, training.epochs_before, training.steps = torch.nn.Linear(2, 2), 0, 10
-        training.has_checkpoint = False
+        training.model, training.steps, training.has_checkpoint = torch.nn.Linear(2, 2), 10, False
+        training.hooks = types.SimpleNamespace(epochs_before=0)
         metrics.sums[0] = float("nan") if rank == 1 else 1.0
         training.check_finite(2, 5, {None: metrics})
     if kind == "restart":

@@ -1,7 +1,7 @@
 """Loaders: batches of normalised images on the device, the same for any number of ranks and workers.
 
-Small sets lie in memory as one uint8 tensor on the device and are augmented a batch at a time; image folders are read by
-worker processes. Either way the augmentation of a sample is drawn from (seed, epoch, index) alone.
+Small sets lie on the device as one uint8 tensor; image folders are read by worker processes. Either way the augmentation of
+a sample is drawn from (seed, epoch, index) alone.
 """
 
 import os
@@ -25,14 +25,12 @@ RESIZE_RATIO = 256 / 224  # the usual resize before the centre crop in evaluatio
 
 
 class Loader:
-    """The batches of one split on this rank.
+    """The batches of one split on this rank: (images float32 [B, 3, S, S], normalised; labels int64 [B]) on the device.
 
-    Iterating yields (images float32 [B, 3, S, S], normalised; labels int64 [B]) on the device. `len` is the number
-    of batches of a whole epoch on this rank, `images` the number of images of an epoch over all ranks.
+    `len` is the number of batches of a whole epoch on this rank, `images` the number of images of an epoch over all ranks.
 
     Args:
-        sampler: which images; it has set_epoch, `len` and `images`.
-        batches: yields (images uint8 [B, 1 or 3, S, S], labels int64 [B]), or the UserError that says what cannot be read.
+        batches: yields (images uint8 [B, 1 or 3, S, S], labels), or the UserError that says what cannot be read.
         mean, std: per colour channel, of pixels from 0 to 1.
         transfer: moves batches to the device while it computes, one ahead; None: each is moved when it is asked for.
     """
@@ -129,13 +127,10 @@ class Loaders:
 
 
 def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None, evaluation_only=False):
-    """Read the dataset and build its loaders.
+    """Read the dataset of a DataConfig and build its Loaders.
 
     Args:
-        config: a DataConfig; batch_size is per process.
-        seed: decides the validation split, data_fraction, order, augmentation and calibration samples.
-        barrier: returns when all processes have called it; used while one of them downloads.
-        downloads: whether this process downloads missing files (one per machine should); default: rank 0 does.
+        barrier, downloads: see read_dataset; by default rank 0 downloads.
         evaluation_only: nothing is going to be trained, so too few images for a training batch do no harm.
     """
     num_classes, input_size = describe_data(config)
@@ -172,19 +167,15 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
 
 
 def split_training_images(labels, config, seed):
-    """Hold val_split of the images out, then keep data_fraction of the others; both balanced over the classes.
-
-    Returns:
-        (train, val): int64 index arrays; val is empty where val_split is 0.
-    """
+    """(indices of training, of validation images): val_split of all are held out, of the others data_fraction is kept; both
+    balanced over the classes."""
     val, train = stratified_split(labels, config.val_split, [Stream.VALIDATION_SPLIT, seed])
     if config.val_split and not len(val):
         raise UserError(f"dataloader.val_split: found {config.val_split}, but no class has two training images, one of "
                         "which could be held out; leave it 0")
     if config.data_fraction < 1:
         left_out = 1 - Fraction(str(config.data_fraction))
-        kept = stratified_split(labels[train], left_out, [Stream.DATA_FRACTION, seed])[1]
-        train = train[kept]
+        train = train[stratified_split(labels[train], left_out, [Stream.DATA_FRACTION, seed])[1]]
     return train, val
 
 
@@ -239,16 +230,8 @@ def draw_crops(seed, epoch, count, padding, flip):
 
 
 def crop_and_flip(images, top, left, flipped, padding):
-    """Pad with zeros, crop each image back to its size at (top, left) of the padded one, and mirror some.
-
-    Args:
-        images: uint8 [B, C, S, S].
-        top, left: int64 [B], 0 to 2 * padding; `padding` in the middle.
-        flipped: int64 [B], 1 where the crop is mirrored left to right.
-
-    Returns:
-        uint8 [B, C, S, S]
-    """
+    """Pad uint8 images [B, C, S, S] with zeros, crop each back to its size at (top, left) of the padded one, and mirror it
+    left to right where `flipped` is 1. top, left, flipped: int64 [B], the first two from 0 to 2 * padding."""
     batch, channels, size, _ = images.shape
     padded_size = size + 2 * padding
     padded = F.pad(images, (padding,) * 4).view(batch, channels, padded_size ** 2)
@@ -281,8 +264,7 @@ def folder_batches(config, image_set, sampler, seed, device, augment, keep_worke
 class FileBatches(torch.utils.data.Dataset):
     """Whole batches read from image files: [(epoch, indices)] gives uint8 images [B, 3, S, S] and labels [B].
 
-    A file that cannot be read gives the UserError itself in place of the batch: an exception raised in a worker
-    process would come out wrapped in a traceback.
+    A file that cannot be read gives the UserError itself: raised in a worker, it would come out wrapped in a traceback.
     """
 
     def __init__(self, image_set, transform, seed):

@@ -80,10 +80,9 @@ def check_bits(key, bits):
 
 
 def load_config(schema, paths, overrides=()):
-    """Read YAML files, later ones over earlier ones, then `dotted.key=value` overrides, into `schema`.
+    """Read YAML files, later ones over earlier ones, then overrides, into a schema.
 
     Args:
-        schema: a frozen dataclass type.
         paths: YAML files; at least one.
         overrides: strings such as "dataloader.batch_size=32"; the value is read as YAML. A word with dots of its own
             stands in quotes: quan.excepts."layer1.0.conv1".weight.bit=8.
@@ -240,11 +239,8 @@ def parse_yaml(text, where):
 
 
 def unshared(value, count):
-    """A copy of plain values, and Scalars, in which every alias has become a value of its own; `count` numbers the values.
-
-    Raises:
-        ValueError: on too many of them, on a number too large for a float, and on what is not plain.
-    """
+    """A copy of plain values, and Scalars, in which every alias is a value of its own; `count` numbers the values. ValueError:
+    on too many of them, on a number too large for a float, and on what is not plain."""
     if next(count) > MAX_VALUES:
         raise ValueError(f"more than {MAX_VALUES} values, those of aliases counted each time")
     if isinstance(value, dict):
@@ -264,7 +260,7 @@ def unshared(value, count):
 
 
 def build(schema, data, sources, prefix=""):
-    """Build the frozen dataclass `schema` from a mapping, checking every key and value.
+    """Build a schema from a mapping, checking every key and value.
 
     Args:
         sources: {dotted key: the file it came from}, with that of all others under "".
@@ -362,15 +358,8 @@ _repr.maxlist = _repr.maxtuple = _repr.maxdict = _repr.maxset = _repr.maxstring 
 
 def describe(value):
     """A found value, shortened, for an error message."""
-    try:
-        text = _repr.repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits, or a deep nesting
-        return f"a {type(value).__name__} too large to print"
+    text = _repr.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Comparing.
 
 
 def describe_idle(config):

@@ -56,11 +56,8 @@ def read_indicators(path):
     """Read an indicators file.
 
     Returns:
-        {'weight': {layer: {bit: float}}, 'act': {layer: {bit: float}}, 'layer_name': [layer, ...]} with int bits and
-        names without wrappers, plus, where the file carries them, 'arch', 'input_size', 'bits', 'layers' and 'fixed'.
-
-    Raises:
-        UserError: naming the file and what is wrong with it.
+        {'weight': {layer: {bit: float}}, 'act': {layer: {bit: float}}, 'layer_name': [layer, ...]} with int bits and names
+        without wrappers, plus what else the file carries, such as 'arch', 'input_size', 'bits', 'layers' and 'fixed'.
     """
     data = read_bytes(path, "the indicators file", MAX_INDICATOR_FILE)
     body, ending = data[:-CHECKSUM_LENGTH - 1], data[-CHECKSUM_LENGTH - 1:]
@@ -132,10 +129,7 @@ def write_indicators(path, content):
 
 
 def without_wrappers(names):
-    """Names without the `module.` of a data-parallel wrapper and the `_orig_mod.` of a compiled network before them.
-
-    A beginning goes only where every name has it, however often and in whatever order: what some names lack is no wrapper's.
-    """
+    """Names without the wrappers before them that every name has; what some names lack is no wrapper's."""
     names = list(names)
     while names and (common := [wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in names)]):
         names = [name.removeprefix(common[0]) for name in names]
@@ -146,12 +140,8 @@ def fit_names(own, names):
     """{name in a file: name in the network} of layers or tensors that come from elsewhere.
 
     Wrappers (`module.`, `_orig_mod.`) that stand before every name, or inside a name, are dropped or added as the network's
-    own names ask for, and LIMPQ's names of MobileNetV1 change to ours. A name that fits nothing only gets the wrappers that
+    `own` names ask for, and LIMPQ's names of MobileNetV1 change to ours. A name that fits nothing only gets the wrappers that
     all of the network's names have.
-
-    Args:
-        own: names of the network.
-        names: names in the file.
     """
     names, own = list(names), dict.fromkeys(own)
     if all(name in own for name in names):
@@ -215,11 +205,7 @@ def is_bit(key, bit):
 
 
 def read_policy(path):
-    """Read a policy file.
-
-    Returns:
-        the mapping in the file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked.
-    """
+    """The mapping in a policy file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked."""
     content = decode_yaml(read_bytes(path), path)
     policy = plain(content)
     policy.pop("format", None)  # of files that ended in a checksum once; a policy is there to be edited

@@ -6,14 +6,13 @@ with --record              also write it into measurements/, for the README; pyt
 """
 
 import csv
-import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from experiments.steps import Command
 
 ROOT = Path(__file__).resolve().parent
 PRETRAINING, SEARCH, TRAINING = "indicators_pretraining", "quantization_search", "quantization_training"
@@ -27,28 +26,23 @@ LEVELS = {0: "dense", 1: "50 % sparse", 2: "80 % sparse"}
 PRUNED = "results/resnet20_digits_pruning"
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command of the demo: what it does, where it runs, and which file it leaves (relative to that folder)."""
-
-    title: str
-    folder: str
-    command: list
-    output: str
+def step(title, folder, command, output):
+    """One command of the demo; output: the file it leaves, relative to that folder."""
+    return Command(title, folder, tuple(command), ROOT / folder / output)
 
 
 def training(title, folder, name, config, *overrides):
-    return Step(title, folder, ["main.py", config, *overrides], f"results/{name}/summary.yaml")
+    return step(title, folder, ["main.py", config, *overrides], f"results/{name}/summary.yaml")
 
 
 def extraction(title, name, indicators):
-    return Step(title, PRETRAINING, ["importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar",
+    return step(title, PRETRAINING, ["importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar",
                                      "--output", indicators], indicators)
 
 
 def search(title, indicators, policy, *more):
     # 10.59x is the size of uniform 3 bits with 8 bits in the first and the last layer
-    return Step(title, SEARCH, ["search.py", "--model", "resnet20", "--i", f"../{PRETRAINING}/{indicators}",
+    return step(title, SEARCH, ["search.py", "--model", "resnet20", "--i", f"../{PRETRAINING}/{indicators}",
                                 "--b", "6", "5", "4", "3", "2", "--wb", "3", "--ab", "3", "--cr", "10.59",
                                 "--bops", "True", "--output", policy, *more], policy)
 
@@ -65,13 +59,13 @@ def steps():
                  "finetune_resnet20_digits_w3a3.yaml"),
         training("fine-tune at uniform 3 bits", TRAINING, "resnet20_digits_uniform3",
                  "finetune_resnet20_digits_uniform3.yaml"),
-        Step("pack the searched network", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED),
+        step("pack the searched network", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED),
     ]
 
 
 def pruned_steps():
     """make demo-pruned."""
-    chain = [Step("prune ResNet-20 to 50 % and 80 %, rewinding", PRETRAINING, ["pruning.py", "prune_resnet20_digits.yaml"],
+    chain = [step("prune ResNet-20 to 50 % and 80 %, rewinding", PRETRAINING, ["pruning.py", "prune_resnet20_digits.yaml"],
                   f"{PRUNED}/summary.yaml")]
     for level, words in LEVELS.items():
         name = name_of(level)
@@ -93,17 +87,16 @@ def name_of(level):
     return f"resnet20_digits_level_{level}"
 
 
-def run(step):
-    """Run a step in its folder, unless its output is there already; returns whether it ran."""
-    if (ROOT / step.folder / step.output).exists():
-        print(f"\n== {step.title}: found {step.folder}/{step.output}")
+def run(command):
+    """Run a command, unless its output is there already; returns whether it ran."""
+    if command.is_done:
+        print(f"\n== {command.key}: found {command.made.relative_to(ROOT)}")
         return False
-    print(f"\n== {step.title}\n$ cd {step.folder} && python {' '.join(step.command)}", flush=True)
+    print(f"\n== {command.key}\n$ {command.line}", flush=True)
     begun = time.time()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run([sys.executable, *step.command], cwd=ROOT / step.folder, env=environment, check=False)
-    if done.returncode:
-        sys.exit(f"the command above ended with status {done.returncode}; mend what it says and run the demo again")
+    status = command.start(ROOT).wait()
+    if status:
+        sys.exit(f"the command above ended with status {status}; mend what it says and run the demo again")
     print(f"({time.time() - begun:.0f} s)")
     return True
 
@@ -184,7 +177,7 @@ def main():
     if not {*sys.argv[1:]} <= {"--pruned", "--record"}:
         sys.exit(__doc__)
     begun = time.time()
-    have_run = [run(step) for step in (pruned_steps() if is_pruned else steps())]
+    have_run = [run(command) for command in (pruned_steps() if is_pruned else steps())]
     found, seconds = pruned_rows() if is_pruned else rows(), time.time() - begun
     if "--record" in sys.argv:
         record(found, is_pruned, seconds if all(have_run) else None)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+from steps import Command
 
 RUN = "summary.yaml"  # what a finished run folder holds
 FILES = (".pkl", ".yaml", ".png")
@@ -49,22 +50,14 @@ class Value:
         return self.fields[name]
 
 
-@dataclass(frozen=True)
-class Step:
-    """One command. key: step name and values. made: the file that has to exist afterwards. after: such files it waits for."""
+@dataclass(frozen=True, kw_only=True)
+class Step(Command):
+    """A command for one combination of values. key: step name and values. after: the files it waits for."""
 
-    key: str
     name: str
     values: dict
-    folder: str
-    command: tuple
     makes: str
-    made: Path
     after: tuple = ()
-
-    @property
-    def is_done(self):
-        return self.made.exists()
 
     def read(self, flag):
         """The file that the command takes by this flag, where it is."""
@@ -179,8 +172,8 @@ def _expand(path, name, row, axes, words, root):
             raise PlanError(f"{where}: {{{error.args[0]}}} is no setting and none of its values") from None
         made = (root / row["folder"] / makes).resolve()
         key = " ".join([name, *(value.name for value in values.values())])
-        yield Step(key, name, {axis: value.name for axis, value in values.items()}, row["folder"],
-                   tuple(shlex.split(command)), makes, made if makes.endswith(FILES) else made / RUN)
+        yield Step(key, row["folder"], tuple(shlex.split(command)), made if makes.endswith(FILES) else made / RUN,
+                   name=name, values={axis: value.name for axis, value in values.items()}, makes=makes)
 
 
 def _filled(text, words):

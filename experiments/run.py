@@ -50,7 +50,7 @@ def main(arguments=None):
         sys.exit(f"error: {error}")
     if options.dry_run:
         for step in left_over(experiments):
-            print(f"(cd {step.folder} && python {' '.join(step.command)})", flush=True)
+            print(f"({step.line})", flush=True)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, and so do the commands
     failed = [] if options.report else Runner(options.jobs, results).run(experiments)
@@ -116,12 +116,11 @@ class Runner:
     def _execute(self, step):
         """Run one command in its folder; return (seconds, status)."""
         begun = time.time()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with open(self.logs / f"{step.key.replace(' ', '_').replace('/', '_')}.log", "ab") as log:
-            log.write(f"$ cd {step.folder} && python {' '.join(step.command)}\n".encode())
+            log.write(f"$ {step.line}\n".encode())
             log.flush()
-            process = subprocess.Popen([sys.executable, *step.command], cwd=ROOT / step.folder, env=environment,
-                                       stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            process = step.start(ROOT, env={"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=log,
+                                 stderr=subprocess.STDOUT)
             with self.lock:
                 self.running.add(process)
             status = process.wait()

@@ -69,23 +69,22 @@ def find_allowed(config, network, bits):
     pins = _pinned(config.fix, network, bits)
     allowed = []
     for name in network.rows:
-        fits = [index for index, (w, a) in enumerate(pairs)
-                if (name not in pins or (w, a) == pins[name][1]) and (w == a or not config.same_bits)]
-        if not fits:
+        allowed.append([index for index, (w, a) in enumerate(pairs)
+                        if (name not in pins or (w, a) == pins[name][1]) and (w == a or not config.same_bits)])
+        if not allowed[-1]:
             pattern, pair = pins[name]
             raise UserError(f"fix: {pattern} pins {name} to {_written(pair)}, but same_bits asks for equal bits")
-        allowed.append(fits)
     return allowed
 
 
 def find_groups(config, network, bits, allowed):
     """Groups of layer indices that share their bits, as ilp.Problem has them."""
     names = list(network.rows)
-    ties = [sorted({names.index(name) for pattern in patterns for name in matching("tie", pattern, network)})
-            for patterns in config.tie]
-    for patterns, tie in zip(config.tie, ties, strict=True):
-        if len(tie) == 1:
-            raise UserError(f"tie: {' '.join(patterns)} names one layer, {names[tie[0]]}; expected at least two")
+    ties = []
+    for patterns in config.tie:
+        ties.append({names.index(name) for pattern in patterns for name in matching("tie", pattern, network)})
+        if len(ties[-1]) == 1:
+            raise UserError(f"tie: {' '.join(patterns)} names one layer, {names[min(ties[-1])]}; expected at least two")
     groups = ilp.join(len(names), ties)
     pairs = pairs_of(bits)
     for group in groups:
@@ -101,16 +100,14 @@ def _pinned(fix, network, bits):
     """{layer: (pattern, (w, a))}."""
     pins = {}
     for pattern, pair in fix.items():
-        pair = tuple(pair)
         for bit, candidates in zip(pair, zip(*pairs_of(bits), strict=True), strict=True):
             if bit not in candidates:
                 raise UserError(f"fix: {pattern}: {bit} is not among the candidates "
                                 f"{' '.join(map(str, dict.fromkeys(candidates)))}")
         for name in matching("fix", pattern, network):
-            other, before = pins.setdefault(name, (pattern, pair))
-            if before != pair:
-                raise UserError(f"fix: {name} is pinned to {_written(before)} by {other} and to {_written(pair)} by "
-                                f"{pattern}")
+            other, before = pins.setdefault(name, (pattern, tuple(pair)))
+            if before != tuple(pair):
+                raise UserError(f"fix: {name} is pinned to {_written(before)} by {other} and to {_written(pair)} by {pattern}")
     return pins
 
 
@@ -121,11 +118,10 @@ def _written(pair):
 def matching(key, pattern, network):
     """The searched layers that a name or glob pattern stands for."""
     pattern = pattern.removeprefix("module.")
-    found = [name for name in network.rows if fnmatch.fnmatchcase(name, pattern)]
+    found, held = ([name for name in rows if fnmatch.fnmatchcase(name, pattern)] for rows in (network.rows, network.fixed))
+    if not found and held:
+        raise UserError(f"{key}: {held[0]} is held at {ilp.FIXED_BITS} bits and is not searched")
     if not found:
-        held = [name for name in network.fixed if fnmatch.fnmatchcase(name, pattern)]
-        if held:
-            raise UserError(f"{key}: {held[0]} is held at {ilp.FIXED_BITS} bits and is not searched")
         raise UserError(f"{key}: {pattern} matches no layer{nearest(pattern, network.rows)}")
     return found
 

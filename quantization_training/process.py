@@ -60,10 +60,14 @@ def batchnorms_estimating_anew(model):
                 module.momentum = momentum
 
 
+def has_batchnorm(model):
+    return any(isinstance(module, BATCHNORM) for module in model.modules())
+
+
 @torch.no_grad()
 def calibrate_batchnorm(model, loader):
     """Re-estimate the BatchNorm statistics of a quantized network, where it has any, on a loader's images and over ranks."""
-    if not any(isinstance(module, BATCHNORM) for module in model.modules()):
+    if not has_batchnorm(model):
         return
     with batchnorms_estimating_anew(model), weights_quantized_once(model):
         for images, _ in watched(loader):
@@ -79,7 +83,6 @@ def calibration_loader(loaders, config, epoch):
 
 
 def check_accumulation(loaders, config):
-    """Refuse to accumulate more batches than an epoch has."""
     if not config.eval and len(loaders.train) < config.accumulation:
         raise UserError(f"accumulation: found {config.accumulation}, an epoch has {len(loaders.train)} batches only")
 
@@ -90,10 +93,9 @@ def is_validated(epoch, config):
 
 
 def finetune(network, loaders, criterion, optimizer, config, monitor, folder, start, pruning=None):
-    """Train to the last epoch, calibrating and validating where due; write a checkpoint after each epoch.
+    """Train a PolicyNetwork to the last epoch, calibrating and validating where due; write a checkpoint after each epoch.
 
     Args:
-        network: the PolicyNetwork.
         start: the ResumeState of this run.
         pruning: a GradualPruning, or None; no epoch is the best one before its target is reached.
     """
@@ -168,16 +170,14 @@ def evaluate_only(network, loaders, config, found):
     """Print what a checkpoint reaches on the test set, with BatchNorm as it was saved or, with eval_calibration, as LIMPQ
     evaluates: re-estimated on training images before. The images are those of the validation of that epoch, so that this
     changes nothing of a network that was validated with as many."""
-    model, batchnorm = network.model, "BatchNorm as saved"
-    if not any(isinstance(module, BATCHNORM) for module in model.modules()):
-        batchnorm = "no BatchNorm"
+    model, batchnorm = network.model, "BatchNorm as saved" if has_batchnorm(network.model) else "no BatchNorm"
     if config.eval_calibration:
         if "packed" in found.content and found.content["packed"].header["folded"]:
             raise UserError(f"eval_calibration: the BatchNorms of {found.path} are folded into its weights; leave it false, "
                             "or name the checkpoint, or a file that was packed without --fold-bn")
         calibration = calibration_loader(loaders, config, max(found.content.get("epoch", 0) - 1, 0))
         calibrate_batchnorm(model, calibration)
-        if batchnorm != "no BatchNorm":
+        if has_batchnorm(model):
             batchnorm = f"BatchNorm re-estimated on {calibration.images:,} training images"
     figures = evaluate(model, loaders.test)
     if distributed.is_main():

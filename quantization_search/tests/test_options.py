@@ -102,7 +102,7 @@ def test_a_whole_network_budget_is_what_the_report_prints(capsys, path, tmp_path
         assert yaml.safe_load(output.read_text())["cost"][key] <= cost[key]
 
 
-def test_the_outlier_rules_reach_the_answer(capsys, save):
+def test_the_outlier_rules_reach_the_result(capsys, save):
     made = content()
     made["weight"]["module.block.conv1"] = {"4": 0.5, "3": 0.2, "2": 0.1}
     path = save(made)
@@ -260,8 +260,8 @@ def test_a_sweep_of_bitops_prints_its_table(capsys, path):
 
 
 def test_the_table_of_a_sweep_lies_beside_the_output(capsys, path, tmp_path):
-    printed(capsys, path, f"--sweep cr=8:9:0.5 --output {tmp_path / 'answer.yaml'}")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["answer_frontier.csv", "indicators.pkl"]
+    printed(capsys, path, f"--sweep cr=8:9:0.5 --output {tmp_path / 'result.yaml'}")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["indicators.pkl", "result_frontier.csv"]
 
 
 def test_a_picture_of_the_policy(capsys, path, tmp_path):

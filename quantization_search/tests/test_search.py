@@ -56,7 +56,7 @@ def test_published_policy(reference, capsys, tmp_path, name):
         assert "97 of 260 weight indicators are not positive" in printout
 
 
-def test_the_command_prints_and_writes_its_answer(save, tmp_path):
+def test_the_command_prints_and_writes_its_policy(save, tmp_path):
     output = tmp_path / "new" / "policy.yaml"
     words = ["--i", save(content()), *flags("--b 4 3 2 --wb 3 --ab 3 --cr 9.5 --bops yes --output"), str(output)]
     done = subprocess.run([sys.executable, "search.py", *words], cwd=STAGE, capture_output=True, text=True)
@@ -102,12 +102,12 @@ def test_what_the_indicators_were_trained_on_is_said_on_one_line(save, capsys, t
     assert [found for found in lines if "indicators made with" in found] == ([line] if line else [])
 
 
-def test_candidates_in_any_order_give_the_same_answer(save, capsys):
+def test_candidates_in_any_order_give_the_same_policy(save, capsys):
     path = save(content())
-    answers = [found(capsys, "--i", path, "--wb", "3", "--ab", "3", "--cr", "9", "--b", *bits.split())
+    policies = [found(capsys, "--i", path, "--wb", "3", "--ab", "3", "--cr", "9", "--b", *bits.split())
                for bits in ("4 3 2", "2 3 4", "3 4 2")]
-    assert answers[0] == answers[1] == answers[2]
-    assert set(answers[0][0] + answers[0][1]) > {2}  # a budget that leaves something to decide
+    assert policies[0] == policies[1] == policies[2]
+    assert set(policies[0][0] + policies[0][1]) > {2}  # a budget that leaves something to decide
 
 
 def test_a_gap_in_the_candidates_compares_neighbours_in_the_list(save, capsys):
@@ -135,7 +135,7 @@ def test_the_exact_count_of_macs_is_used_when_asked(save, capsys):
     assert bounds[0] != bounds[1]
 
 
-def test_non_positive_indicators_are_reported_before_the_answer(save, capsys):
+def test_non_positive_indicators_are_reported_before_the_policy(save, capsys):
     made = content()
     made["act"]["module.block.conv2"] = {"4": -0.1, "3": 0.0, "2": 0.2}
     search.main(["--i", save(made), "--cr", "0"])
@@ -170,7 +170,7 @@ class Evil:
 
 
 def refused(capsys, run, arguments):
-    """The one line on stderr of a run that ends with status 2 and no answer."""
+    """The one line on stderr of a run that ends with status 2 and no policy."""
     with pytest.raises(SystemExit) as caught, user_errors_on_one_line():
         run(arguments)
     out, err = capsys.readouterr()

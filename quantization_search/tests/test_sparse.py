@@ -55,7 +55,7 @@ def test_sparse_size_is_the_smaller_of_dense_and_one_bit_per_weight_plus_the_non
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The answer, against every policy there is.
+# The policy, against every policy there is.
 
 
 @st.composite
@@ -145,7 +145,7 @@ def printed(capsys, path, words):
     return capsys.readouterr().out
 
 
-def answer(capsys, path, words, tmp_path):
+def run_search(capsys, path, words, tmp_path):
     """(printout, policy file)."""
     out = printed(capsys, path, f"{words} --output {tmp_path / 'policy.yaml'}")
     return out, yaml.safe_load((tmp_path / "policy.yaml").read_text())
@@ -170,7 +170,7 @@ def worked_out(policy):
                                    "--cr 8 --wb 1.5 --ab 1.5 --sparse-bops",
                                    "--cr 17 --wb 1.5 --ab 1.5 --sparse-size --sparse-bops"])
 def test_report_and_policy_say_what_the_zeros_save(capsys, path, tmp_path, words):
-    out, policy = answer(capsys, path, words, tmp_path)
+    out, policy = run_search(capsys, path, words, tmp_path)
     cost = worked_out(policy)
     assert policy["cost"].items() >= cost.items()
     lines = out.splitlines()
@@ -225,7 +225,7 @@ def test_the_amounts_and_limits_that_are_printed(capsys, path, tmp_path):
     """The limit of --bops is that of the dense network; fixed layers count in the budgets of the whole network."""
     words = ("--cr 17 --bops True --wb 1.5 --ab 1.5 --size-budget 0.008 --bops-budget 10 --macs exact --sparse-size "
              "--sparse-bops")
-    out, policy = answer(capsys, path, words, tmp_path)
+    out, policy = run_search(capsys, path, words, tmp_path)
     given, cost = pruned_content(), worked_out(policy)
     dense = sum(row["macs_exact"] for row in given["layers"].values())
     fixed = 64 * (given["fixed"]["stem"]["macs_exact"] + 1000 * (640 - ZEROS["head"]))

@@ -1,4 +1,4 @@
-"""Packed models: the same answers bit for bit, the size that was promised, and one line about a file that is none."""
+"""Packed models: the same logits bit for bit, the size that was promised, and one line about a file that is none."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def exported(*arguments):
 @pytest.mark.parametrize(("arch", "size", "sparsity", "changes"), [
     ("resnet20", 16, None, {"quan": PER_CHANNEL}), ("resnet20", 16, 0.8, {}), ("resnet20", 16, 0.5, {"quan": PER_CHANNEL}),
     ("mobilenet_v2", 32, None, {}), ("vit_tiny_patch4_32", 32, None, {"quan": SIGNED})])
-def test_a_packed_model_answers_as_its_checkpoint_bit_for_bit_at_the_size_that_was_promised(
+def test_a_packed_model_gives_the_logits_of_its_checkpoint_bit_for_bit_at_the_size_that_was_promised(
         arch, size, sparsity, changes, capsys):
     network = write_checkpoint(arch, size, sparsity, **changes)
     expected = logits(network.model, size)
@@ -413,7 +413,7 @@ def test_a_file_holds_the_values_of_arrays_whatever_their_strides(kind):
 
 
 @pytest.mark.usefixtures("shallow")
-def test_a_file_that_answers_otherwise_is_not_left_behind_and_an_older_one_stays(capsys, monkeypatch):
+def test_a_file_with_other_logits_is_not_left_behind_and_an_older_one_stays(capsys, monkeypatch):
     write_checkpoint("resnet20", 16)
     whole = export.serialize
     for before in (None, b"an older file"):
@@ -656,7 +656,7 @@ def test_a_file_that_is_damaged_foreign_or_newer_is_refused_in_one_line(spoil, m
             assert message in said and PACKED in said
 
 
-def test_a_network_whose_answer_no_packed_layer_gives_is_packed():
+def test_a_network_whose_logits_no_packed_layer_gives_is_packed():
     """Logits of two heads, side by side, one of which is a matrix and no layer."""
     pathlib.Path("net.py").write_text("""
 import torch

@@ -125,6 +125,6 @@ def _walk(rng, uses, fixed, limits):
 
 
 def _missed(used, limits):
-    """By how much the amounts are above their limits, or below 99% of them, relative to the limits; the sum of all."""
+    """By how much amounts are above their limits, or below 99% of them, relative to these; the sum of all."""
     return sum(max(0, 100 * (amount - limit), LEAST_USE * limit - 100 * amount) / (100 * max(limit, 1))
                for amount, limit in zip(used, limits, strict=True))

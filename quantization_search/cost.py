@@ -8,10 +8,7 @@ from network import SearchSpace
 
 @dataclass(frozen=True)
 class Share:
-    """A layer's bits, and what part of the network's size and of its BitOPs by the published count it takes, all dense.
-
-    sparsity: share of its weights that are zero, from 0 to 1.
-    """
+    """A layer's bits, its parts of the network's size and published BitOPs, all dense, and the share of its zero weights."""
 
     macs: int
     weight_bits: int

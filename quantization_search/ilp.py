@@ -130,8 +130,8 @@ class Solution:
 class Infeasible(Exception):
     """No policy keeps the constraints.
 
-    conflict: list of (constraint, smallest amount it could take), None for an amount that was not found in time.
-    together: whether each of them could be kept alone, and the amounts are those beside the others named here.
+    conflict: list of (constraint, smallest amount it could take), None for an amount that was not found in time. together:
+    whether each of them could be kept alone, and the amounts are those beside the others named here.
     """
 
     def __init__(self, conflict, together=False):

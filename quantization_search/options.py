@@ -111,8 +111,7 @@ class SearchConfig:
         if not self.indicators:
             raise UserError("indicators: the .pkl file of layer-wise indicators is needed")
         for key in ("wb", "ab", "time_limit", *BUDGETS, "cr", "alpha"):
-            zero_too = key in ("cr", "alpha")
-            value = self.number(key)
+            value, zero_too = self.number(key), key in ("cr", "alpha")
             if value is not None and (value < 0 or (value == 0 and not zero_too)):
                 raise UserError(f"{key}: found {getattr(self, key)}, allowed is {'0 or more' if zero_too else 'above 0'}")
         if self.bits is not None:
@@ -175,14 +174,11 @@ class SearchConfig:
         if self.sweep:
             swept = SWEPT[self.sweep.partition("=")[0]]
             return {**self.points()[0][1].idle(), swept: "sweep"}
-        idle = {} if self.uniform else {"wb": "bops is off", "ab": "bops is off"}
-        if self.act_mem is None:
-            idle["act_mem_kind"] = "no act_mem"
-        if not self.ratio and self.size_budget is None:
-            idle["sparse_size"] = "neither cr nor size_budget"
-        if not self.uniform and self.bops_budget is None:
-            idle["sparse_bops"] = "neither bops nor bops_budget"
-        return idle
+        reasons = {"wb": (self.uniform, "bops is off"), "ab": (self.uniform, "bops is off"),
+                   "act_mem_kind": (self.act_mem is not None, "no act_mem"),
+                   "sparse_size": (self.ratio or self.size_budget is not None, "neither cr nor size_budget"),
+                   "sparse_bops": (self.uniform or self.bops_budget is not None, "neither bops nor bops_budget")}
+        return {key: why for key, (is_read, why) in reasons.items() if not is_read}
 
     def number(self, key):
         """An option as it was typed, as a Fraction, or None."""

@@ -124,11 +124,10 @@ def fold_batchnorms(model, folds):
 def check_folds(before, after, folds, images):
     """Compare each folded convolution of `after` with convolution and BatchNorm of `before`, on the inputs that this has.
 
+    A UserError names a BatchNorm whose convolution gives something else, by more than rounding.
+
     Args:
         folds: {BatchNorm: convolution}. images: [batch, 3, height, width].
-
-    Raises:
-        UserError: naming a BatchNorm whose convolution gives something else, by more than rounding.
     """
     handles, found = [], {}
     names = {module: name for name, module in before.named_modules()}

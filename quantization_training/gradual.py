@@ -31,15 +31,11 @@ def create_pruning(network, config, found):
 
 
 class GradualPruning(Prunable):
-    """Removes the smallest weights, more and more, while a network is trained.
+    """Removes the smallest weights, more and more, while a network is trained; a UserError where the target is out of reach.
 
     Args:
-        network: the PolicyNetwork; its PrunedParameters get the new masks.
-        config: the FinetuneConfig, with prune.target_sparsity.
+        network: the PolicyNetwork; its PrunedParameters get the new masks. config: the FinetuneConfig.
         initial: the share that was removed when the run began; None where it begins now.
-
-    Raises:
-        UserError: where more than the target is removed already, or the target is out of reach.
     """
 
     def __init__(self, network, config, initial=None):

@@ -33,9 +33,6 @@ def pack_network(network, source):
 
     Returns:
         ({name: PackedLayer}, {name: numpy array}, {name: the name under which it is stored} of tensors with two names).
-
-    Raises:
-        UserError: naming a layer whose weight or step size is no finite number.
     """
     state, shared = _state_once(network.model)
     layers, tensors = {}, {}
@@ -212,9 +209,6 @@ def with_configuration(content, path, config_path, arch=None):
 
     Args:
         content: as load_any gives it. arch: what takes the place of the file's `arch`, or None.
-
-    Raises:
-        UserError: where the checkpoint has its own, or the two do not fit each other.
     """
     if "config" in content:
         raise UserError(f"--config: {path} carries its own configuration; leave --config out")

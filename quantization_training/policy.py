@@ -16,15 +16,11 @@ class Policy:
 
 
 def resolve_policy(config, names, policy_file=None, checkpoint=None):
-    """The policy that a configuration asks for.
+    """The policy that a configuration asks for; a UserError where it is one of another network.
 
     Args:
-        names: the searchable layers, in network order.
-        policy_file: the content of config.policy, as read_policy gives it.
+        names: the searchable layers, in network order. policy_file: the content of config.policy, as read_policy gives it.
         checkpoint: for evaluation without a policy in the configuration, the checkpoint that carries one.
-
-    Raises:
-        UserError: where the policy is one of another network.
     """
     if policy_file is not None:
         return _from_file(config, names, policy_file)

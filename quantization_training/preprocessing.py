@@ -17,11 +17,10 @@ CLASS_NAMES = {
 
 
 def describe_preprocessing(config, input_size):
-    """What evaluation does to the images of a dataset, a DataConfig's; input_size is the height and width of what is left.
+    """What evaluation does to the images of a dataset, a DataConfig's; input_size is the height and width that result.
 
-    Returns:
-        {mean, std: of pixels from 0 to 1, per channel; resize: 'crop' (the shorter side, then the middle) or 'square'
-        (the whole image); padding: black pixels on each side; grey: whether colours are taken away}.
+    {mean, std: of pixels from 0 to 1, per channel; resize: 'crop' (the shorter side, then the middle) or 'square' (the whole
+    image); padding: black pixels on each side; grey: whether colours are taken away}.
     """
     dataset = DATASETS[config.dataset]
     mean, std = (dataset.mean, dataset.std) if dataset.mean else grey_mean_and_std(read_digits(input_size)[0].images)

@@ -165,10 +165,6 @@ def trace_rows(arch, size, classes, where="model"):
     return {name: Row(**call.as_row()) for name, call in graph.layers.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A table from outside.
-
-
 def is_layer_name(value):
     return isinstance(value, str) and value.isprintable() and value != ""
 

@@ -14,8 +14,7 @@ class DistillationConfig:
     """Learn from a full-precision network as well."""
 
     teacher: str | None = option(
-        None, help="The full-precision network to learn from as well: the path of its checkpoint, or pre_trained; blank: no "
-                   "distillation.")
+        None, help="The full-precision network to learn from as well: a checkpoint, or pre_trained; blank: no distillation.")
     weight: float = option(0.5, low=0, high=1, help="Weight of the distillation loss; the loss on the labels has the rest.")
     temperature: float = option(1.0, above=0, help="Temperature that the logits are divided by before the softmax.")
 
@@ -49,8 +48,7 @@ class FinetuneConfig(RunConfig):
     name: str = option("finetune", help=NAME)
     policy: str | None = option(None, help="The policy file with the bit-widths, as search.py writes it.")
     init_from: str | None = option(
-        None, help="A checkpoint of stage 1, whose weights, step sizes and BatchNorms of the policy's bits this run starts "
-                   "from.")
+        None, help="A checkpoint of stage 1; its weights, step sizes and BatchNorms of the policy's bits are taken first.")
     sat: bool = option(True, help="Scale-adjusted training of the classifier (SAT).")
     accumulation: int = option(1, low=1, help="Batches per optimizer step.")
     calibration_images: int = option(

@@ -31,17 +31,15 @@ class DataConfig:
         None, low=4, help="Height and width of the images in pixels; blank: 224 for imagenet and folder, else 32. Fixed for "
                           "CIFAR and Fashion-MNIST.")
     mean: list[float] | None = option(
-        None, help="Mean of each colour channel for normalisation, three numbers for pixels from 0 to 1; blank: that of the "
-                   "data set.")
+        None, help="Mean of the three colour channels for normalisation, of pixels from 0 to 1; blank: that of the data set.")
     std: list[float] | None = option(
-        None, help="Standard deviation of each colour channel for normalisation, three numbers; blank: that of the data set.")
+        None, help="Standard deviation of the three colour channels for normalisation; blank: that of the data set.")
 
 
 @dataclass(frozen=True)
 class ResumeConfig:
     path: str = option(
-        "auto", help="auto: continue where this run stopped (with eval: its best checkpoint); none: refuse a run that has "
-                     "begun; or the path of a checkpoint.")
+        "auto", help="auto: where this run stopped (with eval: its best checkpoint); none: refuse a begun run; or a path.")
     lean: bool = option(False, help="Take only the weights of the checkpoint in resume.path, not its optimizer and epoch.")
 
 
@@ -76,13 +74,11 @@ class RunConfig:
     name: str = option("run", help=NAME)
     output_dir: str = option("results", help="The folder of the run folders.")
     seed: int = option(
-        0, low=0, high=2**31, help="Decides the order of images, augmentation, the validation split, initial weights and "
-                                   "random bit-widths.")
+        0, low=0, high=2**31, help="Seed of image order, augmentation, validation split, initial weights, random bit-widths.")
     training_device: Literal["auto", "gpu", "cpu"] = option("auto", help="Where to compute; auto: a GPU where there is one.")
     gpu: typing.Any = option(None, help="Read from LIMPQ's files and without effect.")
     threads: int | None = option(
-        None, low=1, help="CPU threads per process; blank: as many as the run began with, in a new run all cores shared among "
-                          "the processes.")
+        None, low=1, help="CPU threads per process; blank: as many as the run began with, at first all cores, shared out.")
     precision: Literal["fp32", "bf16"] = option(
         "fp32", help="bf16: compute the passes in bfloat16 (autocast); step sizes, optimizer and evaluation stay in float32.")
     compile: bool = option(False, help="Compile the network with torch.compile; meant for GPUs.")
@@ -128,8 +124,7 @@ class RunConfig:
     warmup_lr: float = option(0.0, low=0, help="The learning rate that the warm-up begins with.")
     cooldown_epochs: int = option(0, low=0, help="Further epochs at the learning rate that the schedule ends with.")
     val_cycle: int = option(
-        1, low=1, help="Epochs between two validations; the last epoch is validated, in stage 3 also the first and the last "
-                       "15.")
+        1, low=1, help="Epochs between two validations; the last epoch is one, in stage 3 also the first and the last 15.")
     weight_bits: int | list[int] | None = option(
         None, help="Bit-widths of the weights of the searched layers, one number or a list in their order; read by stage 3.")
     act_bits: int | list[int] | None = option(

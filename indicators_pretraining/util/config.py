@@ -75,10 +75,6 @@ def check_bits(key, bits):
               f"{key}: found {bits}, expected different bit-widths from 2 to 8, such as [6, 5, 4, 3, 2]")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading.
-
-
 def load_config(schema, paths, overrides=()):
     """Read YAML files, later ones over earlier ones, then overrides, into a schema.
 
@@ -253,10 +249,6 @@ def unshared(value, count):
     if number is not None and not isinstance(number, (str, int, float)):
         raise ValueError(f"a {type(value).__name__} where only numbers and text are read; put text in quotes")
     return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking.
 
 
 def build(schema, data, sources, prefix=""):

@@ -19,15 +19,14 @@ import torch
 import torchvision
 from PIL import ExifTags, Image
 
-from util.errors import UserError, reason
+from util.errors import UserError, naming, reason
 from util.exchange import no_empty_folders
 from util.sampling import Stream, stratified_split
 
 DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
 DIGITS_LEVELS = 16
 DIGITS_TEST_FRACTION = 0.2
-FASHION_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
-                 "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FASHION_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 FASHION_PADDING = 2  # 28 x 28 to 32 x 32
 IDX_UNSIGNED_BYTES = 8
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -90,13 +89,8 @@ class Dataset:
 
 
 def describe_data(config):
-    """(num_classes, input_size) that a model for the data of a DataConfig needs.
-
-    Reads nothing, except that for `folder` without num_classes the folders under train/ are counted.
-
-    Raises:
-        UserError: num_classes or input_size contradicts the dataset.
-    """
+    """(num_classes, input_size) that a model for the data of a DataConfig needs. For `folder` without num_classes, the folders
+    under train/ are counted."""
     info = DATASETS[config.dataset]
     if info.num_classes and config.num_classes not in (None, info.num_classes):
         raise UserError(f"dataloader.num_classes: found {config.num_classes}, {info.title} has {info.num_classes} classes; "
@@ -148,10 +142,6 @@ def grey_mean_and_std(images):
     return (mean,) * 3, (float(share @ (values - mean).square()) ** 0.5,) * 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image folders.
-
-
 def read_folders(path, dataset, num_classes):
     """List path/train and path/val, which hold one folder of images per class, the same classes in both."""
     train, classes = list_images(path / "train", "training", dataset)
@@ -197,23 +187,16 @@ def find_classes(folder, part, dataset="folder"):
         raise UserError(f"dataloader.path: cannot list {folder} ({reason(error)})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image files.
-
-
 def read_rgb(path):
     """An image file as an upright RGB image of Pillow with 8 bits per channel, over white; of several frames, the first.
-
-    Raises:
-        UserError: naming a file that cannot be read, or whose pixels have no defined range (32-bit whole numbers, floats).
-    """
+    Pixels without a defined range (32-bit whole numbers, floats) are refused."""
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             image = Image.open(file)
             image.load()
             return _upright(_as_rgb(image), image)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many types on damaged files
         raise UserError(f"{path}: cannot read the image ({reason(error)}); replace or remove the file") from None
 
@@ -257,10 +240,6 @@ def _upright(rgb, image):
         method = TRANSPOSED.get(image.getexif().get(ExifTags.Base.Orientation))
         return rgb if method is None else rgb.transpose(method)
     return rgb
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets held in memory.
 
 
 def read_digits(size):

@@ -24,8 +24,7 @@ class QuantizerConfig:
 @dataclass(frozen=True)
 class ActQuantizerConfig(QuantizerConfig):
     all_positive: Literal["auto"] | bool = option(
-        AUTO, help="Whether inputs have an unsigned quantization range; auto: those without a negative value in the first "
-                   "training batch.")
+        AUTO, help="Whether inputs have an unsigned quantization range; auto: those not negative in the first training batch.")
 
 
 @dataclass(frozen=True)

@@ -189,10 +189,6 @@ def count_training_steps(images, batch_size, world_size):
     return steps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sets held in memory.
-
-
 class MemoryBatches:
     """Batches of images held as one uint8 tensor [N, C, S, S]; iterating yields uint8 images and labels."""
 
@@ -240,10 +236,6 @@ def crop_and_flip(images, top, left, flipped, padding):
     columns = left[:, None] + torch.where(flipped[:, None] > 0, size - 1 - steps, steps)
     pixels = (rows[:, :, None] * padded_size + columns[:, None, :]).view(batch, 1, size ** 2)
     return padded.gather(2, pixels.expand(-1, channels, -1)).view(images.shape)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Image folders.
 
 
 def folder_batches(config, image_set, sampler, seed, device, augment, keep_workers):

@@ -38,10 +38,6 @@ def checksum(*pieces):
     return CHECKSUM + digest.hexdigest().encode()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Indicators.
-
-
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, text and containers; refuses every class and function, so a file cannot run code."""
 
@@ -124,10 +120,6 @@ def write_indicators(path, content):
     write_atomically(path, data + checksum(data) + b"\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Names of layers and networks.
-
-
 def without_wrappers(names):
     """Names without the wrappers before them that every name has; what some names lack is no wrapper's."""
     names = list(names)
@@ -195,10 +187,6 @@ def _without_folder(arch):
     return (re.split(r"[\\/]", file[0])[-1], file[1]) if file else arch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Policies.
-
-
 def is_bit(key, bit):
     """Whether a policy may have a bit-width under this key, weight_bits or act_bits."""
     return type(bit) is int and (2 <= bit <= 8 or (bit == FLOAT_BIT and key == "act_bits"))
@@ -236,10 +224,6 @@ def _layer_name(value):
 def write_policy(path, policy):
     """Write a policy file; lists stand on one line each, fit for editing and for pasting into a fine-tuning YAML."""
     write_atomically(path, yaml.safe_dump(policy, sort_keys=False, default_flow_style=None, width=10**6).encode())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files.
 
 
 def write_atomically(path, data):

@@ -6,6 +6,7 @@ order: layer by layer, weights before activations. All sums are of integers or f
 files, no printing.
 """
 
+import bisect
 import contextlib
 import itertools
 import math
@@ -103,10 +104,8 @@ class Problem:
 class Solution:
     """A policy, what it costs exactly, and how well it is known to be the best.
 
-    proven: every policy that could be better, or tie and come first, was compared exactly.
-    gap: relative gap of the objective that is left, 0.0 where none is; None where it is not known.
-    penalty_gap: the same of the penalty; where it is not 0, the objective is the best found at that penalty.
-    seed: of a policy that was drawn at random; None where it was searched.
+    proven, solver_status, gap: as solver.Result has them, of the objective. penalty_gap: of the penalty; where it is not 0,
+    the objective is the best found at that penalty. seed: of a policy that was drawn at random; None where it was searched.
     """
 
     chosen: list
@@ -331,8 +330,7 @@ def solve(problem, solver=None, time_limit=None):
     """The policy of least penalty, then least objective, then first in the order of ties.
 
     Args:
-        solver: the name in PuLP of a solver that has to be asked; by default HiGHS, where it is needed.
-        time_limit: seconds after which the best policy known is returned, with the gap that is left.
+        solver: as for minimise. time_limit: seconds after which the best policy known is returned, with the gap left.
 
     Raises:
         Infeasible: when the constraints cannot be kept together.
@@ -371,12 +369,10 @@ def solution_of(problem, chosen, proven, solver_status, gap, penalty_gap, seed=N
     """The Solution in which layers take these pairs; cost and constraints are worked out anew, in exact arithmetic."""
     for constraint in problem.constraints:
         assert constraint.amount(chosen) <= constraint.bound, f"the policy breaks the {constraint.name} constraint"
-    pairs = [row[pair] for row, pair in zip(problem.pairs, chosen, strict=True)]
-    return Solution(
-        chosen, [w for w, _ in pairs], [a for _, a in pairs],
-        Fraction(sum(row[pair] for row, pair in zip(problem.penalties, chosen, strict=True))),
-        Fraction(sum(row[pair] for row, pair in zip(problem.costs, chosen, strict=True))),
-        proven, solver_status, gap, penalty_gap, seed)
+    pairs, penalties, costs = ([row[pair] for row, pair in zip(table, chosen, strict=True)]
+                               for table in (problem.pairs, problem.penalties, problem.costs))
+    return Solution(chosen, [w for w, _ in pairs], [a for _, a in pairs], Fraction(sum(penalties)), Fraction(sum(costs)),
+                    proven, solver_status, gap, penalty_gap, seed)
 
 
 def _conflict(problem, solver):
@@ -412,16 +408,15 @@ def _least_amount(problem, constraint, group, solver):
 
 def _least_largest(problem, constraint, others, solver, deadline):
     """The smallest of its values at which the others can still be kept, by halving."""
-    values = sorted({max(value, constraint.offset) for row in constraint.use for value in row})
-    low, high = 0, len(values) - 1
-    while low < high:
-        middle = (low + high) // 2
+    def can_hold(value):
         try:
-            options = within_largest(problem.choices(), [*others, replace(constraint, bound=values[middle])])
+            options = within_largest(problem.choices(), [*others, replace(constraint, bound=value)])
             budgets = _budgets(options, others)
             if budgets:
                 least_total([[0] * len(pairs) for _, pairs in options], budgets, solver, deadline)
-            high = middle
+            return True
         except NoPolicy:
-            low = middle + 1
-    return values[low]
+            return False
+
+    values = sorted({max(value, constraint.offset) for row in constraint.use for value in row})
+    return values[bisect.bisect_left(values[:-1], True, key=can_hold)]

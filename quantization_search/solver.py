@@ -95,7 +95,7 @@ def least_total(costs, budgets, solver=None, deadline=math.inf):
     """(the least total cost inside the budgets, a Result that reaches it); arguments and errors are those of minimise."""
     program = _Program(costs, budgets, ())
     result = _settle(program, solver, program.smallest_gain, deadline)
-    return sum(row[option] for row, option in zip(costs, result.chosen, strict=True)), result
+    return _total(costs, result.chosen), result
 
 
 def _settle(program, solver, gain, deadline):
@@ -126,6 +126,11 @@ def _settle(program, solver, gain, deadline):
         return Result(known, False, status, 0.0 if closed else program.gap(known, bound))
 
 
+def _total(table, chosen):
+    """The sum of table[layer][option] over the options chosen."""
+    return sum(map(operator.getitem, table, chosen))
+
+
 class _Program:
     """The working form: integer keys to compare by, doubles to bound by, and the options still in play.
 
@@ -145,39 +150,33 @@ class _Program:
             divisor = math.gcd(*(value for row in budget.use for value in row)) or 1
             self.rows.append([[value // divisor for value in row] for row in budget.use])
             self.bounds.append(budget.bound // divisor)
-        self.multipliers = [0.0] * len(self.rows)
         self._lay_out_fields()
         self.reduced = self.costs
         self.work = 0  # steps of the last dynamic_program
 
     def key(self, chosen):
-        return sum(self.keys[layer][option] for layer, option in zip(self.layers, chosen, strict=True))
+        return _total(self.keys, chosen)
 
     def keeps_budgets(self, chosen):
-        return all(sum(row[layer][chosen[layer]] for layer in self.layers) <= bound
-                   for row, bound in zip(self.rows, self.bounds, strict=True))
+        return all(_total(row, chosen) <= bound for row, bound in zip(self.rows, self.bounds, strict=True))
 
     def drop_impossible(self):
         """Leave out options that break a budget even beside the least use of all other layers, and idle budgets."""
         for row, bound in zip(self.rows, self.bounds, strict=True):
             least = [min(row[layer][option] for option in self.options[layer]) for layer in self.layers]
             spare = bound - sum(least)
-            if spare < 0:
-                raise NoPolicy
             self.options = [[option for option in self.options[layer] if row[layer][option] - least[layer] <= spare]
                             for layer in self.layers]
             if not all(self.options):
                 raise NoPolicy
-        binding = [k for k, row in enumerate(self.rows) if self.bounds[k] < sum(
+        binding = [(row, bound) for row, bound in zip(self.rows, self.bounds, strict=True) if bound < sum(
             max(row[layer][option] for option in self.options[layer]) for layer in self.layers)]
-        self.rows = [self.rows[k] for k in binding]
-        self.bounds = [self.bounds[k] for k in binding]
-        self.multipliers = [0.0] * len(binding)
+        self.rows, self.bounds = [row for row, _ in binding], [bound for _, bound in binding]
         self._lay_out_fields()
 
     def _lay_out_fields(self):
         """(shift, mask) of each budget's field in a packed integer; the guard is the highest bit of every field."""
-        self.scales = [abs(bound) or 1 for bound in self.bounds]
+        self.multipliers, self.scales = [0.0] * len(self.rows), [abs(bound) or 1 for bound in self.bounds]
         self.fields, self.guard, shift = [], 0, 0
         for row, bound in zip(self.rows, self.bounds, strict=True):
             length = (max(bound, 0) + max(map(max, row))).bit_length()
@@ -211,8 +210,7 @@ class _Program:
 
     def allowance(self, known, gain=0.0):
         """How much reduced cost and unused, priced budget a policy may gather and still be better than `known` by `gain`."""
-        cost = math.fsum(self.costs[layer][option] for layer, option in zip(self.layers, known, strict=True))
-        return cost - gain - self.lower_bound + self.rounding
+        return math.fsum(map(operator.getitem, self.costs, known)) - gain - self.lower_bound + self.rounding
 
     def drop_worse_than(self, known):
         allowance = self.allowance(known)
@@ -246,7 +244,7 @@ class _Program:
 
     def gap(self, known, bound):
         """How far `known` may be from the best, relative to its cost; None where that is 0. bound: one more lower bound."""
-        cost = math.fsum(self.costs[layer][option] for layer, option in zip(self.layers, known, strict=True))
+        cost = math.fsum(map(operator.getitem, self.costs, known))
         whole = abs(cost + self.base_cost)
         return max(0.0, cost - max(bound, self.lower_bound - self.rounding)) / whole if whole else None
 

@@ -207,8 +207,7 @@ def itemise(packed):
     sizes = dict.fromkeys(PARTS, 0)
     for name, tensor in packed.tensors.items():
         sizes[part_of(name, packed)] += tensor.nbytes
-    sizes["header"] = packed.header_bytes
-    return sizes
+    return sizes | {"header": packed.size - sum(sizes.values())}
 
 
 def part_of(name, packed):

@@ -14,23 +14,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from packing import packed_length
+from util import formats
 from util.config import describe, read_bytes
 from util.errors import UserError, naming, reason
-from util.formats import (
-    SAFETENSORS_LENGTH,
-    is_bool,
-    is_count,
-    is_name,
-    is_positive,
-    list_of,
-    number,
-    optional,
-    record,
-    safetensors_metadata,
-    sequence,
-    table_of,
-    whole,
-)
 
 VERSION = 1
 KEY = "limpqp"
@@ -86,11 +72,6 @@ class PackedFile:
     tensors: dict
     size: int
 
-    @property
-    def header_bytes(self):
-        """Bytes that hold no tensor."""
-        return self.size - sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 def serialize(header, layers, tensors):
     """The bytes of a packed model.
@@ -111,7 +92,8 @@ def serialize(header, layers, tensors):
 
 def _with_checksum(data, digits):
     """The bytes of a file with another checksum in the place of the one that is there; None where there is no such place."""
-    start = data.find(b'\\"sha256\\":\\"', SAFETENSORS_LENGTH, SAFETENSORS_LENGTH + 200) + len(b'\\"sha256\\":\\"')
+    key, beginning = b'\\"sha256\\":\\"', formats.SAFETENSORS_LENGTH
+    start = data.find(key, beginning, beginning + 200) + len(key)
     place = slice(start, start + len(NO_CHECKSUM))
     if data[place.stop:place.stop + 2] != b'\\"':
         return None
@@ -126,15 +108,15 @@ def is_packed(path):
         return is_named
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(SAFETENSORS_LENGTH), "little")
+            length = int.from_bytes(file.read(formats.SAFETENSORS_LENGTH), "little")
             beginning = file.read(min(length, os.path.getsize(path)))
+        if not beginning.startswith(b"{"):
+            return is_named
+        return bool((json.loads(beginning).get("__metadata__") or {}).get(KEY))
     except OSError:
         return is_named
-    try:
-        metadata = json.loads(beginning).get("__metadata__") if beginning.startswith(b"{") else {KEY: is_named}
-        return KEY in (metadata or {}) and bool(metadata[KEY])
-    except (ValueError, RecursionError, AttributeError, TypeError):
-        return is_named or beginning.startswith(b"{")
+    except (ValueError, RecursionError, AttributeError):  # it begins like safetensors, and is damaged
+        return True
 
 
 def read_packed(path):
@@ -163,19 +145,19 @@ def parse_packed(data, path):
 
 def _read_header(data):
     """The header in the bytes of a file, of this version, its checksum compared."""
-    if len(data) < SAFETENSORS_LENGTH + 2 or data[SAFETENSORS_LENGTH:SAFETENSORS_LENGTH + 1] != b"{":
+    if len(data) < formats.SAFETENSORS_LENGTH + 2 or data[formats.SAFETENSORS_LENGTH:formats.SAFETENSORS_LENGTH + 1] != b"{":
         raise UserError("damaged or not a packed model (it does not begin like safetensors)")
-    if SAFETENSORS_LENGTH + int.from_bytes(data[:SAFETENSORS_LENGTH], "little") > len(data):
+    if formats.SAFETENSORS_LENGTH + int.from_bytes(data[:formats.SAFETENSORS_LENGTH], "little") > len(data):
         raise UserError("damaged (it ends inside its header); export it again")
     try:
-        header = json.loads(safetensors_metadata(data)[KEY])
+        header = json.loads(formats.safetensors_metadata(data)[KEY])
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"not a packed model of this project (safetensors without the entry {KEY!r}); export.py writes one") \
             from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"damaged or not a packed model ({reason(error)[:100]})") from None
     header = header if isinstance(header, dict) else {}
-    if is_count(header.get("version")) and header["version"] > VERSION:
+    if formats.is_count(header.get("version")) and header["version"] > VERSION:
         raise UserError(f"written by a newer version of this project (format {header['version']})")
     blank = _with_checksum(data, NO_CHECKSUM)
     if blank is None or header.get("sha256") != hashlib.sha256(blank).hexdigest():
@@ -239,14 +221,19 @@ def _is_row(value):
     return value["zeros"] <= count and value.get("kept", 0) <= count and ("act_bits" in value) == ("act_signed" in value)
 
 
-OPTIONAL = {"act_bits": _is_bit, "act_signed": is_bool, "kept": is_count}
-ROW = record({"kind": KINDS.__contains__, "shape": lambda value: list_of(is_positive)(value) and len(value) in (2, 4),
-              "bits": _is_bit, "signed": is_bool, "searched": is_bool, "zeros": is_count}, OPTIONAL)
-THREE = sequence(number(), number(), number())
+OPTIONAL = {"act_bits": _is_bit, "act_signed": formats.is_bool, "kept": formats.is_count}
+ROW = formats.record({
+    "kind": KINDS.__contains__, "shape": lambda value: formats.list_of(formats.is_positive)(value) and len(value) in (2, 4),
+    "bits": _is_bit, "signed": formats.is_bool, "searched": formats.is_bool, "zeros": formats.is_count}, OPTIONAL)
+THREE = formats.sequence(*[formats.number()] * 3)
+NAMES = formats.table_of(formats.is_name)
 HEADER = {
-    "version": is_positive, "sha256": is_name, "arch": is_name, "num_classes": is_positive,
-    "input_size": lambda value: is_positive(value) and value <= MOST_PIXELS, "class_names": optional(list_of(is_name)),
-    "preprocessing": record({"mean": THREE, "std": lambda value: THREE(value) and all(value),
-                             "resize": ("crop", "square").__contains__, "padding": whole(MOST_PIXELS), "grey": is_bool}),
-    "config": lambda value: isinstance(value, dict), "cost": table_of(number()), "folded": table_of(is_name),
-    "shared": table_of(is_name), "scaled": list_of(is_name), "layers": lambda value: bool(value) and table_of(_is_row)(value)}
+    "version": formats.is_positive, "sha256": formats.is_name, "arch": formats.is_name, "num_classes": formats.is_positive,
+    "input_size": lambda value: formats.is_positive(value) and value <= MOST_PIXELS,
+    "class_names": formats.optional(formats.list_of(formats.is_name)),
+    "preprocessing": formats.record({
+        "mean": THREE, "std": lambda value: THREE(value) and all(value), "resize": ("crop", "square").__contains__,
+        "padding": formats.whole(MOST_PIXELS), "grey": formats.is_bool}),
+    "config": lambda value: isinstance(value, dict), "cost": formats.table_of(formats.number()), "folded": NAMES,
+    "shared": NAMES, "scaled": formats.list_of(formats.is_name),
+    "layers": lambda value: bool(value) and formats.table_of(_is_row)(value)}

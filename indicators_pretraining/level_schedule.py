@@ -32,10 +32,7 @@ class LevelSchedule(Prunable):
 
     def forecast(self, level, masks):
         """What the levels after this one will remove in all, [(level, weights or channels)]: they are counted, not ranked.
-
-        Raises:
-            UserError: where a level would remove nothing, or the amounts end below the target.
-        """
+        A level that would remove nothing, and amounts that end below the target, are refused."""
         groups, ahead = self.groups(masks), []
         while not self._is_last(level, groups):
             level += 1

@@ -27,7 +27,6 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
     """Add up the gradients of one pass per candidate and, unless it is None, one at the policy `chosen`.
 
     Args:
-        model, switch: the jointly trained network and its BitSwitch.
         images, target: a batch, [batch, 3, height, width] and [batch].
         criterion: loss of (logits, target).
         chosen: {layer: bit} for the last pass, or None.
@@ -127,9 +126,8 @@ def final_evaluation(network, loaders, config, monitor, folder):
             best = {"best": {"epoch": epoch, "candidates": {bit: dict(row) for bit, row in reached.items()}}}
             for bit, row in reached.items():
                 monitor.log(f"best on validation (epoch {epoch}) on the test set at {bit} bits: {describe_accuracy(row)}")
-    if distributed.is_main():
-        folder.summarise({"name": config.name, "arch": config.arch, "epochs": config.last_epoch, "candidates": figures,
-                          **best})
+    distributed.on_main(folder.summarise, {"name": config.name, "arch": config.arch, "epochs": config.last_epoch,
+                                           "candidates": figures, **best})
 
 
 def evaluate_only(network, loaders, found):
@@ -137,8 +135,7 @@ def evaluate_only(network, loaders, found):
     if distributed.is_main():
         print(describe_evaluated(found.path, found.content))
     for bit, row in evaluate_candidates(network.model, network.switch, loaders.test).items():
-        if distributed.is_main():
-            print(f"{found.path} at {bit} bits: {describe_accuracy(row)}")
+        distributed.on_main(print, f"{found.path} at {bit} bits: {describe_accuracy(row)}")
 
 
 def dry_run(network, loaders, optimizer, config):
@@ -157,5 +154,4 @@ def dry_run(network, loaders, optimizer, config):
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(images.shape)}, "
               f"{loaders.val.images} validation images",
               *(f"loss at {candidate} bits: {value.result()['loss']:.4f}" for candidate, value in metrics.items())]
-    if distributed.is_main():
-        print("\n".join([*report, *filter(None, [network.remark]), "dry run: nothing was written"]))
+    distributed.on_main(print, "\n".join([*report, *filter(None, [network.remark]), "dry run: nothing was written"]))

@@ -17,18 +17,12 @@ PER_LAYER = "sparsity."  # begins the name of a column that belongs to one layer
 
 
 def make_row(level, figures, graph, masks, removed):
-    """The row of a level.
+    """The row of a level, {column: value}, from its masks, the share of the prunable weights or channels that they remove,
+    and `figures` (loss, top1 and top5 in percent) on the test set.
 
-    Args:
-        figures: loss, top1 and top5 (percent) on the test set.
-        graph: the Graph of the network.
-        masks: pruning masks of the level.
-        removed: the share of the prunable weights, or channels, that is removed.
-
-    Returns:
-        {column: value}: sparsity is the share of all weights of convolutions and linear layers that are zero; sizes are
-        those of 32-bit weights in MB (2^20 bytes), dense and with one bit per weight plus the non-zero ones where that is
-        smaller; MACs are exact, of one image. `sparsity.<layer>` is that of one layer.
+    sparsity is the share of all weights of convolutions and linear layers that are zero, `sparsity.<layer>` that of one
+    layer; sizes are those of 32-bit weights in MB (2^20 bytes), dense and with one bit per weight plus the non-zero ones
+    where that is smaller; MACs are exact, of one image.
     """
     left = weights_left(graph.layers, masks)
     cost = full_precision_cost(graph.layers, left)

@@ -91,9 +91,8 @@ def is_finished(found, schedule, config, folder):
 
 
 def announce_finished(folder):
-    if distributed.is_main():
-        print(f"{folder.path}: this run is finished; give more levels or a higher target_sparsity to go on, or another name "
-              "to start anew")
+    distributed.on_main(print, f"{folder.path}: this run is finished; give more levels or a higher target_sparsity to go on, "
+                               "or another name to start anew")
 
 
 class Pruning:
@@ -118,8 +117,7 @@ class Pruning:
                 break
             level += 1
             start = self.begin(level, distributed.on_main(self.schedule.masks_for, level, self.pruned.masks))
-        if distributed.is_main():
-            pruning_report.summarise(self.folder, self.config, self.rows)
+        distributed.on_main(pruning_report.summarise, self.folder, self.config, self.rows)
 
     def begin(self, level, masks):
         """Load the early state back, unless the method goes on without, and apply the new masks; return the ResumeState."""
@@ -185,8 +183,7 @@ class Pruning:
         masks = self.pruned.masks
         self.rows.append(pruning_report.make_row(level, figures, self.graph, masks, self.schedule.share_removed(masks)))
         self.monitor.send("pruning", self.rows[-1])
-        if distributed.is_main():
-            pruning_report.write(self.folder.path, self.config.name, self.rows)
+        distributed.on_main(pruning_report.write, self.folder.path, self.config.name, self.rows)
 
     def find_rows(self, found):
         """Read the report of the levels that are finished; one that is missing there is evaluated again."""
@@ -226,5 +223,4 @@ def dry_run(network, schedule, loaders, optimizer, config, level):
               f"{loaders.train.images} training images in {len(loaders.train)} batches of {list(batches[0][0].shape)}, "
               f"{loaders.val.images} validation images", f"loss of the first step: {loss:.4f}",
               *filter(None, [schedule.remark])]
-    if distributed.is_main():
-        print("\n".join([*report, *filter(None, [describe_idle(config)]), "dry run: nothing was written"]))
+    distributed.on_main(print, "\n".join([*report, *filter(None, [describe_idle(config)]), "dry run: nothing was written"]))

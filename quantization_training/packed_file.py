@@ -229,8 +229,7 @@ THREE = formats.sequence(*[formats.number()] * 3)
 NAMES = formats.table_of(formats.is_name)
 HEADER = {
     "version": formats.is_positive, "sha256": formats.is_name, "arch": formats.is_name, "num_classes": formats.is_positive,
-    "input_size": lambda value: formats.is_positive(value) and value <= MOST_PIXELS,
-    "class_names": formats.optional(formats.list_of(formats.is_name)),
+    "input_size": formats.whole(MOST_PIXELS, low=1), "class_names": formats.optional(formats.list_of(formats.is_name)),
     "preprocessing": formats.record({
         "mean": THREE, "std": lambda value: THREE(value) and all(value), "resize": ("crop", "square").__contains__,
         "padding": formats.whole(MOST_PIXELS), "grey": formats.is_bool}),

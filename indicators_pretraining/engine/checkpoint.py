@@ -21,9 +21,8 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. No code in the file is run; errors name the file and what is wrong with it.
 
-    Returns:
-        the dict in the file, where this project wrote it. Of any other file that holds weights, {'state_dict': ...} and those
-        entries that are what ours are, without 'version'; its names lose the wrappers that all of them have.
+    Of a file of another program that holds weights this gives {'state_dict': ...} and those entries that are what ours are,
+    without 'version'; its names lose the wrappers that all of them have.
     """
     data = read_bytes(path, "the checkpoint", limit=None)
     with naming(path):

@@ -16,11 +16,8 @@ MOMENTA = {torch.optim.SGD: {"momentum_buffer"}, **dict.fromkeys((torch.optim.Ad
 
 def continue_limpq_run(content, model, optimizer, path):
     """Go on from a checkpoint that LIMPQ's fine-tuning wrote; return the ResumeState. Its epochs count from 0, and its
-    optimizer has the parameters without weight decay in a group before the others.
-
-    Raises:
-        UserError: where it holds no such run, or its optimizer is not of the kind, or of the parameters, that this run has.
-    """
+    optimizer has the parameters without weight decay in a group before the others. An optimizer of another kind, or of other
+    parameters, is refused."""
     def stop(why):
         return UserError(f"{path}: holds no run to continue ({why}); resume.lean: true takes its weights only")
 
@@ -54,13 +51,8 @@ def _positions(model, optimizer):
 
 
 def _momenta_by_name(optimizer, state, parameters):
-    """{name: what the optimizer keeps of a parameter}, from what a file says of LIMPQ's.
-
-    Args:
-        optimizer: its state_dict.
-        state: {name: tensor} of the network in the file, in its order.
-        parameters: {name: parameter} of the network.
-    """
+    """{name: what the optimizer keeps of a parameter}, from the state_dict of LIMPQ's optimizer, that of the network in the
+    file, in its order, and the {name: parameter} of the network."""
     ordered = [name for name in state if name in parameters]
     groups = [group["params"] for group in optimizer["param_groups"]]
     plain = [name for name in ordered if parameters[name].dim() <= 1 or name.endswith(".bias")]

@@ -53,16 +53,12 @@ def check_arch(checkpoint, arch, path):
 
 
 def create_dense(arch, num_classes, input_size, pre_trained=False, init_from=None, found=None):
-    """The full-precision network that a run starts from.
+    """(the full-precision network that a run starts from, its Graph, its pruning masks).
 
     Args:
-        arch, num_classes, input_size: as model.create_model takes them.
         pre_trained: False, True (torchvision's weights) or the path of a checkpoint, whose classifier may have other classes.
         init_from: the path of a checkpoint of this very network, or None.
         found: the ResumeCheckpoint that is going to be loaded into it, or None; only its masks are taken here.
-
-    Returns:
-        (network, its Graph, its pruning masks).
     """
     source = found is None and (init_from or pre_trained)
     if not isinstance(source, str):
@@ -104,17 +100,8 @@ def warn_of_signedness(checkpoint, config, path):
 
 
 def restore(found, model, optimizer, config, harmless=(), schedule_may_change=True):
-    """Load a checkpoint, if there is one, into a model; and unless only its weights are taken, continue its run.
-
-    Args:
-        harmless, schedule_may_change: those of check_continues.
-
-    Returns:
-        the ResumeState.
-
-    Raises:
-        UserError: where the checkpoint does not fit the network, or is of a run that differs in what matters.
-    """
+    """Load a checkpoint, if there is one, into a model; unless only its weights are taken, continue its run, where
+    check_continues allows that. Return the ResumeState."""
     if found is None:
         return ResumeState()
     content, path = found.content, found.path

@@ -49,11 +49,8 @@ class RunFolder:
         return os.path.join(self.path, f"{self.name}_epoch_{number}_checkpoint.pth.tar")
 
     def save(self, checkpoint, is_best, keep=1):
-        """Write the newest checkpoint, and the best one where this is it.
-
-        Args:
-            keep: of how many epochs the checkpoints stay; with more than one, each has a file of its own too.
-        """
+        """Write the newest checkpoint, and the best one where this is it; of `keep` epochs, where more than one, the
+        checkpoints stay in files of their own too."""
         if is_best:  # first: a run that ends in between comes to this epoch again
             save_checkpoint(self.best, checkpoint)
         save_checkpoint(self.last, checkpoint)
@@ -90,24 +87,19 @@ def describe_evaluated(path, content):
 
 
 def find_checkpoint(config, folder):
-    """What resume.path stands for.
+    """(the path that resume.path stands for, None where a run starts afresh; whether only the weights are taken).
 
-    `auto` is the run folder's own checkpoint, for evaluation its best one; `none` refuses a folder that holds a run. A
-    path names where a run starts; where it has started from there already, it goes on from its own checkpoint. A path that
-    an existing run has not started from takes it back to a checkpoint of its own folder.
-
-    Returns:
-        (path or None where a run starts afresh, whether only the weights are taken).
+    `auto` is the run folder's own checkpoint, for evaluation its best one; `none` refuses a folder that holds a run. A path
+    names where a run starts; where it has started from there already, it goes on from its own checkpoint. A path that an
+    existing run has not started from takes it back to a checkpoint of its own folder.
     """
     wanted, own = config.resume.path, os.path.exists(folder.last)
     if config.eval:
         return _find_for_evaluation(config, folder), True
-    if wanted == "auto":
+    if wanted == "none" and own:
+        raise UserError(f"resume.path: found none, but {folder.path} holds a run; take another name, or remove it")
+    if wanted in ("auto", "none"):
         return (folder.last if own else None), False
-    if wanted == "none":
-        if own:
-            raise UserError(f"resume.path: found none, but {folder.path} holds a run; take another name, or remove it")
-        return None, False
     if not own:
         return wanted, config.resume.lean
     if config.resume.lean or _has_started_from(wanted, folder):
@@ -128,15 +120,14 @@ def _has_started_from(wanted, folder):
 
 
 def _find_for_evaluation(config, folder):
-    wanted = config.resume.path
-    if wanted == "none":
+    if config.resume.path == "none":
         raise UserError("resume.path: found none, but eval needs a checkpoint; name one")
-    if wanted != "auto":
-        return wanted
-    found = next((path for path in (folder.best, folder.last) if os.path.exists(path)), None)
-    if not found:
-        raise UserError(f"resume.path: nothing to evaluate in {folder.path}; name a checkpoint")
-    return found
+    if config.resume.path != "auto":
+        return config.resume.path
+    for path in (folder.best, folder.last):
+        if os.path.exists(path):
+            return path
+    raise UserError(f"resume.path: nothing to evaluate in {folder.path}; name a checkpoint")
 
 
 def is_finished(epoch, config, folder):
@@ -154,6 +145,5 @@ def read_summary(path):
 
 
 def announce_finished(folder, config):
-    if distributed.is_main():
-        print(f"{folder.path}: this run is finished ({config.last_epoch} epochs); give more epochs to go on, "
-              "or another name to start anew")
+    distributed.on_main(print, f"{folder.path}: this run is finished ({config.last_epoch} epochs); give more epochs to go on, "
+                               "or another name to start anew")

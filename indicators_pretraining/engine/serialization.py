@@ -70,13 +70,8 @@ def pack(content):
 
 
 def unpack(data, name):
-    """(what the bytes of a checkpoint, or of safetensors, hold, on the CPU; whether they carry a checksum).
-
-    No code in them is run. `name` of the file stands in advice.
-
-    Raises:
-        UserError: on damage and on what is more than tensors and plain containers.
-    """
+    """(what the bytes of a checkpoint, or of safetensors, hold, on the CPU; whether they carry a checksum). No code in them is
+    run; what is more than tensors and plain containers is refused. `name` of the file stands in advice."""
     has_checksum = check_ending(data)
     try:
         is_safetensors = data[SAFETENSORS_LENGTH:SAFETENSORS_LENGTH + 1] == b"{"
@@ -270,10 +265,7 @@ def is_ours(content):
 
 def from_external(content):
     """A checkpoint of another program as one of ours: its weights, and of its other entries those that are what ours are.
-
-    Raises:
-        UserError: where it holds no weights, or several sets of them and none under a usual name.
-    """
+    One without weights, or with several sets of them and none under a usual name, is refused."""
     weights = _find_weights(content)
     kept = {key: content[key] for key, fits in ENTRIES.items()
             if key in content and key not in ("version", "config") and fits(content[key])}

@@ -9,16 +9,12 @@ LARGEST = sys.float_info.max
 SAFETENSORS_LENGTH = 8  # a safetensors file begins with the length of its header, which is JSON, in so many bytes
 
 
-def whole(high):
-    """A whole number from 0 to a highest one."""
-    return lambda value: type(value) is int and 0 <= value <= high
+def whole(high, low=0):
+    """A whole number within bounds that are allowed themselves."""
+    return lambda value: type(value) is int and low <= value <= high
 
 
-is_count = whole(2**63 - 1)
-
-
-def is_positive(value):
-    return is_count(value) and value > 0
+is_count, is_positive = whole(2**63 - 1), whole(2**63 - 1, low=1)
 
 
 def is_bool(value):
@@ -53,12 +49,7 @@ def table_of(fits, is_key=is_name):
 
 
 def record(needed, optional=None, others=None):
-    """A dict with certain keys, each of which has a predicate.
-
-    Args:
-        needed, optional: {key: predicate}.
-        others: accepts the values of further names; None where there may be none.
-    """
+    """A dict with the keys of {key: predicate}; `others` accepts the values of further names, None allows none."""
     known = needed | (optional or {})
 
     def fits(value):

@@ -64,10 +64,8 @@ def evaluate(model, loader):
 def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
     """(epoch, figures) of the best checkpoint; None where no epoch counted as the best, or it cannot be read, which is logged.
 
-    Args:
-        model: the network, which is left as it was.
-        evaluate_model: gives the figures of the model as it is.
-        figures: those of the last epoch, which are taken where it is the best one.
+    evaluate_model gives the figures of the model as it is; `figures` are those of the last epoch, which are taken where it is
+    the best one. The model is left as it was.
     """
     try:
         content = distributed.on_main(load_checkpoint, folder.best) if distributed.on_main(os.path.exists, folder.best) else {}

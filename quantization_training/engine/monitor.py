@@ -42,14 +42,10 @@ class Monitor:
 
     Args:
         folder: the run folder, made where it is missing.
-        config: the resolved RunConfig.
         is_main: whether this process is the one that watches.
         wandb_id: of the wandb run to continue; afterwards that of this run, or None.
         resumed_epoch: epochs completed in the checkpoint that the run continues from, 0 for a fresh run.
         device_name, world_size: for the head of the log.
-
-    Raises:
-        UserError: where the folder cannot be written or wandb cannot be had in the mode that was asked for.
     """
 
     def __init__(self, folder, config, is_main, wandb_id=None, resumed_epoch=0, device_name="cpu", world_size=1):
@@ -110,12 +106,8 @@ class Monitor:
             self._bar.write(str(text), file=sys.stdout)  # takes the bar away, writes, and puts it back
 
     def progress(self, iterable, title, images_per_step, total, done=0):
-        """Iterate under a progress bar on stderr with images per second and the time left.
-
-        Args:
-            images_per_step: images that all processes together take in one step.
-            total, done: the number of steps, and how many of them lie behind already.
-        """
+        """Iterate under a progress bar on stderr with images per second, over all processes, and the time left; `done` of the
+        `total` steps lie behind already."""
         if not self.is_main or not sys.stderr.isatty():
             yield from iterable
             return

@@ -15,9 +15,7 @@ def save_curves(path, rows, title):
     """Draw loss and top-1 over the epochs, one line per split and candidate bit-width, into a PNG file.
 
     Args:
-        path: the file to write.
         rows: dicts with epoch (int), split, bits (label or '') and the numbers loss and top1, or None where missing.
-        title: what stands above the plot.
 
     Returns:
         False where there is nothing to draw, and no file is written.

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import passes
 from engine.schema import DataConfig, describe_defaults
 from schema import IndicatorsConfig, PruningConfig
 from util.command import split_configuration
@@ -337,6 +338,15 @@ def test_junk_values_give_a_config_or_a_user_error(tmp_path_factory, values):
         assert isinstance(load_config(IndicatorsConfig, [path]), IndicatorsConfig)
     except UserError as error:
         assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_freed_memory_is_kept_unless_the_key_turns_it_off(tmp_path, monkeypatch, is_kept):
+    calls = []
+    monkeypatch.setattr(passes, "keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr(passes.kernel, "use", lambda kernels: None)
+    passes.prepare(read(tmp_path, "name: run" if is_kept else "keep_freed_memory: false"), None)
+    assert calls == ["kept"] * is_kept
 
 
 def test_a_config_survives_being_written_and_read(tmp_path):

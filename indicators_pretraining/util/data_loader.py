@@ -37,12 +37,9 @@ class Loader:
 
     def __init__(self, sampler, batches, mean, std, device, transfer=None):
         self.sampler, self.batches, self.device, self.transfer = sampler, batches, device, transfer
+        self.images = sampler.images
         mean, std = torch.tensor([mean, std], dtype=torch.float32, device=device).view(2, 1, 3, 1, 1)
         self.scale, self.shift = 1 / (255 * std), -mean / std
-
-    @property
-    def images(self):
-        return self.sampler.images
 
     def __len__(self):
         return len(self.sampler)
@@ -275,21 +272,14 @@ class FileBatches(torch.utils.data.Dataset):
         image = read_rgb(os.fsdecode(self.files[index]))
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would reseed the accelerators too, which fork_rng does not put back here.
-            torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index))
+            own = generator(Stream.AUGMENTATION, self.seed, epoch, index)
+            torch.default_generator.manual_seed(int(own.integers(2**63)))
             return self.transform(image)
 
 
-def sample_seed(seed, epoch, index):
-    """A 63-bit seed for the augmentation of one sample in one epoch."""
-    return int(generator(Stream.AUGMENTATION, seed, epoch, index).integers(2 ** 63))
-
-
 def leave_signals_to_main(worker):
-    """Leave Ctrl-C and SIGTERM to the main process, which saves first and stops its workers itself.
-
-    A worker that ended before would take the run along. One that ignored SIGTERM altogether would let the main process wait
-    for it in vain.
-    """
+    """Leave Ctrl-C and SIGTERM to the main process, which saves first and then stops its workers with a SIGTERM of its own. A
+    worker that ended before would take the run along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -27,6 +27,7 @@ DIGITS_FILE = Path(__file__).parent / "data" / "digits.npz"
 DIGITS_LEVELS = 16
 DIGITS_TEST_FRACTION = 0.2
 FASHION_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+TORCHVISION_FOLDER = "FashionMNIST/raw"
 FASHION_PADDING = 2  # 28 x 28 to 32 x 32
 IDX_UNSIGNED_BYTES = 8
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -270,10 +271,9 @@ def read_cifar(path, dataset, download):
 
 def read_fashion_mnist(path, dataset, download):
     """Fashion-MNIST from its four idx files, in `path` itself or where torchvision puts them, padded to 32 x 32."""
-    raw = path / "FashionMNIST" / "raw"
     if download and not all(find_idx_file(path, name) for name in FASHION_FILES):
         wanted = f"put {', '.join(name + '.gz' for name in FASHION_FILES)} there"
-        with dataset_errors(DATASETS[dataset].title, path, raw, wanted, download):
+        with dataset_errors(DATASETS[dataset].title, path, path / TORCHVISION_FOLDER, wanted, download):
             torchvision.datasets.FashionMNIST(path, download=True)
     train, test = (read_idx_pair(path, *names) for names in (FASHION_FILES[:2], FASHION_FILES[2:]))
     return train, test, tuple(torchvision.datasets.FashionMNIST.classes)
@@ -308,8 +308,7 @@ def read_idx(path, name, dimensions):
 
 def find_idx_file(path, name):
     """The file `name`, plain or gzipped, in `path` or in torchvision's folder beneath it; None where there is none."""
-    folders = (path, path / "FashionMNIST" / "raw")
-    candidates = (folder / f"{name}{ending}" for folder in folders for ending in ("", ".gz"))
+    candidates = (folder / f"{name}{ending}" for folder in (path, path / TORCHVISION_FOLDER) for ending in ("", ".gz"))
     return next((file for file in candidates if file.is_file()), None)
 
 

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from solver import OPTIMAL, Budget, NoPolicy, SolverError, least_total, minimise
+from solver import OPTIMAL, Budget, NoPolicy, SolverError, least_total, minimise, over_common_denominator
 
 BITS_PER_MB = 8 * 2**20
 BITOPS_PER_G = 10**9
@@ -349,8 +349,7 @@ def solve(problem, solver=None, time_limit=None):
 
 def _solve_with_least_penalty(problem, options, solver, deadline):
     """First the least penalty in all, then the least cost among the policies that pay no more."""
-    unit = math.lcm(*(Fraction(value).denominator for row in problem.penalties for value in row))
-    penalties = _summed(options, [[int(value * unit) for value in row] for row in problem.penalties])
+    penalties = _summed(options, over_common_denominator(problem.penalties))
     if not any(map(any, penalties)):
         raise NoPolicy
     least, result = least_total(penalties, _budgets(options, problem.constraints), solver, deadline)

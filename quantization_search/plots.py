@@ -108,12 +108,9 @@ def draw_shares(axes, shares):
 
 
 def draw_indicators(axes, names, candidates, table, erased, kind, cell):
-    """A heat map of indicators, candidates over layers; the erased ones and those not positive are marked.
+    """A heat map of indicators, {layer: {bit: value}}, candidates over layers; those erased or not positive are marked.
 
-    Args:
-        candidates: in ascending order, so that the highest stands on top.
-        table: {name: {bit: value}}. erased: {name: [bit]}.
-        cell: the shorter side of a cell, in inches.
+    The highest of the candidates, which ascend, stands on top. cell: the shorter side of a cell, in inches.
     """
     import numpy as np
 
@@ -148,10 +145,7 @@ def mark_suspects(axes, cell, places):
 
 
 def paint(axes, values, lines):
-    """Colour the cells; (the mesh, the smallest and the largest value of the scale), or 0 and 0 where none is positive.
-
-    Values that are not positive turn grey, missing ones stay blank.
-    """
+    """Colour the cells, those not positive grey; (the mesh, the smallest and the largest value of the scale, or 0 and 0)."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
@@ -237,10 +231,8 @@ def frontier_figure(rows, x_label, y_label, title):
 
 
 def place_labels(figure, axes, rows):
-    """Write each point's label on the first side of it where it covers neither the curve nor another label.
-
-    Nor may its middle lie closer to another point than to its own.
-    """
+    """Write each point's label on the first side of it where it covers neither the curve nor another label, and its middle
+    is closer to its own point than to others."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

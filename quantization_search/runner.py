@@ -4,6 +4,8 @@ import os
 from dataclasses import replace
 from fractions import Fraction
 
+import pulp
+
 import report
 from cost import Costs
 from ilp import erased
@@ -100,8 +102,6 @@ def check_outputs(config):
 def check_solver(name):
     if name is None:
         return
-    import pulp
-
     available = pulp.listSolvers(onlyAvailable=True)
     if name not in available:
         raise UserError(f"solver: {name!r} is not available; PuLP finds {', '.join(available)}"

@@ -21,6 +21,8 @@ import operator
 import time
 from dataclasses import dataclass
 
+import pulp
+
 FEW_STEPS = 1_500_000  # of dynamic programming, after which a solver is asked first
 MOST_STEPS = 4_000_000  # after which the solver's word is all there is
 FIRST_PART = 0.3  # of the allowance, divided by the layers, is tried first, and then widened
@@ -142,7 +144,7 @@ class _Program:
         self.layers = range(len(costs))
         self.options = [list(range(len(row))) for row in costs]
         self.base = max(map(len, costs))
-        whole = _over_common_denominator(costs)
+        whole = over_common_denominator(costs)
         self.keys = _ordered_keys(whole, ties, self.base)
         self.costs, self.smallest_gain, self.base_cost = _normalized(whole)
         self.rows, self.bounds = [], []
@@ -379,7 +381,7 @@ def _normalized(whole):
     return [[value / spread for value in row] for row in above], step / spread, sum(map(min, whole)) / spread
 
 
-def _over_common_denominator(costs):
+def over_common_denominator(costs):
     """The numerators of exact costs (int or Fraction) over their common denominator."""
     denominator = math.lcm(*(value.denominator for row in costs for value in row))
     return [[value.numerator * (denominator // value.denominator) for value in row] for row in costs]
@@ -393,9 +395,7 @@ def _multipliers(program):
     """The Lagrangian multiplier of each budget, its price per unit in the linear relaxation, never negative."""
     if not program.rows:
         return []
-    import pulp
-
-    problem, _, budgets = _model(program, 1.0, pulp)
+    problem, _, budgets = _model(program, 1.0)
     if not pulp.HiGHS().available():
         raise SolverError("HiGHS is missing; install it with: pip install 'pulp[highs]'")
     status = problem.solve(pulp.HiGHS(mip=False, msg=False, threads=1))
@@ -413,12 +413,10 @@ def _solve_mixed_integer(program, name, deadline=math.inf):
         (options chosen, status in words, relative gap or None, lower bound on the cost). The options are None unless the
         solver's variables are integral and keep every budget in exact arithmetic.
     """
-    import pulp
-
-    problem, variables, _ = _model(program, OBJECTIVE_SCALE, pulp)
+    problem, variables, _ = _model(program, OBJECTIVE_SCALE)
     left = deadline - time.monotonic()
     try:
-        problem.solve(_solver(name, pulp, None if left == math.inf else max(left, SHORTEST_RUN)))
+        problem.solve(_solver(name, None if left == math.inf else max(left, SHORTEST_RUN)))
     except (pulp.PulpError, OSError) as error:
         raise SolverError(f"{name}: {error}") from None
     bound = -math.inf
@@ -443,7 +441,7 @@ def _integral(program, variables):
     return chosen if is_integral and program.keeps_budgets(chosen) else None
 
 
-def _solver(name, pulp, seconds):
+def _solver(name, seconds):
     if name == "HiGHS":
         return pulp.HiGHS(msg=False, timeLimit=seconds, **STRICT)
     try:
@@ -456,7 +454,7 @@ def _row_scale(program, k):
     return min(1.0, LARGEST_ROW / max(1, abs(program.bounds[k])))
 
 
-def _model(program, scale, pulp):
+def _model(program, scale):
     """The remaining options as a PuLP problem, its variables as one {option: variable} per layer, and its budgets."""
     problem = pulp.LpProblem("search", pulp.LpMinimize)
     variables = [{option: pulp.LpVariable(f"x_{layer}_{option}", 0, 1, pulp.LpInteger)

@@ -8,12 +8,7 @@ import numpy as np
 
 
 def packed_length(count, bits):
-    """Bytes that `count` integers of `bits` bits take.
-
-    Examples:
-        >>> packed_length(8, 3), packed_length(9, 3)
-        (3, 4)
-    """
+    """Bytes that `count` integers of `bits` bits take."""
     return -(-count * bits // 8)
 
 
@@ -58,20 +53,12 @@ def unpack(stream, bits, signed, count):
 
 
 def pack_sparse(values, kept, bits):
-    """Pack only the integers where the bool array `kept` is True; the others are zeros.
-
-    Returns:
-        (map uint8 [packed_length(values.size, 1)], one bit per integer that says which; those integers as pack() gives them).
-    """
+    """Pack only the integers where the bool array `kept` is True, the others being zeros: (packed `kept`, packed integers)."""
     return pack(kept, 1), pack(values[kept], bits)
 
 
 def unpack_sparse(chart, stream, bits, signed, count):
-    """(integers [count] that pack_sparse() was given, zeros among them; bool [count], those that were packed).
-
-    Raises:
-        ValueError: where map or stream has another length, or does not end in zeros.
-    """
+    """(integers [count] that pack_sparse() was given, zeros among them; bool [count], `kept`); errors are those of unpack."""
     kept = unpack(chart, 1, signed=False, count=count).view(bool)
     some = unpack(stream, bits, signed, int(np.count_nonzero(kept)))
     values = np.zeros(count, dtype=some.dtype)

@@ -52,7 +52,12 @@ def draw(problem, seed):
         ilp.Infeasible: when a constraint cannot be kept even alone.
         NoneDrawn: when a budget cannot be used to 99%, or no walk ended with every budget kept and in use.
     """
-    options = _within_largest(problem, problem.choices())
+    options = problem.choices()
+    least = [(constraint, _extreme(constraint, options, min)) for constraint in problem.constraints]
+    broken = [(constraint, amount) for constraint, amount in least if amount > constraint.bound]
+    if broken:
+        raise Infeasible(broken)
+    options = within_largest(options, problem.constraints)
     budgets = [constraint for constraint in problem.constraints if not constraint.largest]
     _check_reach(budgets, options)
     uses = [[tuple(_group_use(budget, group, pair) for budget in budgets) for pair in pairs] for group, pairs in options]
@@ -65,15 +70,6 @@ def draw(problem, seed):
                                penalty_gap=None, seed=seed)
     raise NoneDrawn(f"no policy that keeps {' and '.join(budget.name for budget in budgets)} and uses at least {LEAST_USE}% "
                     f"of each was found in {WALKS} random walks")
-
-
-def _within_largest(problem, options):
-    """The choices of each group that keep the constraints on a largest use; Infeasible names all that no choice keeps."""
-    least = [(constraint, _extreme(constraint, options, min)) for constraint in problem.constraints]
-    broken = [(constraint, amount) for constraint, amount in least if amount > constraint.bound]
-    if broken:
-        raise Infeasible(broken)
-    return within_largest(options, problem.constraints)
 
 
 def _check_reach(budgets, options):

@@ -43,7 +43,10 @@ def print_solution(problem, solution, costs, solver=None):
     print(f"size {costs.size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.size():.3f} times smaller than "
           f"{costs.full_size() / BITS_PER_MB:.3f} MB at 32 bits")
     if costs.network.sparse:
-        print_sparse_size(costs)
+        zeros, params = costs.zeros()
+        print(f"sparsity {zeros / params:.2%}, {zeros} of {params} weights are zero, fixed layers included")
+        print(f"sparse size {costs.sparse_size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.sparse_size():.3f} times "
+              f"smaller than {costs.full_size() / BITS_PER_MB:.3f} MB at 32 bits")
     for count in ("published", "exact"):
         print(f"BitOPs {costs.bitops(count) / BITOPS_PER_G:.3f} G ({count} MACs), fixed layers included; "
               f"{costs.full_bitops(count) / BITOPS_PER_G:.3f} G at 32x32 bits")
@@ -60,13 +63,6 @@ def print_solution(problem, solution, costs, solver=None):
         print(f"{constraint.name} constraint: {constraint.shown(amount):.6f} of "
               f"{constraint.shown(constraint.bound):.6f} {constraint.unit}, {spare:.6f} {constraint.unit} left")
     print_layers(costs)
-
-
-def print_sparse_size(costs):
-    zeros, params = costs.zeros()
-    print(f"sparsity {zeros / params:.2%}, {zeros} of {params} weights are zero, fixed layers included")
-    print(f"sparse size {costs.sparse_size() / BITS_PER_MB:.3f} MB, {costs.full_size() / costs.sparse_size():.3f} times "
-          f"smaller than {costs.full_size() / BITS_PER_MB:.3f} MB at 32 bits")
 
 
 def describe_proof(solution, solver=None):

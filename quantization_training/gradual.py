@@ -60,7 +60,3 @@ class GradualPruning(Prunable):
         share = sparsity_at(now, self.start, self.end, self.initial, self.prune.target_sparsity)
         self.pruned.set(distributed.on_main(self.more_masks, self.pruned.masks, 1, share))
         self.pruned.apply()
-
-    def is_complete(self, epochs):
-        """Whether the target is reached after so many epochs."""
-        return epochs >= self.end

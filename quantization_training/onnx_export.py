@@ -87,13 +87,6 @@ class OnnxLayer(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def onnx_twin(model):
-    """A copy of a network at a policy's bits whose quantized layers are OnnxLayers."""
-    twin = copy.deepcopy(model).eval()
-    put_modules(twin, {name: OnnxLayer(module, name) for name, module in twin.named_modules() if hasattr(module, "quan_w_fn")})
-    return twin.requires_grad_(False)
-
-
 def to_onnx(model, input_size):
     """The ONNX model of a network on the CPU: `images` float32 [batch, 3, S, S] to `logits` [batch, classes], weights as int8.
 
@@ -103,9 +96,12 @@ def to_onnx(model, input_size):
     images = torch.zeros(EXAMPLE_IMAGES, 3, input_size, input_size)
     shapes = ({0: torch.export.Dim("batch")},)
     try:
+        twin = copy.deepcopy(model).eval()
+        put_modules(twin, {name: OnnxLayer(module, name) for name, module in twin.named_modules()
+                           if hasattr(module, "quan_w_fn")})
         with _silence():
-            program = torch.onnx.export(onnx_twin(model), (images,), dynamo=True, dynamic_shapes=shapes, opset_version=OPSET,
-                                        input_names=["images"], output_names=["logits"], verbose=False)
+            program = torch.onnx.export(twin.requires_grad_(False), (images,), dynamo=True, dynamic_shapes=shapes,
+                                        opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False)
     except Exception as error:  # of the tracing of any network: many types
         raise UserError(f"--onnx: PyTorch cannot write this network as ONNX ({reason(error)[:200]})") from None
     return program.model_proto

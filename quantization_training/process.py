@@ -109,7 +109,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
 
     def validate_where_due(epoch):
         scores = validate(model, loaders, config, epoch, monitor) if is_validated(epoch, config) else None
-        return scores if pruning is None or pruning.is_complete(epoch + 1) else None
+        return scores if pruning is None or epoch + 1 >= pruning.end else None
 
     def write(state, is_best):
         distributed.on_main(folder.save, {**state, **network.metadata, "masks": network.pruned.masks}, is_best,

@@ -185,8 +185,6 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
-        if not isinstance(node, yaml.MappingNode):  # a tag over something else
-            return super().construct_mapping(node, deep)
         names = set()
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1

@@ -14,10 +14,8 @@ SPLITS = ("train", "val", "test")
 
 
 class MetricsFile:
-    """metrics.csv: one row per epoch, split and bits, in the order in which they were first recorded.
-
-    Rows beyond `last_epoch` and lines that a crash left torn are cut off. `rows` are dicts; a missing figure is None.
-    """
+    """metrics.csv: one row per epoch, split and bits, in the order in which they were first recorded. Rows beyond `last_epoch`
+    and lines that a crash left torn are cut off. `rows` are dicts; a missing figure is None."""
 
     def __init__(self, path, last_epoch, log):
         self.path = path
@@ -74,11 +72,8 @@ def to_csv(rows):
 
 
 def read_metrics(path):
-    """(whether metrics.csv is there with its header, its rows, the number of lines that could not be read).
-
-    Raises:
-        UserError: where the file is something else, which must not be overwritten.
-    """
+    """(whether metrics.csv is there with its header, its rows, the number of lines that could not be read). A file that is
+    something else, which must not be overwritten, is refused."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -53,13 +53,8 @@ def _copy_images(model, inputs):
 
 
 class Passes:
-    """The forward passes of a network in training.
-
-    Args:
-        model: the network.
-        precision: "fp32" or "bf16".
-        compiled: whether torch.compile makes one function of the whole network.
-    """
+    """The forward passes of a network in training, in precision "fp32" or "bf16"; compiled: torch.compile makes one function
+    of the whole network."""
 
     def __init__(self, model, precision="fp32", compiled=False):
         self.model, self.precision = model, precision

@@ -135,10 +135,10 @@ class Monitor:
 
     @main_rank_only
     def epoch(self, epoch, split, figures, bits=None):
-        """Record figures in metrics.csv, the log and wandb; a second row for the same takes the place of the first.
+        """Record figures after so many completed epochs in metrics.csv, the log and wandb; a second row for the same takes the
+        place of the first.
 
         Args:
-            epoch: the number of completed epochs, 0 before training.
             split: 'train', 'val' or 'test'.
             figures: {name: number}; metrics.csv has columns for loss, top1, top5 (in percent), lr and seconds.
             bits: the candidate the figures belong to, such as 6 or 'random'; None or '' for the model as it is.

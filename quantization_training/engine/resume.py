@@ -125,15 +125,9 @@ def recorded_threads(found):
 
 
 def check_continues(checkpoint, config, path, harmless=(), schedule_may_change=True):
-    """Refuse to continue a run whose configuration differs in what matters.
-
-    Args:
-        harmless: keys, or beginnings of keys, that may differ besides those that always may.
-        schedule_may_change: whether the number of epochs may.
-
-    Returns:
-        the schedule keys that differ; the continued run then does not equal an undisturbed one.
-    """
+    """Refuse to continue a run whose configuration differs in what matters; return the schedule keys that differ, where they
+    may: the continued run then does not equal an undisturbed one. `harmless` are keys, or beginnings of keys, that may differ
+    besides those that always may."""
     if "config" not in checkpoint or "epoch" not in checkpoint:
         raise UserError(f"{path}: holds no run to continue; set resume.lean to take its weights only")
     earlier = checkpoint["config"]

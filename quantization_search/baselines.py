@@ -35,18 +35,14 @@ def _mirrored_rows(rows, bits):
 
 
 def draw(problem, seed):
-    """A policy drawn at random that keeps every constraint and uses at least 99% of each that is a sum.
+    """A policy drawn at random that keeps every constraint and uses at least 99% of each that is a sum, fixed layers included.
 
-    Amounts count as they are printed, fixed layers included. A constraint on the largest use is only kept. A walk starts at
-    uniform choices and proposes uniform choices for one or two groups at a time, taken where the budgets are missed by no
-    more than before, until none is; it is begun anew where it does not end. So not every policy is equally likely, and where
-    very few are inside, none may be found.
+    A walk starts at uniform choices and proposes uniform choices for one or two groups at a time, taken where the budgets are
+    missed by no more than before, until none is; it is begun anew where it does not end. So not every policy is equally
+    likely, and where very few are inside, none may be found.
 
     Args:
-        problem: ilp.Problem. seed: a whole number >= 0; the same one gives the same policy.
-
-    Returns:
-        ilp.Solution that is not proven, with the seed in it.
+        problem: ilp.Problem. seed: a whole number >= 0; the same one gives the same policy, a Solution that is not proven.
 
     Raises:
         ilp.Infeasible: when a constraint cannot be kept even alone.

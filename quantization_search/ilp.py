@@ -139,10 +139,6 @@ class Infeasible(Exception):
         self.together = together
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Making the problem.
-
-
 def erased(indicators, bits):
     """The candidates whose indicator is smaller than that of the next larger candidate, original values compared.
 
@@ -283,10 +279,6 @@ def latency_budget(times, fixed_time, milliseconds):
     fixed = int(fixed_time * unit)
     return Constraint("latency", [[int(value * unit) for value in row] for row in times],
                       math.floor(milliseconds * unit) - fixed, "ms", unit, fixed, key="latency_budget")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Solving it.
 
 
 def fitting(options, fits):

@@ -63,9 +63,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Result:
-    """The options chosen, one index per layer, and what is known about them.
+    """The options chosen, one index per layer; proven: whether every policy that could be better, or tied, was compared.
 
-    proven: every policy that could be better, or tied, was compared exactly.
     solver_status: what the solver said of its own run; None where it was not needed.
     gap: relative distance to the best bound known, 0.0 where there is none left; None where that is not known.
     """
@@ -387,10 +386,6 @@ def over_common_denominator(costs):
     return [[value.numerator * (denominator // value.denominator) for value in row] for row in costs]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Solvers.
-
-
 def _multipliers(program):
     """The Lagrangian multiplier of each budget, its price per unit in the linear relaxation, never negative."""
     if not program.rows:
@@ -407,11 +402,9 @@ def _multipliers(program):
 
 
 def _solve_mixed_integer(program, name, deadline=math.inf):
-    """Hand the remaining options to the solver.
+    """What the solver makes of the remaining options: (those chosen, status in words, gap or None, lower bound on the cost).
 
-    Returns:
-        (options chosen, status in words, relative gap or None, lower bound on the cost). The options are None unless the
-        solver's variables are integral and keep every budget in exact arithmetic.
+    Those chosen are None unless the solver's variables are integral and keep every budget in exact arithmetic.
     """
     problem, variables, _ = _model(program, OBJECTIVE_SCALE)
     left = deadline - time.monotonic()

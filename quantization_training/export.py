@@ -60,6 +60,8 @@ def parse(arguments):
 
 def export(options):
     """Write a packed model, and ONNX, from a checkpoint; compare their logits with its own; print what they take."""
+    import torch
+
     from packed_network import as_checkpoint, load_any, rebuild, with_configuration
 
     path = options.files[0]
@@ -74,7 +76,8 @@ def export(options):
     if "packed" in content and options.output:
         raise UserError(f"{path}: is a packed model already; --onnx takes one")
     network = rebuild(content, path, options.arch)
-    images = random_images(content["input_size"])
+    size, seed = content["input_size"], torch.Generator().manual_seed(0)
+    images = torch.randn(CHECKED_IMAGES, 3, size, size, generator=seed)
     before = logits_of(network.model, images)
     if options.output:
         data, folds = pack(network, content, path, images if options.fold_bn else None)
@@ -137,13 +140,6 @@ def pack(network, content, path, images):
     header = header_of(network, content, describe_preprocessing(data, content["input_size"]),
                        find_class_names(data, content["num_classes"]), folds, shared)
     return serialize(header, layers, tensors), folds
-
-
-def random_images(size):
-    """Images [CHECKED_IMAGES, 3, size, size], the same each time."""
-    import torch
-
-    return torch.randn(CHECKED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def logits_of(model, images):

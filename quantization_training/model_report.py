@@ -14,21 +14,14 @@ from util.figures import clear_panel, new_figure, rendered
 WEIGHT_COLOUR, INPUT_COLOUR = "#3b6ea8", "#d08c3c"
 ROW_HEIGHT = 0.21  # inches of the plot for each layer
 PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1rem; }}
 pre {{ background: #f2f4f7; padding: .8rem; overflow-x: auto; font-size: .85rem; }}
 img {{ width: 100%; }}
-</style>
-</head>
-<body>
+</style></head><body>
 <h1>{title}</h1>
-{body}</body>
-</html>
+{body}</body></html>
 """
 
 

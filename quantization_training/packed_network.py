@@ -79,8 +79,7 @@ def _without_integers(layer):
 def integer_weights(layer, where):
     """The integers that the quantizer of a layer maps its weight to: int8 (uint8 where unsigned) of the weight's shape.
 
-    Raises:
-        UserError: beginning with `where`, where a weight or a step size is no finite number, or a step size is zero.
+    A UserError, beginning with `where`, says that a weight or a step size is no finite number, or a step size is zero.
     """
     quantizer, weight = layer.quan_w_fn, layer.weight.detach()
     step = quantizer.quantization_parameters(weight)[0].detach()

@@ -47,13 +47,12 @@ def _from_file(config, names, content):
     for name in names:
         if name not in layers:
             raise UserError(f"{path}: the policy says nothing of the layer {name} of {config.arch}")
-    signed = dict(zip(layers, content.get("act_signed") or [], strict=False))
-    return Policy(dict(zip(layers, content["weight_bits"], strict=True)),
-                  dict(zip(layers, content["act_bits"], strict=True)), signed)
+    return Policy(*(dict(zip(layers, content[key], strict=True)) for key in ("weight_bits", "act_bits")),
+                  dict(zip(layers, content.get("act_signed") or [], strict=False)))
 
 
 def _spread(key, bits, names):
-    """One number for all layers, or a list in network order."""
+    """{layer: bit} of one number for all layers, or of a list in network order."""
     if bits is None:
         raise UserError(f"{key}: missing; give a policy file, or both weight_bits and act_bits")
     if isinstance(bits, int):

@@ -63,13 +63,10 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every training run is made of. The keys are LIMPQ's, so that its YAML files run unchanged. New is final_test.
+    """What every training run is made of. The keys are LIMPQ's, so that its YAML files run unchanged."""
 
-    Not keys: LIMPQ_TEMPLATE, what LIMPQ takes for keys that a YAML file leaves out; given, the keys of the first level that
-    stand in the files or on the command line, None where the configuration was not read by load_config."""
-
-    LIMPQ_TEMPLATE: ClassVar = types.MappingProxyType({})
-    given: ClassVar = None
+    LIMPQ_TEMPLATE: ClassVar = types.MappingProxyType({})  # what LIMPQ takes for keys that a YAML file leaves out
+    given: ClassVar = None  # the keys of the first level that load_config found
 
     name: str = option("run", help=NAME)
     output_dir: str = option("results", help="The folder of the run folders.")

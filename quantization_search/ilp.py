@@ -282,11 +282,7 @@ def latency_budget(times, fixed_time, milliseconds):
 
 
 def fitting(options, fits):
-    """The options of each group that fit, by fits(layer, pair), every layer of the group; groups as Problem.choices has them.
-
-    Raises:
-        NoPolicy: where a group has none.
-    """
+    """Those of Problem.choices() that fit, by fits(layer, pair), every layer; NoPolicy where a group has none."""
     kept = [(group, [pair for pair in pairs if all(fits(layer, pair) for layer in group)]) for group, pairs in options]
     if not all(pairs for _, pairs in kept):
         raise NoPolicy

@@ -209,13 +209,9 @@ def add_legend_beside(axes, handles):
 
 
 def frontier_figure(rows, x_label, y_label, title):
-    """A trade-off curve.
+    """A trade-off curve; rows: one dict for each point: the numbers x and y, and label, a text or ''.
 
-    Args:
-        rows: one dict for each point: the numbers x and y, and label, a text or ''. A label is left out where it would
-            cover another one or the curve.
-        x_label, y_label: what the axes show, with units.
-        title: what stands above the plot.
+    A label is left out where it would cover another one or the curve.
     """
     figure = new_figure(title, (8.5, 5.2))
     axes = figure.subplots()

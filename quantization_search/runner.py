@@ -78,11 +78,7 @@ def draw_policy(config, study, costs):
 
 
 def run_sweep(config, study):
-    """Solve every point, then write or print the table, and draw it where asked.
-
-    Raises:
-        Impossible: when not one of the points can be kept.
-    """
+    """Solve every point, then write or print the table, and draw it where asked; Impossible where no point can be kept."""
     from tqdm import tqdm
 
     key, points = config.sweep.partition("=")[0], config.points()

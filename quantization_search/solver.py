@@ -256,12 +256,8 @@ class _Program:
         budget that can no longer run out counts as used up to where it could, and the difference, priced, as reduced cost.
 
         Args:
-            allowance: as allowance() gives it.
-            limit: number of steps, one for each option of each partial policy. deadline: by time.monotonic().
+            limit: number of steps, one for each option of each partial policy; _TooLong when it, or the deadline, is reached.
             width: a beam search; so many partial policies of least reduced cost, and few options; this proves nothing.
-
-        Raises:
-            _TooLong: when the limit or the deadline was reached.
         """
         steps, self.work = self._steps(width, allowance), 0
         states = {0: (0.0, 0)}

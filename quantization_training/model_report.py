@@ -26,13 +26,11 @@ img {{ width: 100%; }}
 
 
 def make_page(packed, layers, sizes, checkpoint, content):
-    """The page, as text.
+    """The page about a PackedFile, as text.
 
     Args:
-        packed: the PackedFile.
         layers, sizes: what export.py prints of its layers and of what it takes.
-        checkpoint: path of the checkpoint; its folder holds the summary and the metrics of the run, where there is one.
-        content: what the checkpoint holds.
+        checkpoint: its path; in its folder lie summary and metrics of the run, where there is one. content: what it holds.
     """
     folder = Path(checkpoint).parent
     summary, rows = read_summary(folder / "summary.yaml"), read_metrics(folder / "metrics.csv")[1]

@@ -61,10 +61,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class PackedFile:
-    """A packed model as it lies in a file.
-
-    header: what HEADER names. layers: {name: PackedLayer}. tensors: {name: numpy array}. size: bytes of the file.
-    """
+    """A packed model. header: what HEADER names. layers: {name: PackedLayer}. tensors: {name: array}. size: of the file."""
 
     path: str
     header: dict
@@ -74,12 +71,7 @@ class PackedFile:
 
 
 def serialize(header, layers, tensors):
-    """The bytes of a packed model.
-
-    Args:
-        header: what HEADER names, but for version, sha256 and layers. layers: {name: PackedLayer}.
-        tensors: {name: numpy array}.
-    """
+    """The bytes of a packed model; header: what HEADER names, but for version, sha256 and layers."""
     from safetensors.numpy import save
 
     rows = {name: {key: value for key, value in asdict(layer).items() if value is not None}
@@ -122,9 +114,7 @@ def is_packed(path):
 def read_packed(path):
     """Read a packed model. No code in the file is run.
 
-    Raises:
-        UserError: naming the file and what is wrong: damage, another kind of file, a newer version, or a header that does
-            not fit the tensors.
+    A UserError names the file and what is wrong: damage, another kind, a newer version, a header unlike the tensors.
     """
     return parse_packed(read_bytes(path, "the packed model", limit=None), path)
 

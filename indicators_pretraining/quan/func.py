@@ -119,7 +119,22 @@ def scale_adjustment(weight):
     return 1 / (math.sqrt(weight.shape[0]) * weight.detach().std().clamp(min=torch.finfo(weight.dtype).tiny))
 
 
-class SwitchableBatchNorm(nn.Module):
+class _InPlaceOfBatchNorm(nn.Module):
+    """What a forward pass may ask of a BatchNorm, such as `weight` or `eps`, is that of the one in use."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not self._modules:
+                raise
+            return getattr(self.in_use(), name)
+
+    def forward(self, x):
+        return self.in_use()(x)
+
+
+class SwitchableBatchNorm(_InPlaceOfBatchNorm):
     """One copy of a BatchNorm per candidate bit-width (`bns.i` in a checkpoint); only the selected one works.
 
     Args:
@@ -134,15 +149,8 @@ class SwitchableBatchNorm(nn.Module):
         self.index = 0
         self.bit_index = None  # the index as a tensor [1], for a compiled network
 
-    def __getattr__(self, name):
-        """What a forward pass may ask of a BatchNorm, such as `weight` or `eps`, is that of the selected copy."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            bns = self._modules.get("bns")
-            if bns is None or name.startswith("_"):
-                raise
-            return getattr(bns[self.index], name)
+    def in_use(self):
+        return self.bns[self.index]
 
     @property
     def can_be_chosen_by_data(self):
@@ -154,7 +162,7 @@ class SwitchableBatchNorm(nn.Module):
     def forward(self, x):
         if torch.compiler.is_compiling() and self.bit_index is not None:
             return self._forward_at_bit_index(x)
-        return self.bns[self.index](x)
+        return super().forward(x)
 
     def _forward_at_bit_index(self, x):
         """The same in training, with the copy chosen by a tensor, so that one compiled function serves all of them."""
@@ -169,22 +177,12 @@ class SwitchableBatchNorm(nn.Module):
         return out
 
 
-class ExceptedBatchNorm(nn.Module):
+class ExceptedBatchNorm(_InPlaceOfBatchNorm):
     """A BatchNorm that all bit-widths share (`bn` in a checkpoint)."""
 
     def __init__(self, bn):
         super().__init__()
         self.bn = bn
 
-    def __getattr__(self, name):
-        """What a forward pass may ask of a BatchNorm is that of this one."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            bn = self._modules.get("bn")
-            if bn is None or name.startswith("_"):
-                raise
-            return getattr(bn, name)
-
-    def forward(self, x):
-        return self.bn(x)
+    def in_use(self):
+        return self.bn

@@ -27,7 +27,7 @@ def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
     quantized = copy.deepcopy(model)
     for module in quantized.modules():
         if isinstance(module, LsqQuan):
-            module.forward = _as_it_is
+            module.forward = lambda v: v
         if getattr(module, "sat", False):
             module.sat = False
     modes = (False,) if evaluation_only else (False, True)
@@ -45,10 +45,6 @@ def check_unchanged(plain, model, graph, input_size, evaluation_only=False):
         for is_training, *operations in zip(modes, wanted, found, strict=True):
             _compare(*operations, "training" if is_training else "evaluation")
         return
-
-
-def _as_it_is(v):
-    return v
 
 
 @torch.no_grad()

@@ -92,12 +92,8 @@ def quantize(v, steps, qn, qp, dtype):
 
 
 def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite):
-    """The gradients of quantize(): (for v or None, for the steps, of their shape); None where there are no such loops.
-
-    Args:
-        grad: of v's shape; where `may_overwrite` is set, its memory may be taken for the result.
-        needs_v: whether the gradient for v is wanted.
-    """
+    """The gradients of quantize(), as lsq.gradients() gives them, with the same arguments; None where there are no such
+    loops."""
     function = _differentiate.get((grad.dtype, v.dtype))
     if function is None:
         return None
@@ -120,21 +116,14 @@ def _dense(tensor):
     return tensor.contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiling and loading.
-
-
 def _take_functions(library):
-    for v, q in QUANTIZE:
-        function = getattr(library, f"quantize_{NAMES[v]}_{NAMES[q]}")
-        function.argtypes = [POINTER, POINTER, COUNT, COUNT, BOUND, BOUND, THREADS, POINTER]
-        function.restype = None
-        _quantize[v, q] = function
-    for grad, v in DIFFERENTIATE:
-        function = getattr(library, f"differentiate_{NAMES[grad]}_{NAMES[v]}")
-        function.argtypes = [POINTER, POINTER, POINTER, COUNT, COUNT, BOUND, BOUND, THREADS, POINTER, POINTER]
-        function.restype = None
-        _differentiate[grad, v] = function
+    for name, functions, pairs, read, written in (("quantize", _quantize, QUANTIZE, 2, 1),
+                                                  ("differentiate", _differentiate, DIFFERENTIATE, 3, 2)):
+        for pair in pairs:
+            function = getattr(library, "_".join([name, *map(NAMES.get, pair)]))
+            function.argtypes = [POINTER] * read + [COUNT, COUNT, BOUND, BOUND, THREADS] + [POINTER] * written
+            function.restype = None
+            functions[pair] = function
 
 
 def _load():

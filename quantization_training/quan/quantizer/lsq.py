@@ -66,7 +66,7 @@ def quantized(v, s, qn, qp, dtype=None):
     """The values of lsq(), without gradients, in `dtype` (by default v's)."""
     dtype = dtype or v.dtype
     q = kernel.quantize(v, s, qn, qp, dtype) if kernel.takes(v, s) else None
-    return _quantized(v, s, qn, qp).to(dtype) if q is None else q
+    return (v.to(s.dtype) / s).clamp_(-qn, qp).round_().mul_(s).to(dtype) if q is None else q
 
 
 def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False):
@@ -82,20 +82,10 @@ def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False):
     found = kernel.differentiate(grad, v, s, qn, qp, needs_v, may_overwrite) if kernel.takes(v, s) else None
     if found is not None:
         return found
-    grad_v, grad_s = _gradients(grad, v, s, qn, qp)
-    return grad_v if needs_v else None, grad_s
-
-
-def _quantized(v, s, qn, qp):
-    """round(clip(v/s, -Qn, Qp)) * s in s's type."""
-    return (v.to(s.dtype) / s).clamp_(-qn, qp).round_().mul_(s)
-
-
-def _gradients(grad, v, s, qn, qp):
     scaled = v.to(s.dtype) / s
     inside = (scaled >= -qn) & (scaled <= qp)
     slope = scaled.clamp(-qn, qp).round_().sub_(scaled.mul_(inside))
-    return (grad * inside).to(v.dtype), slope.mul_(grad).sum_to_size(s.shape)
+    return (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape)
 
 
 def at_index(tensor, bit_index):
@@ -261,7 +251,3 @@ class LsqQuan(Quantizer):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._initialized = [bool(state) for state in self.init_state.tolist()]
-
-    def extra_repr(self):
-        sign = "signed" if self.signed else "unsigned"
-        return f"bits={list(self.bits)}, {sign}, steps={list(self.s.shape)}"

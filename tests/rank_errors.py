@@ -28,6 +28,7 @@ def fail(kind):
     if kind == "loss":
         metrics, training = Metrics(torch.device("cpu")), object.__new__(Training)
         training.model, training.steps, training.has_checkpoint = torch.nn.Linear(2, 2), 10, False
+        training.device = torch.device("cpu")
         training.hooks = types.SimpleNamespace(epochs_before=0)
         metrics.sums[0] = float("nan") if rank == 1 else 1.0
         training.check_finite(2, 5, {None: metrics})

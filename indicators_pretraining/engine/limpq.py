@@ -26,7 +26,8 @@ def continue_limpq_run(content, model, optimizer, path):
     try:
         weights = fit(model.state_dict(), content["state_dict"])
         state = _momenta_by_name(content["optimizer"], weights, dict(model.named_parameters()))
-        positions = _positions(model, optimizer)
+        trained = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+        positions = {name: trained.index(id(own)) for name, own in model.named_parameters() if id(own) in trained}
         if any(entry.keys() != MOMENTA.get(type(optimizer)) for entry in state.values()):
             raise ValueError("its optimizer is another one")
         load_state(model, content["state_dict"], path, partial(may_lack, content))
@@ -41,13 +42,6 @@ def continue_limpq_run(content, model, optimizer, path):
     best = tuple(float(scores[key]) if isinstance(scores.get(key), (int, float)) else -1.0 for key in ("top1", "top5"))
     return ResumeState(content["epoch"] + 1, best, remark=f"{path} is LIMPQ's: epoch, weights, step sizes and optimizer go "
                                                           "on, random numbers begin anew")
-
-
-def _positions(model, optimizer):
-    """{name: position in the optimizer} of the parameters that it trains."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {names[id(parameter)]: position for position, parameter in enumerate(trained)}
 
 
 def _momenta_by_name(optimizer, state, parameters):

@@ -207,11 +207,13 @@ class Monitor:
 
 
 def open_monitor(folder, config, start, device):
-    """The Monitor of a training run that begins from a ResumeState; every rank meets the UserError that rank 0 meets."""
+    """The Monitor of a training run that begins from a ResumeState, whose configuration it writes to args.yaml; every rank
+    meets the UserError that rank 0 meets."""
     opened = []
 
     def open_on_main():
-        write_args(folder.path, config)
+        text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+        write_atomically(Path(folder.path) / "args.yaml", text.encode())
         opened.append(Monitor(folder.path, config, True, start.wandb_id, start.epochs_logged,
                               distributed.describe_device(device), distributed.world_size()))
 
@@ -249,9 +251,3 @@ def describe_figure(name, value):
         return str(value)
     value = float(value)
     return f"{value:.4g}" if name == "lr" or 0 < abs(value) < 1e-3 else f"{value:.3f}"
-
-
-def write_args(folder, config):
-    """Write the whole resolved configuration to args.yaml in the run folder."""
-    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
-    write_atomically(Path(folder) / "args.yaml", text.encode())

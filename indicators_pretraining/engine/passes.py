@@ -40,16 +40,12 @@ def to_device(model, device, graph=None):
     that changes its images in place gets a copy of them: other passes, and a teacher, look at the same ones.
     """
     if graph and graph.changes_images:
-        model.register_forward_pre_hook(_copy_images)
+        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))
     for module in model.modules() if device.type == "cpu" else ():
         if (isinstance(module, nn.Conv2d) and type(module)._conv_forward is nn.Conv2d._conv_forward
                 and skips_pixels(module.kernel_size, module.stride, module.groups, module.in_channels)):
             module._conv_forward = types.MethodType(convolve_pixels, module)
     return model.to(device, memory_format=torch.preserve_format if graph and graph.contiguous else torch.channels_last)
-
-
-def _copy_images(model, inputs):
-    return inputs[0].clone(), *inputs[1:]
 
 
 class Passes:

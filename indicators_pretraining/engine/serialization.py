@@ -1,5 +1,5 @@
 """The bytes of a checkpoint: torch's archive with a checksum, what is looked at before torch reads one, and what each entry
-may be. Everything that reads a checkpoint relies on it.
+may be. Everything that reads a checkpoint relies on it. Errors do not name the file; checkpoint.py does.
 
 The checksum stands in the comment that ends a zip archive, so that whatever reads zip archives reads the file.
 """
@@ -53,10 +53,6 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "weig
 NO_WEIGHTS = ("optim", "sched", "scaler", "amp", "loss", "criterion", "args", "config", "hyper", "rng", "random", "mask")
 LEVELS = 3  # of containers around weights
 OURS = frozenset({"version", "arch", "state_dict", "config", "random_states"})  # in every checkpoint that this project wrote
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes. Errors do not name the file here; checkpoint.py does.
 
 
 def pack(content):
@@ -181,10 +177,6 @@ def check_tensor(tensor, size):
         raise ValueError("a tensor is larger than what the file holds of it")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Entries.
-
-
 def is_plain(value):
     """Whether a value is made of just these types; classes that are derived from them bring their class along."""
     if type(value) is dict:
@@ -198,10 +190,6 @@ def is_dict(value):
 
 def _are_candidates(value):
     return list_of(partial(is_bit, "weight_bits"))(value) and len(set(value)) == len(value)
-
-
-def _are_sums(value):
-    return torch.is_tensor(value) and value.shape == (4,)
 
 
 def _is_torch_state(value):
@@ -236,7 +224,8 @@ ENTRIES_OF_A_RUN = {
         "numpy": sequence(is_name, sequence(*WORDS), POSITION, whole(1), _is_float)}, {"cuda": _is_torch_state})),
     "inside": record({  # as training_state.MidEpochState has it
         "step": is_count, "seconds": AMOUNT, "images_per_step": is_positive, "is_trained": is_bool,
-        "sums": list_of(list_of(_are_sums)), "batchnorms": list_of(table_of(torch.is_tensor))}),
+        "sums": list_of(list_of(lambda value: torch.is_tensor(value) and value.shape == (4,))),
+        "batchnorms": list_of(table_of(torch.is_tensor))}),
     "machine": table_of(lambda value: is_count(value) or is_name(value))}
 
 

@@ -67,8 +67,9 @@ def load_training_state(content, model, optimizer, path):
         inside = MidEpochState(**content["inside"]) if "inside" in content else None
         if inside is not None:
             distributed.set_batchnorm_statistics(model, inside.batchnorms)
+        changed = tuple(key for key, value in machine().items() if content.get("machine", {}).get(key, value) != value)
         return ResumeState(content["epoch"], (float(content["extras"]["top1"]), float(content["extras"]["top5"])),
-                     content.get("wandb_id"), other_machine(content), inside)
+                     content.get("wandb_id"), changed, inside)
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: what it holds does not fit this run ({reason(error)})") from None
 
@@ -86,11 +87,6 @@ def machine():
     """What the last bits of a result depend on besides the configuration."""
     return {"threads": torch.get_num_threads(), "processes": distributed.world_size(),
             "kernels": "compiled" if kernel.is_compiled() else "plain"}
-
-
-def other_machine(content):
-    """Which of these are not as they were when a checkpoint was written."""
-    return tuple(key for key, value in machine().items() if content.get("machine", {}).get(key, value) != value)
 
 
 def training_state(model, optimizer, epoch, best, config, monitor):

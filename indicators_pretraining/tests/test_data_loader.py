@@ -104,9 +104,9 @@ def test_training_and_validation_images_are_disjoint_parts_of_the_training_set()
     split = loaders(replace(DIGITS, val_split=0.2, batch_size=1))
     train, val = set(split.train.sampler.indices), set(split.val.sampler.mine)
     assert not train & val and len(train | val) == 1438 == loaders(replace(DIGITS, batch_size=1)).train.images
-    assert not split.val_is_test
+    assert split.val is not split.test
     whole = loaders()
-    assert whole.val_is_test and whole.val is whole.test
+    assert whole.val is whole.test
 
 
 def test_data_fraction_keeps_a_balanced_part_of_what_the_split_left():
@@ -234,7 +234,8 @@ def test_draws_cover_every_offset_and_flip_and_digits_never_flip():
     assert set(top) == set(left) == set(range(9)) and 0.45 < flipped.mean() < 0.55
     assert abs(np.corrcoef(top, left)[0, 1]) < 0.1
     assert not loaders().train.batches.augment.flip and not draw_crops(0, 0, 50, 4, flip=False)[2].any()
-    assert loaders().train.batches.augment.padding == 2 and loaders(replace(DIGITS, input_size=None)).input_size == 32
+    assert loaders().train.batches.augment.padding == 2
+    assert loaders(replace(DIGITS, input_size=None)).train.batches.images.shape[-1] == 32
 
 
 def samples_of(data, epoch):

@@ -9,13 +9,16 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.metrics_file import SPLITS, MetricsFile, best_epochs
-from engine.monitor import Monitor, write_args
+from engine.monitor import Monitor, open_monitor
 from engine.plots import colour_labels, draw_panel, save_curves
+from engine.run_folder import RunFolder
 from engine.schema import LogConfig, RunConfig, WandbConfig
+from engine.training_state import ResumeState
 from util.config import load_config
 from util.errors import UserError
 
@@ -216,8 +219,8 @@ def test_rows_of_the_whole_model_go_before_the_mean_over_candidates(tmp_path):
 
 
 def test_args_yaml_reads_back_as_the_same_configuration(tmp_path):
-    config = RunConfig(name="größe", target_bits=[4, 2], lr=1e-4, gpu=[0, 1], wandb=WandbConfig(tags=["a"]))
-    write_args(tmp_path / "run", config)
+    config = RunConfig(name="größe", target_bits=[4, 2], lr=1e-4, gpu=[0, 1], wandb=WandbConfig("disabled", tags=["a"]))
+    open_monitor(RunFolder(tmp_path / "run", config.name), config, ResumeState(), torch.device("cpu")).finish()
     assert load_config(RunConfig, [str(tmp_path / "run" / "args.yaml")]) == config
 
 

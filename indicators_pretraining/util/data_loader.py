@@ -108,7 +108,7 @@ def normalise(images, scale, shift):
 
 @dataclass(frozen=True)
 class Loaders:
-    """What a training run reads. With `val_is_test`, no images are held out and `val` is the test loader.
+    """What a training run reads. Where no images are held out, `val` is the test loader.
     `calibration(samples)` gives a loader over random training images, not augmented, which set_epoch draws anew."""
 
     train: Loader
@@ -116,11 +116,9 @@ class Loaders:
     test: Loader
     calibration: Callable[[int], Loader]
     num_classes: int
-    input_size: int
     mean: tuple
     std: tuple
     class_names: tuple
-    val_is_test: bool
 
 
 def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None, downloads=None, evaluation_only=False):
@@ -159,8 +157,7 @@ def create_loaders(config, seed, rank, world_size, device, barrier=lambda: None,
     test_loader = evaluation(test_set, np.arange(len(test_set.labels)))
     return Loaders(train=loader(train_set, training_sampler, augment=True),
                    val=evaluation(train_set, val) if len(val) else test_loader, test=test_loader, calibration=calibration,
-                   num_classes=num_classes, input_size=input_size, mean=data.mean, std=data.std,
-                   class_names=data.class_names, val_is_test=not len(val))
+                   num_classes=num_classes, mean=data.mean, std=data.std, class_names=data.class_names)
 
 
 def split_training_images(labels, config, seed):

@@ -109,7 +109,7 @@ class Training:
             for parameters in self.optimizer.param_groups:
                 parameters["lr"] = learning_rate(self.config, epoch + step / self.steps)
             # Before the step, which would spread what is not finite over the whole network.
-            check = self.optimizer.register_step_pre_hook(lambda *_, done=step + 1: self.check_where_due(epoch, done, metrics))
+            check = self.optimizer.register_step_pre_hook(lambda *_, done=step + 1: self.check_finite(epoch, done, metrics))
             try:
                 self.hooks.take_step(group, epoch, step, metrics)
             finally:
@@ -178,13 +178,11 @@ class Training:
         self.hooks.write(state, is_best)
         self.has_checkpoint = True
 
-    def check_where_due(self, epoch, done, metrics):
-        """Check each step on the CPU; elsewhere, where reading a number holds it up, those that are shown and the last."""
-        if self.device.type == "cpu" or done % self.config.log.print_freq == 0 or done == self.steps:
-            self.check_finite(epoch, done, metrics)
-
     def check_finite(self, epoch, done, metrics):
-        """Stop all ranks where the loss of one is not finite."""
+        """Stop all ranks where the loss of one is not finite. Elsewhere than on the CPU, where reading a number holds a step
+        up, only those that are shown and the last are checked."""
+        if self.device.type != "cpu" and done % self.config.log.print_freq and done != self.steps:
+            return
         sums = torch.stack([value.sums for value in metrics.values()])
         if not distributed.largest_over_ranks(0 if torch.isfinite(sums).all() else 1):
             return

@@ -48,12 +48,13 @@ def option(default, help="", **bounds):
     """A field of a schema.
 
     Args:
-        default: its value where none is given; a list becomes one of each configuration's own.
+        default: its value where none is given; a list or a dict becomes one of each configuration's own.
         help: what the key means, one plain sentence.
-        bounds: what a number must satisfy: low <= value <= high, or the strict bounds above < value < below.
+        bounds: what a number must satisfy: low <= value <= high, or the strict bounds above < value < below. Where the
+            command line is made from the schema, what argparse is told of the flag.
     """
     metadata = {"help": help, **bounds}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 

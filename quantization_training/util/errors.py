@@ -96,16 +96,12 @@ def as_user_error(error):
     if isinstance(error, RuntimeError) and str(error).startswith(LOST_WORKER):
         return UserError(f"a process that reads images was lost ({reason(error)[:100]}); where memory is short, lower "
                          "dataloader.workers or dataloader.batch_size")
-    if is_out_of_memory(error):
+    # torch, which this module does without, says in many ways that a device or the machine has no memory left.
+    if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))):
         return UserError(f"out of memory ({reason(error)[:80]}); lower dataloader.batch_size (accumulation in fine-tuning "
                          "keeps the step the same) or dataloader.input_size")
     return None
-
-
-def is_out_of_memory(error):
-    """Whether a device or the machine had no memory left: torch, which this module does without, says so in many ways."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))
 
 
 def is_first_process():

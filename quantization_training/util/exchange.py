@@ -200,7 +200,8 @@ def read_policy(path):
     for key in ("layer_name", "weight_bits", "act_bits"):
         if not isinstance(policy.get(key), list) or not policy[key]:
             raise UserError(f"{path}: {key}: not a policy file (expected a list under this key)")
-    names = policy["layer_name"] = [_layer_name(name) for name in content["layer_name"]]
+    texts = [name.text if isinstance(name, Scalar) else name for name in content["layer_name"]]  # as they stand in the file
+    names = policy["layer_name"] = [text if text and isinstance(text, str) else describe(text) for text in texts]
     if len(set(names)) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
     for key in ("weight_bits", "act_bits"):
@@ -213,12 +214,6 @@ def read_policy(path):
     if signed is not None and not (isinstance(signed, list) and [type(sign) for sign in signed] == [bool] * len(names)):
         raise UserError(f"{path}: act_signed: expected true or false for each of the {len(names)} layers")
     return policy
-
-
-def _layer_name(value):
-    """The name of a layer as it stands in a YAML file."""
-    text = value.text if isinstance(value, Scalar) else value
-    return text if text and isinstance(text, str) else describe(value)
 
 
 def write_policy(path, policy):

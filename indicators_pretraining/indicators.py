@@ -122,11 +122,8 @@ def _channels_left(mask, steps, quantizer, source):
 
 
 def extract_all(paths, bits=None):
-    """The content of an indicators file with the candidates of all checkpoints.
-
-    Args:
-        paths: of the checkpoints: one, or several of one network, each trained at bit-widths of its own.
-        bits: candidate bit-widths of a single checkpoint that does not say them itself.
+    """The content of an indicators file with the candidates of one checkpoint, or of several of one network, each trained at
+    bit-widths of its own; `bits` are those of a single checkpoint that does not say them itself.
 
     Raises:
         UserError: naming the file that is no such checkpoint, or two that do not fit each other, and the key.

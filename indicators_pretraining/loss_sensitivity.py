@@ -10,13 +10,8 @@ from util.errors import UserError
 
 
 def measure(config, images, device):
-    """The content of an indicators file, with losses for indicators.
-
-    Args:
-        config: the IndicatorsConfig of the joint training, for evaluation.
-        images: how many training images the loss is taken over, without augmentation; all, where there are fewer.
-        device: where the network computes.
-    """
+    """The content of an indicators file, with losses for indicators: of the joint training that `config` evaluates, over so
+    many training images without augmentation, over all where there are fewer."""
     folder = RunFolder.of(config)
     found = find_run(config, folder)
     num_classes, input_size = describe_data(config.dataloader)

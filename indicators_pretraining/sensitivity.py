@@ -62,13 +62,8 @@ def parse_arguments(arguments):
 
 
 def measure(config, images, device):
-    """The content of an indicators file, with quantization errors for indicators.
-
-    Args:
-        config: the IndicatorsConfig.
-        images: how many training images are looked at; all, where there are fewer.
-        device: where the network computes.
-    """
+    """The content of an indicators file, with quantization errors for indicators; inputs of layers come from so many training
+    images, from all where there are fewer."""
     num_classes, input_size = describe_data(config.dataloader)
     model, facts, config, remark = build_described(config, num_classes, input_size, device)
     loaders = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True)
@@ -111,16 +106,8 @@ def check_finite(values, what):
 
 
 class Inputs:
-    """Values that enter a layer: all of them, or as many as MOST_VALUES drawn at random.
-
-    Args:
-        name: of the layer.
-        expected: how many values are going to enter it.
-        draws: the torch.Generator to draw with.
-
-    Attributes:
-        is_negative: whether any value, drawn or not, is.
-    """
+    """Values that enter a layer, where so many are expected: all of them, or MOST_VALUES drawn with the torch.Generator
+    `draws`. `is_negative` is whether any value, drawn or not, is."""
 
     def __init__(self, name, expected, draws):
         self.name, self.share, self.draws = name, MOST_VALUES / expected, draws
@@ -143,12 +130,8 @@ class Inputs:
 
 @torch.no_grad()
 def watch_inputs(model, layers, loader, seed):
-    """{layer: its Inputs} over the images of a loader, of the network in evaluation mode.
-
-    Args:
-        layers: {name: row of the layer table}.
-        seed: decides which values are drawn.
-    """
+    """{layer: its Inputs} over the images of a loader, of the network in evaluation mode. Layers come as {name: row of the
+    layer table}; the seed decides which values are drawn."""
     draws = torch.Generator().manual_seed(seed)
     inputs = {name: Inputs(name, row["act_elements"] * loader.images, draws) for name, row in layers.items()}
     hooks = [model.get_submodule(name).register_forward_pre_hook(found.add) for name, found in inputs.items()]

@@ -173,17 +173,13 @@ def is_count(value):
     return type(value) is int and 0 < value <= LARGEST_COUNT
 
 
-def is_shape(value):
-    return isinstance(value, (list, tuple)) and 2 <= len(value) <= 5
-
-
 def is_signed(value):
     return value is None or (isinstance(value, dict) and value.keys() == {"weight", "act"}
                              and all(type(signed) is bool for signed in value.values()))
 
 
 COLUMNS = {"kind": (lambda value: value in ("conv", "linear"), "'conv' or 'linear'"),
-           "shape": (is_shape, "the shape of the weight"),
+           "shape": (lambda value: isinstance(value, (list, tuple)) and 2 <= len(value) <= 5, "the shape of the weight"),
            **dict.fromkeys(("groups", "macs_published", "macs_exact", "params", "act_elements"),
                            (is_count, "a positive whole number")),
            "signed": (is_signed, "{'weight': True, 'act': True or False}"),

@@ -1,14 +1,14 @@
 """What a search is asked: one schema for the command line and for YAML."""
 
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Literal
 
 from ilp import FULL_PRECISION_BITS
 from util.command import Parser
-from util.config import check_bits
+from util.config import check_bits, option
 from util.errors import UserError, nearest
 
 DEFAULT_RATIO = 12.2  # LIMPQ's, as are --bops True, --wb 3 and --ab 4
@@ -28,12 +28,6 @@ def truth(text):
     if text.lower() not in words:
         raise ValueError(text)
     return words[text.lower()]
-
-
-def option(default, help, **form):
-    """A field of SearchConfig; its flag on the command line has this help, and the form that argparse gives it."""
-    made = {"default_factory": type(default)} if isinstance(default, (dict, list)) else {"default": default}
-    return field(**made, metadata={"form": {"help": help, **form}})
 
 
 @dataclass(frozen=True)
@@ -222,7 +216,7 @@ def parse_arguments(description, arguments=None):
     group = parser
     for item in fields(SearchConfig):
         group = groups.get(item.name, group)  # which begins with this field
-        group.add_argument(_flag(item.name), dest=item.name, default=None, **item.metadata["form"])
+        group.add_argument(_flag(item.name), dest=item.name, default=None, **item.metadata)
     typed = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     typed["fix"] = _pins(typed.get("fix", []))
     try:

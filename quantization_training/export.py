@@ -218,15 +218,10 @@ def part_of(name, packed):
     return "BatchNorm" if f"{layer}.running_mean" in packed.tensors else "other tensors"
 
 
-def promised_bytes(cost):
-    """Bytes of the weights as the search counts them; of a pruned network those of its sparse size."""
-    return cost.get("sparse_size_mb", cost["size_mb"]) * 2**20
-
-
 def describe_sizes(packed):
     """What a packed model takes, part by part, beside what the search promised."""
     sizes, cost = itemise(packed), packed.header["cost"]
-    promised, ratio = promised_bytes(cost), cost.get("sparse_ratio", cost["ratio"])
+    promised, ratio = cost.get("sparse_size_mb", cost["size_mb"]) * 2**20, cost.get("sparse_ratio", cost["ratio"])
     difference = 100 * (sizes["packed weights"] / promised - 1)
     lines = [f"{packed.path}: {packed.header['arch']}, {len(packed.layers)} packed layers", f"{'part':<16} {'bytes':>12}"]
     for part, size in sizes.items():

@@ -233,7 +233,7 @@ def check_report(page):
     words = re.sub(r"base64,[^\"']*", "", page)  # plots may hold any letters
     assert "http" not in words and "<script" not in words
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 2
-    promised, ratio = export.promised_bytes(packed.header["cost"]), packed.header["cost"]["ratio"]
+    promised, ratio = packed.header["cost"]["size_mb"] * 2**20, packed.header["cost"]["ratio"]
     for words in (*packed.layers, f"{summary['top1']:.2f} %", f"{export.itemise(packed)['packed weights']:,} ",
                   f"promised by the search: {promised:,.0f} ", f"{packed.header['cost']['gbitops']:.3f} G",
                   f"weights alone are {ratio:.2f}x smaller", f"{packed.size:,} ", "batch_size: 64",

@@ -1,9 +1,12 @@
 """Extract the importance indicators from a checkpoint, or from several that were trained at bit-widths of their own.
 
-python importance_extractor.py CHECKPOINT [CHECKPOINT ...] --output FILE.pkl
+python importance_extractor.py CHECKPOINT [CHECKPOINT ...] --output FILE.pkl [--of steps|loss_share|joint_fisher]
+
+The indicators are the learned step sizes, as LIMPQ's are, or what joint training's gradients say of each weight and input:
+its share in the loss that quantization adds, or the second-order estimate of that loss (taylor.py derives both).
 """
 
-from indicators import check_output, extract_all, write
+from indicators import EXTRACTED, check_output, extract_all, write
 from util.command import Parser
 from util.errors import user_errors_on_one_line
 
@@ -15,13 +18,14 @@ def parse_arguments(arguments=None):
     parser.add_argument("--output", required=True, metavar="FILE.pkl")
     parser.add_argument("--b", nargs="+", type=int, metavar="BIT",
                         help="candidates, in the order of training, of a checkpoint that does not carry them")
+    parser.add_argument("--of", choices=tuple(EXTRACTED), default="steps", help="what the indicators are (default steps)")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
     check_output(options.output, options.checkpoints)
-    write(options.output, extract_all(options.checkpoints, options.b))
+    write(options.output, extract_all(options.checkpoints, options.b, options.of))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
 from quan.quantizer.lsq import SMALLEST_STEP
 from sparsity.masks import is_mask
+from taylor import describe_factors, joint_fisher, loss_shares
 from util.config import check_bits, describe, differing_keys, flatten
 from util.errors import UserError
 from util.exchange import own_name, same_arch, write_indicators
@@ -16,16 +17,17 @@ MOBILENETS, QUANTIZERS = ("mobilenetv1", "mobilenetv1_limpq"), ("quan_w_fn", "qu
 OF_THE_NETWORK = ("arch", "layer_name", "input_size", "num_classes", "layers", "fixed", "products", "signed")
 
 
-def extract(checkpoint, source, bits=None):
-    """Read the trained step sizes of a jointly trained network.
+def extract(checkpoint, source, bits=None, of="steps"):
+    """Read the indicators of a jointly trained network.
 
     Args:
         checkpoint: as engine.checkpoint.load_checkpoint gives it.
         source: its path, for messages.
         bits: candidate bit-widths of a checkpoint that does not say them itself.
+        of: "steps", the learned step sizes, or "loss_share" or "joint_fisher", as taylor.py has them.
 
     Returns:
-        the content of an indicators file: 'weight' and 'act' are {layer: {bit: step size}}, 'layer_name' the layers in
+        the content of an indicators file: 'weight' and 'act' are {layer: {bit: indicator}}, 'layer_name' the layers in
         network order. The indicator of a layer with one step size per channel is their mean, over the channels of which
         something remains.
 
@@ -50,7 +52,10 @@ def extract(checkpoint, source, bits=None):
     content = {"weight": {own[name]: _indicators(steps, f"{name}.quan_w_fn", bits, source, masks.get(f"{name}.weight"))
                           for name in names},
                "act": {own[name]: _indicators(steps, f"{name}.quan_a_fn", bits, source) for name in names}}
+    if of != "steps":
+        content.update(EXTRACTED[of](checkpoint, source))
     content["layer_name"] = list(own.values())
+    content["kind"] = of
     _warn_of_steps(checkpoint, names, source)
     content.update({key: checkpoint[key] for key in CARRIED if key in checkpoint})
     if checkpoint.get("config"):
@@ -121,7 +126,7 @@ def _channels_left(mask, steps, quantizer, source):
     return left if left.any() else ...
 
 
-def extract_all(paths, bits=None):
+def extract_all(paths, bits=None, of="steps"):
     """The content of an indicators file with the candidates of one checkpoint, or of several of one network, each trained at
     bit-widths of its own; `bits` are those of a single checkpoint that does not say them itself.
 
@@ -129,19 +134,19 @@ def extract_all(paths, bits=None):
         UserError: naming the file that is no such checkpoint, or two that do not fit each other, and the key.
     """
     if len(paths) == 1:
-        return extract(load_checkpoint(paths[0]), paths[0], bits)
+        return extract(load_checkpoint(paths[0]), paths[0], bits, of)
     if bits:
         raise UserError("--b: goes with a single checkpoint; several have to carry their candidates themselves")
-    contents, facts = {}, {}
+    contents, described = {}, {}
     for path in paths:
         if path in contents:
             raise UserError(f"{path}: stands twice among the checkpoints")
         checkpoint = load_checkpoint(path)
         if not checkpoint.get("bits"):
             raise UserError(f"{path}: does not say its candidate bit-widths, which each of several checkpoints has to")
-        contents[path] = extract(checkpoint, path)
-        facts[path] = {**contents[path], "signed": signedness_of(checkpoint)}
-        check_same_network(facts[paths[0]], facts[path], paths[0], path)
+        contents[path] = extract(checkpoint, path, of=of)
+        described[path] = {**contents[path], "signed": signedness_of(checkpoint)}
+        check_same_network(described[paths[0]], described[path], paths[0], path)
     return combine(contents)
 
 
@@ -150,7 +155,7 @@ def check_same_network(one, other, path, other_path):
     if same_arch(one.get("arch"), other.get("arch")):
         other = {**other, "arch": one.get("arch")}
     for key in OF_THE_NETWORK:
-        rows = [{key: facts.get(key)} for facts in (one, other)]
+        rows = [{key: described.get(key)} for described in (one, other)]
         differing = differing_keys(*rows)
         if differing:
             found, found_there = (describe(flatten(row).get(differing[0], "nothing")) for row in rows)
@@ -180,6 +185,15 @@ def not_growing(content):
             bits = sorted(row, reverse=True)
             found += [(kind, name, bit) for wider, bit in zip(bits, bits[1:], strict=False) if row[bit] < row[wider]]
     return found
+
+
+def _loss_shares(checkpoint, source):
+    tables, factors = loss_shares(checkpoint, source)
+    print("\n".join(describe_factors(factors)))
+    return tables
+
+
+EXTRACTED = {"steps": None, "loss_share": _loss_shares, "joint_fisher": joint_fisher}
 
 
 def check_output(path, sources, what="the checkpoint"):

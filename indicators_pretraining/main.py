@@ -48,7 +48,7 @@ def run(config, device, is_dry_run):
         announce_finished(folder, config)
     else:
         with signals_noted(), open_monitor(folder, config, start, device) as monitor:
-            process.pretrain(network, loaders, optimizer, config, monitor, folder, start)
+            process.pretrain(network, loaders, optimizer, config, monitor, folder, start, found)
             process.final_evaluation(network, loaders, config, monitor, folder)
 
 

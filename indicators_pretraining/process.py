@@ -13,6 +13,7 @@ from engine.passes import Passes
 from engine.run_folder import describe_evaluated
 from quan.utils import keep_steps_positive
 from schema import RANDOM
+from taylor import TaylorSums
 from util import distributed
 from util.sampling import Stream, generator
 
@@ -23,7 +24,8 @@ def random_policy(layers, bits, seed, epoch, step):
     return {layer: bits[draw] for layer, draw in zip(layers, draws, strict=True)}
 
 
-def joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation=False, metrics=None, passes=None):
+def joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation=False, metrics=None, passes=None,
+                    taylor=None):
     """Add up the gradients of one pass per candidate and, unless it is None, one at the policy `chosen`.
 
     Args:
@@ -34,6 +36,7 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
             plain cross-entropy, so that one that gives the same outputs has nothing to learn.
         metrics: {bit or "random": Metrics} to add to.
         passes: the Passes of the model; None stands for plain ones.
+        taylor: the TaylorSums to add to.
     """
     passes = passes or Passes(model)
     highest, soft_targets = max(switch.bits), None
@@ -43,9 +46,13 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
             switch.policy(chosen)
         else:
             switch.uniform(candidate)
+            if taylor is not None:
+                taylor.start_pass()
         logits = passes.logits(images)
         loss = criterion(logits, target) if soft_targets is None else F.cross_entropy(logits, soft_targets)
         loss.backward()
+        if taylor is not None and candidate != RANDOM:
+            taylor.end_pass(candidate, loss, len(target))
         if metrics is not None:
             metrics[candidate].update(logits.detach(), target, loss.detach())
         if in_place_distillation and candidate == highest:
@@ -53,10 +60,10 @@ def joint_gradients(model, switch, images, target, criterion, chosen, in_place_d
 
 
 def joint_step(model, switch, images, target, criterion, optimizer, chosen, in_place_distillation=False, metrics=None,
-               passes=None):
+               passes=None, taylor=None):
     """One optimizer step on the gradients of all passes: added up, averaged over ranks, clipped to [-1, 1]."""
     optimizer.zero_grad(set_to_none=True)
-    joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation, metrics, passes)
+    joint_gradients(model, switch, images, target, criterion, chosen, in_place_distillation, metrics, passes, taylor)
     distributed.average_gradients(model.parameters())
     nn.utils.clip_grad_value_(model.parameters(), 1.0)
     optimizer.step()
@@ -76,18 +83,24 @@ def joint_criterion(config):
     return nn.CrossEntropyLoss(label_smoothing=config.smoothing)
 
 
-def pretrain(network, loaders, optimizer, config, monitor, folder, start):
-    """Train a JointNetwork from a ResumeState to the last epoch, validating every candidate at each val_cycle; write a
-    checkpoint after each epoch."""
+def pretrain(network, loaders, optimizer, config, monitor, folder, start, found=None):
+    """Train a JointNetwork from a ResumeState, and the ResumeCheckpoint that it is of or None, to the last epoch, validating
+    every candidate at each val_cycle; write a checkpoint after each epoch."""
     model, switch, last = network.model, network.switch, config.last_epoch
     criterion, layers = joint_criterion(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
 
+    taylor = None if config.compile else TaylorSums(switch)
+    if taylor and found and start.inside:
+        taylor.restore(found)
+
     def take_step(batches, epoch, step, metrics):
         [(images, target)] = batches
+        if taylor and not step:
+            taylor.start_epoch()
         chosen = random_policy(layers, switch.bits, config.seed, epoch, step) if config.random_pass else None
         joint_step(model, switch, images, target, criterion, optimizer, chosen, config.in_place_distillation, metrics,
-                   network.passes)
+                   network.passes, taylor)
 
     def validate_where_due(epoch):
         if (epoch + 1) % config.val_cycle == 0 or epoch + 1 == last:
@@ -95,7 +108,8 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start):
         return None
 
     def write(state, is_best):
-        distributed.on_main(folder.save, {**state, **network.metadata}, is_best, config.log.keep_checkpoints)
+        sums = {"taylor": taylor.as_plain()} if taylor else {}
+        distributed.on_main(folder.save, {**state, **network.metadata, **sums}, is_best, config.log.keep_checkpoints)
 
     hooks = Hooks(take_step, validate_where_due, write, config.passes, max(switch.bits))
     Training(model, optimizer, loaders.train, config, monitor, hooks).run(start, last)

@@ -105,7 +105,7 @@ def transcription(tensors, images, target, policies, distilled):
         logits = F.linear(x.mean((2, 3)), leaves["fc.weight"], leaves["fc.bias"])
         loss = -(wanted * F.log_softmax(logits, 1)).sum(1).mean()
         loss.backward()
-        if distilled:  # the first pass is the widest one
+        if distilled:  # the first pass is the one at the highest bit-width
             wanted, distilled = F.softmax(logits, 1).detach(), False
     return {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -194,7 +194,7 @@ def test_a_student_that_answers_as_its_teacher_does_has_nothing_to_learn():
     assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-3
 
 
-def test_the_widest_candidate_answers_first_in_distillation_only():
+def test_the_highest_bit_width_comes_first_in_distillation_only():
     model, switch = jointly_quantized()
     seen = []
     for distilled in (False, True):

@@ -244,7 +244,7 @@ def test_weights_are_quantized_once_while_they_cannot_change(monkeypatch):
 
 
 def test_an_operation_names_what_it_does():
-    operation = Operation((0, 15, 1.0), (8, 7, 1.0), torch.float32, None)
+    operation = Operation((0, 15, 1.0), (8, 7, 1.0), torch.float32, (None, None), None)
     q, weight, bias = torch.eye(2), torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
     assert operation.of(q, weight, bias).tolist() == [[1.5], [2.5]]
     assert [part.tolist() for part in operation.gradients(torch.ones(2, 1), q, weight, True)] == [

@@ -16,6 +16,7 @@ import yaml
 from util.config import Scalar, decode_yaml, describe, plain, read_bytes, unshared
 from util.errors import UserError, reason
 
+STEPS = "steps"  # the kind of indicators that are learned step sizes, in the units of their tensors; where none is said
 FLOAT_BIT = 32  # of an input that is left alone
 BITS_OF = {"weight_bits": "a bit-width from 2 to 8",
            "act_bits": f"a bit-width from 2 to 8, or {FLOAT_BIT} for an input that is left alone"}
@@ -77,6 +78,8 @@ def read_indicators(path):
         raise UserError(f"{path}: layer_name: expected a list of layer names, found {describe(names)}")
     if len(set(names)) != len(names):
         raise UserError(f"{path}: layer_name: a layer stands twice")
+    if not isinstance(content.get("kind", STEPS), str) or not content.get("kind", STEPS).isidentifier():
+        raise UserError(f"{path}: kind: found {describe(content['kind'])}, expected a word")
     # What our own extractor wrote has the network's names as they are; one may begin with a wrapper's.
     own = dict(zip(names, names if "format" in content else without_wrappers(names), strict=True))
     tables = {kind: _checked_table(f"{path}: {kind}", content[kind], own) for kind in ("weight", "act")}

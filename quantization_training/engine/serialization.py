@@ -192,6 +192,10 @@ def _are_candidates(value):
     return list_of(partial(is_bit, "weight_bits"))(value) and len(set(value)) == len(value)
 
 
+def _are_taylor_sums(value):
+    return torch.is_tensor(value) and value.dtype == torch.float64 and value.dim() == 3 and value.shape[2] == 3
+
+
 def _is_torch_state(value):
     return torch.is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1
 
@@ -226,6 +230,7 @@ ENTRIES_OF_A_RUN = {
         "step": is_count, "seconds": AMOUNT, "images_per_step": is_positive, "is_trained": is_bool,
         "sums": list_of(list_of(lambda value: torch.is_tensor(value) and value.shape == (4,))),
         "batchnorms": list_of(table_of(torch.is_tensor))}),
+    "taylor": record({"images": is_count, "sums": list_of(_are_taylor_sums)}),
     "machine": table_of(lambda value: is_count(value) or is_name(value))}
 
 

@@ -42,6 +42,7 @@ class QuantizedLayer:
         cached_weight: the quantized weight, while weights_quantized_once is in force and the layer has been computed.
     """
 
+    is_fused = True  # whether a pass that learns may compute quantizers and operation as one function
     caches_weight = False
     cached_weight = None
 
@@ -49,6 +50,7 @@ class QuantizedLayer:
         """The weight at `bit` bits, and the input at `act_bit`, where that is given, else at the same."""
         self.quan_w_fn.select(bit)
         self.quan_a_fn.select(act_bit or bit)
+        self.cached_weight = None
 
     def cache_weight(self, keeps):
         """Begin, or end, to quantize the weight only once."""
@@ -64,8 +66,8 @@ class QuantizedLayer:
     @property
     def learns_both(self):
         """Whether weight and input are quantized by learned steps, gradients are wanted, and no compiler sees to it all."""
-        return (isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan) and torch.is_grad_enabled()
-                and not torch.compiler.is_compiling())
+        return (self.is_fused and isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan)
+                and torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
 class QuanConv2d(QuantizedLayer, nn.Conv2d):

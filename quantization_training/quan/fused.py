@@ -20,6 +20,7 @@ class Operation:
     x_range: tuple  # (Qn, Qp, scale of the gradient of the step size)
     weight_range: tuple  # the same
     dtype: torch.dtype  # of the quantized tensors
+    changes: tuple  # (of x, of the weight), lists or None, as quantizer.lsq.gradients takes them
     geometry: tuple | None  # (stride, padding, dilation, groups) of the convolution; None for a linear layer
 
     def of(self, q, weight, bias):
@@ -63,9 +64,9 @@ class _QuantizedOperation(torch.autograd.Function):
         grad_q, grad_weight, grad_bias = operation.gradients(grad, q, quantized_weight, ctx.bias_type is not None)
         del q, quantized_weight
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        grad_x, grad_x_step = gradients(grad_q, x, x_step, *x_range, needs_x, may_overwrite=True)
+        grad_x, grad_x_step = gradients(grad_q, x, x_step, *x_range, needs_x, True, operation.changes[0])
         grad_weight, grad_weight_step = gradients(grad_weight, weight, weight_step, *weight_range, needs_weight,
-                                                  may_overwrite=True)
+                                                  True, operation.changes[1])
         return (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_type), grad_x_step * x_scale,
                 grad_weight_step * weight_scale, None)
 
@@ -86,4 +87,5 @@ def quantized_operation(x, weight, bias, quan_a_fn, quan_w_fn, geometry=None):
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return _QuantizedOperation.apply(x, weight, bias, x_step, weight_step,
-                                     Operation(tuple(x_range), tuple(weight_range), dtype, geometry))
+                                     Operation(tuple(x_range), tuple(weight_range), dtype,
+                                               (quan_a_fn.changes, quan_w_fn.changes), geometry))

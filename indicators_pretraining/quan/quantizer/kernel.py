@@ -92,8 +92,8 @@ def quantize(v, steps, qn, qp, dtype):
 
 
 def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite):
-    """The gradients of quantize(), as lsq.gradients() gives them, with the same arguments; None where there are no such
-    loops."""
+    """(gradient of v or None, gradient of the steps, sum of grad * (quantized v - v) in float64), with the arguments of
+    lsq.gradients(); None where there are no such loops."""
     function = _differentiate.get((grad.dtype, v.dtype))
     if function is None:
         return None
@@ -103,10 +103,10 @@ def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite):
     grad_v = None
     if needs_v:
         grad_v = grad if may_overwrite and grad.dtype == v.dtype else torch.empty_like(v)
-    sums = torch.empty(steps.shape, dtype=torch.float64)
+    sums, clipped = torch.empty(steps.shape, dtype=torch.float64), torch.empty(steps.shape, dtype=torch.float64)
     function(grad.data_ptr(), v.data_ptr(), steps.data_ptr(), steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp,
-             torch.get_num_threads(), None if grad_v is None else grad_v.data_ptr(), sums.data_ptr())
-    return grad_v, sums.to(steps.dtype)
+             torch.get_num_threads(), None if grad_v is None else grad_v.data_ptr(), sums.data_ptr(), clipped.data_ptr())
+    return grad_v, sums.to(steps.dtype), (steps * (sums - clipped)).sum()
 
 
 def _dense(tensor):
@@ -118,7 +118,7 @@ def _dense(tensor):
 
 def _take_functions(library):
     for name, functions, pairs, read, written in (("quantize", _quantize, QUANTIZE, 2, 1),
-                                                  ("differentiate", _differentiate, DIFFERENTIATE, 3, 2)):
+                                                  ("differentiate", _differentiate, DIFFERENTIATE, 3, 3)):
         for pair in pairs:
             function = getattr(library, "_".join([name, *map(NAMES.get, pair)]))
             function.argtypes = [POINTER] * read + [COUNT, COUNT, BOUND, BOUND, THREADS] + [POINTER] * written

@@ -18,9 +18,9 @@ class _Lsq(torch.autograd.Function):
     """round(clip(v/s, -Qn, Qp)) * s, keeping only v and s for the backward pass."""
 
     @staticmethod
-    def forward(ctx, v, s, qn, qp, scale):
+    def forward(ctx, v, s, qn, qp, scale, changes):
         ctx.save_for_backward(v, s)
-        ctx.range = (qn, qp, scale)
+        ctx.range, ctx.changes = (qn, qp, scale), changes
         return quantized(v, s, qn, qp)
 
     @staticmethod
@@ -28,11 +28,11 @@ class _Lsq(torch.autograd.Function):
     def backward(ctx, grad):
         v, s = ctx.saved_tensors
         qn, qp, scale = ctx.range
-        grad_v, grad_s = gradients(grad, v, s, qn, qp, ctx.needs_input_grad[0])
-        return grad_v, grad_s * scale, None, None, None
+        grad_v, grad_s = gradients(grad, v, s, qn, qp, ctx.needs_input_grad[0], changes=ctx.changes)
+        return grad_v, grad_s * scale, None, None, None, None
 
 
-def lsq(v, s, qn, qp, scale=1.0):
+def lsq(v, s, qn, qp, scale=1.0, changes=None):
     """Quantize v with step size s to the integers [-qn, qp], in units of s (arXiv 1902.08153, eq. 1 to 3).
 
     Values: round(clip(v/s, -qn, qp)) * s, ties rounded to even. Gradients: dq/dv is 1 inside the range (bounds
@@ -43,6 +43,7 @@ def lsq(v, s, qn, qp, scale=1.0):
         s: positive step sizes, of a shape that broadcasts to v's.
         qn, qp: the range of integers, as integer_range gives it.
         scale: factor on the gradient of s; LSQ takes 1/sqrt(N * qp), with N the number of values that share a step.
+        changes: a list that the backward pass appends to, as gradients() says.
 
     Returns:
         a tensor of v's shape and type.
@@ -51,7 +52,7 @@ def lsq(v, s, qn, qp, scale=1.0):
         >>> lsq(torch.tensor([-0.9, 0.26, 0.74, 9.0]), torch.tensor(0.5), 2, 1).tolist()
         [-1.0, 0.5, 0.5, 0.5]
     """
-    return _Lsq.apply(v, s, qn, qp, scale)
+    return _Lsq.apply(v, s, qn, qp, scale, changes)
 
 
 def traceable_lsq(v, s, qn, qp, scale):
@@ -69,23 +70,28 @@ def quantized(v, s, qn, qp, dtype=None):
     return (v.to(s.dtype) / s).clamp_(-qn, qp).round_().mul_(s).to(dtype) if q is None else q
 
 
-def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False):
+def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False, changes=None):
     """The gradients of lsq() from the gradient of its result, before `scale`.
 
     Args:
         grad: of v's shape; its memory may be taken for the result where `may_overwrite` is set.
         needs_v: whether the gradient of v is wanted.
+        changes: a list to which sum(grad * (lsq(v) - v)) is appended, by how much the loss changes to first order where v is
+            quantized: a float64 tensor without dimensions.
 
     Returns:
         (gradient of v, in its type, or None; gradient of s, of its shape).
     """
     found = kernel.differentiate(grad, v, s, qn, qp, needs_v, may_overwrite) if kernel.takes(v, s) else None
-    if found is not None:
-        return found
-    scaled = v.to(s.dtype) / s
-    inside = (scaled >= -qn) & (scaled <= qp)
-    slope = scaled.clamp(-qn, qp).round_().sub_(scaled.mul_(inside))
-    return (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape)
+    if found is None:
+        scaled = v.to(s.dtype) / s
+        inside, integers = (scaled >= -qn) & (scaled <= qp), scaled.clamp(-qn, qp).round_()
+        change = None if changes is None else (integers * s).sub_(v).mul_(grad).sum(dtype=torch.float64)
+        slope = integers.sub_(scaled.mul_(inside))
+        found = (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape), change
+    if changes is not None:
+        changes.append(found[2])
+    return found[:2]
 
 
 def at_index(tensor, bit_index):
@@ -127,6 +133,7 @@ class LsqQuan(Quantizer):
         self.symmetric = symmetric
         self.init = init
         self.is_of_weight, self.kept = False, None  # the second: what of a weight is not pruned, until its steps have a value
+        self.changes = None  # a list, where the backward pass is to append what quantization changes in the loss
         self.batch_parts = 1  # the number of equal parts a batch is computed in: ranks times accumulated batches
         shape = (len(self.bits),) if channels is None else (len(self.bits), channels)
         self.s = nn.Parameter(torch.ones(shape))
@@ -190,7 +197,7 @@ class LsqQuan(Quantizer):
         """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
         if torch.compiler.is_compiling():
             return traceable_lsq(v, *self.quantization_parameters(v))
-        return lsq(v, *self.quantization_parameters(v))
+        return lsq(v, *self.quantization_parameters(v), self.changes)
 
     def quantization_parameters(self, v):
         """What lsq() takes besides v: (s in a shape that broadcasts to v's, Qn, Qp, scale of the gradient of s)."""

@@ -57,38 +57,46 @@ void quantize(const V* v, const typename Arithmetic<V>::type* steps, int64_t row
 }
 
 // grad_v may be the same memory as grad, where their types are the same; it may be null.
+// For each row, the gradient of its step, and the sum of grad * v / step over clipped values, whose gradient is lost.
 template <typename G, typename V>
 void differentiate(const G* grad, const V* v, const typename Arithmetic<V>::type* steps, int64_t rows, int64_t columns,
-                   double qn, double qp, int threads, V* grad_v, double* grad_steps) {
+                   double qn, double qp, int threads, V* grad_v, double* grad_steps, double* clipped_sums) {
     using A = typename Arithmetic<V>::type;
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
     const A low = -qn, high = qp;
-    std::vector<double> sums(rows * blocks);
+    std::vector<double> sums(rows * blocks), lost_sums(rows * blocks);
     #pragma omp parallel for num_threads(threads) if(rows * blocks > 1)
     for (int64_t block = 0; block < rows * blocks; block++) {
         const A step = steps[block / blocks];
         const int64_t first = (block / blocks) * columns, begin = first + (block % blocks) * BLOCK;
         const int64_t end = begin + BLOCK < first + columns ? begin + BLOCK : first + columns;
-        double sum = 0;
+        double sum = 0, lost = 0;
         if (grad_v == nullptr) {
-            #pragma omp simd reduction(+:sum)
-            for (int64_t i = begin; i < end; i++) {
-                const A scaled = load(v[i]) / step, clipped = clip(scaled, low, high);
-                sum += double(load(grad[i]) * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
-            }
-        } else {
-            #pragma omp simd reduction(+:sum)
+            #pragma omp simd reduction(+:sum, lost)
             for (int64_t i = begin; i < end; i++) {
                 const A scaled = load(v[i]) / step, clipped = clip(scaled, low, high), given = load(grad[i]);
                 sum += double(given * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
-                store(scaled == clipped ? given : A(0), grad_v + i);
+                lost += double((given - (scaled == clipped ? given : A(0))) * scaled);
+            }
+        } else {
+            #pragma omp simd reduction(+:sum, lost)
+            for (int64_t i = begin; i < end; i++) {
+                const A scaled = load(v[i]) / step, clipped = clip(scaled, low, high), given = load(grad[i]);
+                const A kept = scaled == clipped ? given : A(0);
+                sum += double(given * (std::nearbyint(clipped) - (scaled == clipped ? scaled : A(0))));
+                lost += double((given - kept) * scaled);
+                store(kept, grad_v + i);
             }
         }
         sums[block] = sum;
+        lost_sums[block] = lost;
     }
     for (int64_t row = 0; row < rows; row++) {
-        grad_steps[row] = 0;
-        for (int64_t block = row * blocks; block < (row + 1) * blocks; block++) grad_steps[row] += sums[block];
+        grad_steps[row] = clipped_sums[row] = 0;
+        for (int64_t block = row * blocks; block < (row + 1) * blocks; block++) {
+            grad_steps[row] += sums[block];
+            clipped_sums[row] += lost_sums[block];
+        }
     }
 }
 
@@ -101,8 +109,9 @@ void differentiate(const G* grad, const V* v, const typename Arithmetic<V>::type
     }
 #define DIFFERENTIATE(name, G, V, A)                                                                                       \
     extern "C" void differentiate_##name(const G* grad, const V* v, const A* steps, int64_t rows, int64_t columns,         \
-                                         double qn, double qp, int threads, V* grad_v, double* grad_steps) {               \
-        differentiate(grad, v, steps, rows, columns, qn, qp, threads, grad_v, grad_steps);                                 \
+                                         double qn, double qp, int threads, V* grad_v, double* grad_steps,                 \
+                                         double* clipped_sums) {                                                           \
+        differentiate(grad, v, steps, rows, columns, qn, qp, threads, grad_v, grad_steps, clipped_sums);                   \
     }
 
 QUANTIZE(float64_float64, double, double, double)

@@ -1,17 +1,20 @@
 """Measure indicators instead of learning them: how far quantization moves the weights and activations of a network.
 
-python sensitivity.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...] --output FILE.pkl [--of error|loss] [--images N]
+python sensitivity.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...] --output FILE.pkl
+                      [--of error|noise|fisher|kl|loss] [--images N]
 
-They are mean squared quantization errors, of the weight and of the input of each layer of the full-precision network, at the
-step size with which the error is least. There is one step size per tensor, whatever quan.weight.per_channel says.
+With --of error, they are mean squared quantization errors, of the weight and of the input of each layer of the full-precision
+network, at the step size with which the error is least. There is one step size per tensor, whatever quan.weight.per_channel
+says.
 
-With --of loss, they are losses of the jointly trained network in resume.path (or in the folder of the run), each with one
-weight or one input at the bit-width and everything else at the highest bit-width.
+All others look at the jointly trained network in resume.path, or in the folder of the run, and at one weight or input at a
+time with fewer bits: its noise-to-signal ratio, the Fisher information's estimate of what it changes in the output, and the
+measured KL divergence of the output, or loss. joint_sensitivity.py defines them.
 """
 
 import torch
 
-import loss_sensitivity
+import joint_sensitivity
 from engine.metrics import evaluation_mode
 from engine.passes import prepare
 from indicators import CARRIED, check_output, write
@@ -32,8 +35,8 @@ MOST_VALUES = 2**20  # of the input of a layer; where there are more, they are d
 
 def main(arguments=None):
     options, configs, overrides = parse_arguments(arguments)
-    of_loss = options.of == "loss"
-    config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"] if of_loss else overrides)
+    is_joint = options.of != "error"
+    config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"] if is_joint else overrides)
     check_output(options.output, configs, "the configuration")
     read = (config.init_from, config.pre_trained, config.resume.path)
     check_output(options.output, [path for path in read if isinstance(path, str)])
@@ -42,7 +45,8 @@ def main(arguments=None):
             raise UserError("--nproc_per_node: sensitivity.py computes in one process")
         distributed.set_seed(config.seed, config.dataloader.deterministic)
         prepare(config, None)
-        write(options.output, (loss_sensitivity.measure if of_loss else measure)(config, options.images, device))
+        write(options.output, joint_sensitivity.measure(config, options.of, options.images, device) if is_joint
+              else measure(config, options.images, device))
 
 
 def parse_arguments(arguments):
@@ -50,11 +54,11 @@ def parse_arguments(arguments):
     parser = Parser(description=__doc__)
     add_configuration(parser)
     parser.add_argument("--output", required=True, metavar="FILE.pkl")
-    parser.add_argument("--of", choices=("error", "loss"), default="error",
-                        help="quantization errors of the full-precision network, or losses of the jointly trained one "
+    parser.add_argument("--of", choices=("error", *joint_sensitivity.MEASURES), default="error",
+                        help="what is measured: of the full-precision network (error), or of the jointly trained one "
                              "(default error)")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N",
-                        help=f"how many training images inputs of layers, or losses, are taken from (default {IMAGES})")
+                        help=f"how many training images are looked at (default {IMAGES})")
     options = parser.parse_intermixed_args(arguments)
     if options.images < 1:
         raise UserError(f"--images: found {options.images}, allowed is at least 1")
@@ -65,19 +69,20 @@ def measure(config, images, device):
     """The content of an indicators file, with quantization errors for indicators; inputs of layers come from so many training
     images, from all where there are fewer."""
     num_classes, input_size = describe_data(config.dataloader)
-    model, facts, config, remark = build_described(config, num_classes, input_size, device)
+    model, metadata, config, remark = build_described(config, num_classes, input_size, device)
     loaders = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True)
     loader = loaders.calibration(images)
     print("\n".join(filter(None, [remark, f"inputs of layers from {loader.images} training images"])))
-    inputs = watch_inputs(model, facts["layers"], loader, config.seed)
+    inputs = watch_inputs(model, metadata["layers"], loader, config.seed)
     positive = config.quan.act.all_positive
-    signed = {name: inputs[name].is_negative if positive == AUTO else not positive for name in facts["layers"]}
-    facts["layers"] = with_signedness(facts["layers"], signed)
+    signed = {name: inputs[name].is_negative if positive == AUTO else not positive for name in metadata["layers"]}
+    metadata["layers"] = with_signedness(metadata["layers"], signed)
     bits, quan = config.target_bits, config.quan
     weight = {name: least_errors(weight_of(model, name), bits, True, quan.weight.symmetric) for name in signed}
     act = {name: least_errors(inputs[name].values, bits, signed[name], quan.act.symmetric) for name in signed}
-    return {"weight": weight, "act": act, "layer_name": list(signed), **{key: facts[key] for key in CARRIED},
-            "trained": {"dataset": config.dataloader.dataset, "epochs": 0, "images": loader.images, "seed": config.seed}}
+    return {"weight": weight, "act": act, "layer_name": list(signed), **{key: metadata[key] for key in CARRIED},
+            "trained": {"dataset": config.dataloader.dataset, "epochs": 0, "images": loader.images, "seed": config.seed},
+            "kind": "error"}
 
 
 def build_described(config, num_classes, input_size, device):
@@ -87,11 +92,11 @@ def build_described(config, num_classes, input_size, device):
     network.pruned.apply()
     config, exceptions = name_exceptions(config, network.graph)
     check_exceptions(network.model, config.quan.excepts)
-    facts = describe_network(config, network.model, network.graph, num_classes, input_size, network.pruned.masks)
+    metadata = describe_network(config, network.model, network.graph, num_classes, input_size, network.pruned.masks)
     untrained = not (config.init_from or config.pre_trained or split_arch(config.arch))
     warning = "warning: the network is untrained; give its weights by pre_trained or init_from" if untrained else ""
     remark = "\n".join(filter(None, [exceptions, network.graph.describe(), warning]))
-    return network.model, {**facts, "arch": config.arch}, config, remark
+    return network.model, {**metadata, "arch": config.arch}, config, remark
 
 
 def weight_of(model, name):

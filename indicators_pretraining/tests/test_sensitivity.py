@@ -121,7 +121,8 @@ def test_the_file_is_as_the_extractor_writes_it(folder):
     trained = read_indicators("trained.pkl")
     assert content.keys() == trained.keys()
     assert content["trained"]["dataset"] == trained["trained"]["dataset"] == "digits"
-    for key in content.keys() - {"weight", "act", "trained"}:
+    assert (content["kind"], trained["kind"]) == ("error", "steps")
+    for key in content.keys() - {"weight", "act", "trained", "kind"}:
         assert content[key] == trained[key], key
     for kind in ("weight", "act"):
         assert content[kind].keys() == trained[kind].keys()

@@ -24,14 +24,23 @@ def mirrored(layers, bits):
     Weights and activations are ranked apart, by the mean over the candidates in use; equal means rank in network order. The
     layer at rank r has the whole row of the one at rank L - 1 - r, L the number of layers.
     """
-    weight, act = (_mirrored_rows([getattr(layer, kind) for layer in layers], bits) for kind in ("weight", "act"))
-    return [replace(layer, weight=weight[index], act=act[index]) for index, layer in enumerate(layers)]
+    def mirror(ranked):
+        return [other for _, other in sorted(zip(ranked, reversed(ranked), strict=True))]
+
+    return _exchanged(layers, bits, mirror)
 
 
-def _mirrored_rows(rows, bits):
-    totals = [sum(Fraction(row.get(bit, 0)) for bit in bits) for row in rows]
-    ranked = sorted(range(len(rows)), key=totals.__getitem__)
-    return [rows[mirror] for _, mirror in sorted(zip(ranked, reversed(ranked), strict=True))]
+def by_depth(layers, bits):
+    """The layers, each with such indicators that their means, ranked as above, fall from the first layer to the last."""
+    return _exchanged(layers, bits, lambda ranked: ranked[::-1])
+
+
+def _exchanged(layers, bits, order):
+    """The layers with each other's indicators; order: from indices, the least mean first, to what each layer takes."""
+    rows = {kind: [getattr(layer, kind) for layer in layers] for kind in ("weight", "act")}
+    means = {kind: [sum(Fraction(row.get(bit, 0)) for bit in bits) for row in table] for kind, table in rows.items()}
+    taken = {kind: order(sorted(range(len(layers)), key=totals.__getitem__)) for kind, totals in means.items()}
+    return [replace(layer, **{kind: rows[kind][taken[kind][index]] for kind in rows}) for index, layer in enumerate(layers)]
 
 
 def draw(problem, seed):

@@ -2,6 +2,7 @@
 
 import csv
 import fnmatch
+import itertools
 
 import ilp
 from ilp import pairs_of
@@ -11,6 +12,8 @@ from util.errors import UserError, nearest
 
 LATENCY_COLUMNS = ["layer", "weight_bits", "act_bits", "ms"]
 LARGEST_TABLE = 64 * 2**20  # bytes
+NO_FLOOR = (0, 0)
+DEPTHWISE = "depthwise"
 FIXED_PAIR = (ilp.FIXED_BITS, ilp.FIXED_BITS)
 
 
@@ -64,13 +67,18 @@ def check_sparsity(config, network):
 
 
 def find_allowed(config, network, bits):
-    """For each layer the indices of the pairs it may take under fix and same_bits."""
+    """For each layer the indices of the pairs it may take under fix, at_least and same_bits."""
     pairs = pairs_of(bits)
-    pins = _pinned(config.fix, network, bits)
+    pins, floors = _pinned(config.fix, network, bits), _floors(config.at_least, network)
     allowed = []
     for name in network.rows:
         allowed.append([index for index, (w, a) in enumerate(pairs)
-                        if (name not in pins or (w, a) == pins[name][1]) and (w == a or not config.same_bits)])
+                        if (name not in pins or (w, a) == pins[name][1]) and (w == a or not config.same_bits)
+                        and w >= floors[name][0] and a >= floors[name][1]])
+        if not allowed[-1] and floors[name] != NO_FLOOR:
+            pinned = f", and {pins[name][0]} pins it to {_written(pins[name][1])}" if name in pins else ""
+            raise UserError(f"at_least: {name} has to have {_written(floors[name])}, of the candidates "
+                            f"{' '.join(map(str, sorted({*itertools.chain(*pairs)})))}{pinned}")
         if not allowed[-1]:
             pattern, pair = pins[name]
             raise UserError(f"fix: {pattern} pins {name} to {_written(pair)}, but same_bits asks for equal bits")
@@ -90,6 +98,9 @@ def find_groups(config, network, bits, allowed):
     for group in groups:
         if not set(allowed[group[0]]).intersection(*(allowed[layer] for layer in group)):
             pinned = {pairs[allowed[layer][0]]: names[layer] for layer in group if len(allowed[layer]) == 1}
+            if len(pinned) < 2:
+                tied = ", ".join(names[layer] for layer in group)
+                raise UserError(f"tie: {tied} share their bits, but by fix and at_least no pair is allowed for all of them")
             (one, first), (other, second) = list(pinned.items())[:2]
             raise UserError(f"tie: {first} and {second} share their bits, but are pinned to {_written(one)} and to "
                             f"{_written(other)}")
@@ -111,14 +122,25 @@ def _pinned(fix, network, bits):
     return pins
 
 
+def _floors(at_least, network):
+    """{layer: (least weight bits, least activation bits)} of all layers."""
+    floors = dict.fromkeys(network.rows, NO_FLOOR)
+    for pattern, pair in at_least.items():
+        for name in matching("at_least", pattern, network):
+            floors[name] = tuple(map(max, floors[name], pair))
+    return floors
+
+
 def _written(pair):
     return f"{pair[0]},{pair[1]}"
 
 
 def matching(key, pattern, network):
-    """The searched layers that a name or glob pattern stands for."""
+    """The searched layers that a name, a glob pattern, or "depthwise" stands for."""
     pattern = pattern.removeprefix("module.")
-    found, held = ([name for name in rows if fnmatch.fnmatchcase(name, pattern)] for rows in (network.rows, network.fixed))
+    found, held = ([name for name, row in rows.items()
+                    if fnmatch.fnmatchcase(name, pattern) or (pattern == DEPTHWISE and row.is_depthwise)]
+                   for rows in (network.rows, network.fixed))
     if not found and held:
         raise UserError(f"{key}: {held[0]} is held at {ilp.FIXED_BITS} bits and is not searched")
     if not found:

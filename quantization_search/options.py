@@ -8,7 +8,7 @@ from typing import Literal
 
 from ilp import FULL_PRECISION_BITS
 from util.command import Parser
-from util.config import check_bits, option
+from util.config import AUTO, check_bits, option
 from util.errors import UserError, nearest
 
 DEFAULT_RATIO = 12.2  # LIMPQ's, as are --bops True, --wb 3 and --ab 4
@@ -38,22 +38,29 @@ class SearchConfig:
     model: str | None = option(None, "architecture; by default what the .pkl says, else resnet50")
     bits: list[int] | None = option(None, "candidate bit-widths; by default all in the .pkl", type=int, nargs="+",
                                     metavar="BITS")
-    alpha: float = option(2, "weight of the weights' indicators against the activations' (2)")
-    outliers: Literal["erase", "isotonic", "keep"] = option(
-        "erase", "indicators that are smaller than with more bits: take such a candidate only where nothing else fits, "
-        "replace the layer's by the nearest monotone sequence in least squares, or keep them as they are (erase)",
+    alpha: Literal["auto"] | float | None = option(
+        None, "weight of the weights' indicators against the activations'; auto: such that the mean bits of both come closest "
+        "(2, as in LIMPQ, for step sizes, and 1 for indicators of one unit)")
+    outliers: Literal["erase", "isotonic", "keep"] | None = option(
+        None, "indicators that are smaller than with more bits: take such a candidate only where nothing else fits, replace "
+        "the layer's by the nearest monotone sequence in least squares, or keep them as they are (erase for step sizes, else "
+        "isotonic)",
         choices=("erase", "isotonic", "keep"))
     macs: Literal["published", "exact"] = option(
         "published", "count MACs as LIMPQ published them, or from the true output sizes (published)",
         choices=("published", "exact"))
     fix: dict[str, list[int]] = option({}, "pin the layers that match a pattern such as 'layer1.*' to these bits; repeatable",
                                        action="append", metavar="LAYER=W,A")
+    at_least: dict[str, list[int]] = option(
+        {}, "the layers that match a pattern have at least these bits; repeatable. Here, in --fix and in --tie, depthwise "
+        "stands for all depthwise convolutions", action="append", metavar="LAYER=W,A")
     tie: list[list[str]] = option([], "layers, or patterns, that share their bits; repeatable", action="append", nargs="+",
                                   metavar="LAYER")
     same_bits: bool = option(False, "weights and activations of a layer have the same bits", **FLAG)
-    baseline: Literal["random", "reversed"] | None = option(
+    baseline: Literal["random", "reversed", "depth"] | None = option(
         None, "for comparisons: draw a policy at random that uses at least 99%% of each budget, or search after each layer's "
-        "indicators were exchanged for those of its mirror rank", choices=("random", "reversed"))
+        "indicators were exchanged for those of its mirror rank, or of such a rank that earlier layers have the larger ones",
+        choices=("random", "reversed", "depth"))
     seed: int | None = option(None, "of --baseline random (0)", type=int, metavar="N")
     solver: str | None = option(None, "a solver that PuLP finds and that has to be asked; by default HiGHS, where needed")
     time_limit: float = option(60, "seconds for one solution; the best policy found by then, and the gap left (60)",
@@ -105,14 +112,15 @@ class SearchConfig:
         if not self.indicators:
             raise UserError("indicators: the .pkl file of layer-wise indicators is needed")
         for key in ("wb", "ab", "time_limit", *BUDGETS, "cr", "alpha"):
-            value, zero_too = self.number(key), key in ("cr", "alpha")
+            value, zero_too = None if getattr(self, key) == AUTO else self.number(key), key in ("cr", "alpha")
             if value is not None and (value < 0 or (value == 0 and not zero_too)):
                 raise UserError(f"{key}: found {getattr(self, key)}, allowed is {'0 or more' if zero_too else 'above 0'}")
         if self.bits is not None:
             check_bits("bits", self.bits)
-        for pattern, pair in self.fix.items():
+        for pattern, pair in [*self.fix.items(), *self.at_least.items()]:
             if len(pair) != 2:
-                raise UserError(f"fix: {pattern}: found {pair}, expected weight bits and activation bits such as [4, 4]")
+                key = "fix" if pattern in self.fix else "at_least"
+                raise UserError(f"{key}: {pattern}: found {pair}, expected weight bits and activation bits such as [4, 4]")
         for patterns in self.tie:
             if not patterns:
                 raise UserError("tie: found an empty list, expected the names of layers")
@@ -218,7 +226,8 @@ def parse_arguments(description, arguments=None):
         group = groups.get(item.name, group)  # which begins with this field
         group.add_argument(_flag(item.name), dest=item.name, default=None, **item.metadata)
     typed = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    typed["fix"] = _pins(typed.get("fix", []))
+    for key in ("fix", "at_least"):
+        typed[key] = _pairs_by_pattern(key, typed.get(key, []))
     try:
         return SearchConfig(**typed)
     except UserError as error:  # raised by __post_init__, whose messages begin with the key
@@ -230,15 +239,15 @@ def _flag(key):
     return f"--{SHORT_FLAGS.get(key, key.replace('_', '-'))}"
 
 
-def _pins(words):
+def _pairs_by_pattern(key, words):
     """{pattern: [w, a]} from LAYER=W,A."""
-    pins = {}
+    pairs = {}
     for word in words:
         pattern, equals, pair = word.rpartition("=")
         bits = pair.split(",")
         if not equals or not pattern or len(bits) != 2 or not all(bit.strip().isdecimal() for bit in bits):
-            raise UserError(f"--fix: found {word!r}, expected a layer and its bits such as layer1.0.conv1=4,4")
+            raise UserError(f"{_flag(key)}: found {word!r}, expected a layer and its bits such as layer1.0.conv1=4,4")
         bits = [int(bit) for bit in bits]
-        if pins.setdefault(pattern, bits) != bits:
-            raise UserError(f"--fix: {pattern} is pinned to {pins[pattern]} and to {bits}")
-    return pins
+        if pairs.setdefault(pattern, bits) != bits:
+            raise UserError(f"{_flag(key)}: {pattern} is given {pairs[pattern]} and {bits}")
+    return pairs

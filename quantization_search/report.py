@@ -7,6 +7,7 @@ from fractions import Fraction
 from baselines import LEAST_USE
 from ilp import BITOPS_PER_G, BITS_PER_MB, erased
 from util.config import describe
+from util.exchange import STEPS
 
 RULES = {"erase": "and are taken only where nothing else fits", "keep": "and are kept as they are",
          "isotonic": "and give way to the nearest sequence that never is"}
@@ -23,15 +24,20 @@ def describe_training(trained):
     return f"indicators made with {', '.join(said)}" if said else ""
 
 
-def print_indicators(layers, bits, outliers="erase"):
-    """Say which indicators look wrong: not positive, or smaller than that of the next larger candidate."""
+def print_indicators(layers, bits, outliers="erase", kind_of_all=STEPS):
+    """Say of what kind indicators are that are no step sizes, and which look wrong: step sizes that are not positive, others
+    that are negative, and those that are smaller than that of the next larger candidate."""
+    is_steps = kind_of_all == STEPS
+    if not is_steps:
+        print(f"indicators of the kind {describe(kind_of_all)}")
     for kind in ("weight", "act"):
         rows = {layer.name: getattr(layer, kind) for layer in layers}
         searched = [bit for bit in bits if all(bit in row for row in rows.values())]  # none of inputs that are left alone
         total = len(rows) * len(searched)
-        low = {name: [bit for bit in searched if row[bit] <= 0] for name, row in rows.items()}
+        wrong = "not positive" if is_steps else "negative"
+        low = {name: [bit for bit in searched if row[bit] < 0 or (is_steps and not row[bit])] for name, row in rows.items()}
         falling = {name: erased(row, searched) for name, row in rows.items()}
-        for what, found in (("not positive", low), (f"smaller than with more bits, {RULES[outliers]}", falling)):
+        for what, found in ((wrong, low), (f"smaller than with more bits, {RULES[outliers]}", falling)):
             if any(found.values()):
                 print(f"warning: {sum(map(len, found.values()))} of {total} {kind} indicators are {what}: "
                       f"{', '.join(name for name, bits in found.items() if bits)}")

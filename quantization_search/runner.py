@@ -10,12 +10,14 @@ import report
 from cost import Costs
 from ilp import BITOPS_PER_G, erased
 from study import Impossible, Study, make_policy, solve
-from util.config import describe_idle
+from util.config import AUTO, describe_idle
 from util.errors import UserError, nearest
 from util.exchange import write_atomically, write_policy
 from util.figures import save_figure
 from util.tables import csv_text
 
+BASELINES = {"reversed": "each layer has the indicators of its mirror rank",
+             "depth": "the earlier a layer, the larger the indicators that it has"}
 MORE = "1.01"  # of a budget, for its shadow price
 COLUMNS = ("status", "gap", "objective", "penalty", "size_mb", "compression_ratio", "bitops_published", "bitops_exact",
            "mean_weight_bits", "mean_act_bits", "policy")
@@ -28,11 +30,11 @@ def run(config):
     check_outputs(config)
     check_solver(config.solver)
     study = Study.read(config)
-    if config.baseline == "reversed":
-        print("baseline: each layer has the indicators of its mirror rank, and the objective counts these")
+    if config.baseline in BASELINES:
+        print(f"baseline: {BASELINES[config.baseline]}, and the objective counts these")
     for line in filter(None, [report.describe_training(study.trained), describe_idle(config)]):
         print(line)
-    report.print_indicators(study.layers, study.bits, config.outliers)
+    report.print_indicators(study.layers, study.bits, study.settled(replace(config, alpha=1)).outliers, study.kind)
     if config.sweep:
         run_sweep(config, study)
     else:
@@ -40,6 +42,9 @@ def run(config):
 
 
 def search(config, study):
+    config, typed = study.settled(config), config.alpha
+    if typed == AUTO:
+        print(f"alpha {config.alpha} brings the mean bits of weights and activations closest")
     problem = study.problem(config)
     solution = solve(problem, config)
     costs = Costs(study.network, solution)
@@ -103,6 +108,7 @@ def run_sweep(config, study):
 
 def solve_point(config, study, key, text, point):
     """One row of the table; its policy file is written where that is asked."""
+    point = study.settled(point)
     problem = study.problem(point)
     solution = solve(problem, point)
     costs = Costs(study.network, solution)

@@ -1,19 +1,22 @@
 """One search: the indicators file and its network, the problem that a configuration asks for, and its solution."""
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import ilp
 import report
-from baselines import NoneDrawn, draw, mirrored
+from baselines import NoneDrawn, by_depth, draw, mirrored
 from budgets import check_sparsity, find_allowed, find_groups, make_constraints
 from network import SearchSpace, find_network
 from options import BUDGETS
 from solver import SolverError
-from util.config import check_bits
+from util.config import AUTO, check_bits
 from util.errors import UserError
-from util.exchange import read_indicators
+from util.exchange import STEPS, read_indicators
+
+EXCHANGED = {"reversed": mirrored, "depth": by_depth}
+LEAST_ALPHA, MOST_ALPHA, ALPHA_SOLUTIONS = -12, 12, 16  # powers of two
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Study:
     bits: list
     layers: list
     trained: object = None
+    kind: str = STEPS  # of indicators
 
     @staticmethod
     def read(config):
@@ -37,12 +41,37 @@ class Study:
         acts = dict.fromkeys(network.rows, {ilp.FULL_PRECISION_BITS: 0}) if config.weights_only else indicators["act"]
         layers = [ilp.Layer(name, indicators["weight"][name], acts[name],
                             getattr(row, f"macs_{config.macs}"), row.params) for name, row in network.rows.items()]
-        if config.baseline == "reversed":
-            layers = mirrored(layers, bits)
-        return Study(network, bits, layers, indicators.get("trained"))
+        if config.baseline in EXCHANGED:
+            layers = EXCHANGED[config.baseline](layers, bits)
+        return Study(network, bits, layers, indicators.get("trained"), indicators.get("kind", STEPS))
+
+    def settled(self, config):
+        """The configuration with alpha and outliers decided, as what was typed or the kind of the indicators says."""
+        is_steps = self.kind == STEPS
+        outliers = config.outliers or ("erase" if is_steps else "isotonic")
+        alpha = (2 if is_steps else 1) if config.alpha is None else config.alpha
+        config = replace(config, alpha=alpha, outliers=outliers)
+        return replace(config, alpha=self._balancing_alpha(config)) if alpha == AUTO else config
+
+    def _balancing_alpha(self, config):
+        """The alpha at which the mean bits of weights and of activations come closest, as text; more alpha, more bits of
+        weights."""
+        if config.weights_only or config.baseline == "random":
+            return "1"
+        low, high, found = LEAST_ALPHA, MOST_ALPHA, []
+        for _ in range(ALPHA_SOLUTIONS):
+            text = f"{2 ** ((low + high) / 2):.4g}"
+            solution = solve(self.problem(replace(config, alpha=text)), config)
+            difference = sum(solution.weight_bits) - sum(solution.act_bits)
+            found.append((abs(difference), Fraction(text), text))
+            if not difference:
+                break
+            low, high = (low, (low + high) / 2) if difference > 0 else ((low + high) / 2, high)
+        return min(found)[2]
 
     def problem(self, config):
         """The integer program that the configuration asks for."""
+        config = self.settled(config)
         bits = (self.bits, [ilp.FULL_PRECISION_BITS]) if config.weights_only else self.bits
         allowed = find_allowed(config, self.network, bits)
         return ilp.make_problem(
@@ -68,7 +97,7 @@ def find_candidates(config, indicators):
 
 def solve(problem, config):
     """The solution, or a policy drawn at random where that is asked, or a UserError that says what stands in the way."""
-    given = [key.replace("_", "-") for key in ("fix", "tie", "same_bits") if getattr(config, key)]
+    given = [key.replace("_", "-") for key in ("fix", "at_least", "tie", "same_bits") if getattr(config, key)]
     pinned = f"; with {', '.join(given)} as given" if given else ""
     try:
         if config.baseline == "random":
@@ -105,8 +134,8 @@ def _asked(config):
     asked |= {key: plain(getattr(config, key)) for key in BUDGETS if getattr(config, key) is not None}
     if config.act_mem is not None:
         asked["act_mem_kind"] = config.act_mem_kind
-    asked |= {key: getattr(config, key) for key in ("sparse_size", "sparse_bops", "latency", "fix", "tie", "same_bits")
-              if getattr(config, key)}
+    kept = ("sparse_size", "sparse_bops", "latency", "fix", "at_least", "tie", "same_bits")
+    asked |= {key: getattr(config, key) for key in kept if getattr(config, key)}
     if config.outliers != "erase":
         asked["outliers"] = config.outliers
     if config.baseline:

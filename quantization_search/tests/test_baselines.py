@@ -239,7 +239,7 @@ def test_yaml_has_the_same_keys(capsys, path, tmp_path):
     assert (policy["constraints"]["baseline"], policy["constraints"]["seed"]) == ("random", 3)
     assert policy["weight_bits"] == run(capsys, path, "--avg-wb 3 --baseline random --seed 3",
                                         tmp_path / "again.yaml")[1]["weight_bits"]
-    for line, expected in (("baseline: best", "baseline: expected one of random, reversed, found 'best'"),
+    for line, expected in (("baseline: best", "baseline: expected one of random, reversed, depth, found 'best'"),
                            ("baseline: reversed", "seed: belongs to baseline random"), ("seed: -1", "seed: found -1"),
                            ("seed: 1.5", "seed: expected a whole number")):
         word, value = line.split(": ")

@@ -185,7 +185,7 @@ def test_bad_latency_tables(capsys, path, tmp_path, text, expected):
     ("--fix block.conv1=8,8", "8 is not among the candidates"),
     ("--fix block.konv1=4,4", "matches no layer; did you mean 'block.conv1'?"),
     ("--fix stem=4,4", "stem is held at 8 bits"),
-    ("--fix block.conv1=4,4 --fix block.conv1=3,3", "block.conv1 is pinned to [4, 4] and to [3, 3]"),
+    ("--fix block.conv1=4,4 --fix block.conv1=3,3", "block.conv1 is given [4, 4] and [3, 3]"),
     ("--fix block.conv1=4,4 --fix *1=3,3", "block.conv1 is pinned to 4,4 by block.conv1 and to 3,3 by *1"),
     ("--fix block.conv1=4,3 --same-bits", "same_bits asks for equal bits"),
     ("--tie block.conv1", "names one layer"),

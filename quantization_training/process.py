@@ -1,16 +1,12 @@
 """Fine-tuning at a policy's bits: training, BatchNorm calibration, validation, the final evaluation."""
 
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 
-from engine.interruption import watched
 from engine.loop import Hooks, Training, grouped, training_step
-from engine.metrics import Metrics, describe_accuracy, evaluate, evaluate_best, evaluation_mode
+from engine.metrics import Metrics, calibrate_batchnorm, describe_accuracy, evaluate, evaluate_best, has_batchnorm
 from engine.monitor import log_start
 from engine.run_folder import describe_evaluated
-from quan.utils import BATCHNORM, weights_quantized_once
 from util import distributed
 from util.errors import UserError
 
@@ -35,44 +31,6 @@ def create_criterion(config, teacher=None):
         return (1 - weight) * loss + weight * temperature**2 * distance
 
     return criterion
-
-
-@contextmanager
-def batchnorms_estimating_anew(model):
-    """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back, and
-    after an error or a signal the statistics too."""
-    batchnorms = [module for module in model.modules() if isinstance(module, BATCHNORM) and module.track_running_stats]
-    momenta = [module.momentum for module in batchnorms]
-    before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batchnorms]
-    with evaluation_mode(model):
-        try:
-            for module in batchnorms:
-                module.train()
-                module.reset_running_stats()
-                module.momentum = None
-            yield
-        except BaseException:
-            for module, buffers in zip(batchnorms, before, strict=True):
-                module.load_state_dict(buffers, strict=False)
-            raise
-        finally:
-            for module, momentum in zip(batchnorms, momenta, strict=True):
-                module.momentum = momentum
-
-
-def has_batchnorm(model):
-    return any(isinstance(module, BATCHNORM) for module in model.modules())
-
-
-@torch.no_grad()
-def calibrate_batchnorm(model, loader):
-    """Re-estimate the BatchNorm statistics of a quantized network, where it has any, on a loader's images and over ranks."""
-    if not has_batchnorm(model):
-        return
-    with batchnorms_estimating_anew(model), weights_quantized_once(model):
-        for images, _ in watched(loader):
-            model(images)
-    distributed.average_batchnorm_statistics(model)
 
 
 def calibration_loader(loaders, config, epoch):

@@ -1,4 +1,4 @@
-"""Loss, top-1 and top-5, summed where the data are and read once."""
+"""Loss, top-1 and top-5, summed where the data are and read once; and BatchNorm statistics for them."""
 
 import contextlib
 import os
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model.weights import load_state
-from quan.utils import weights_quantized_once
+from quan.utils import BATCHNORM, weights_quantized_once
 from util import distributed
 from util.errors import UserError
 
@@ -81,3 +81,41 @@ def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
             return content["epoch"], evaluate_model()
     finally:
         model.load_state_dict(own)
+
+
+@contextlib.contextmanager
+def batchnorms_estimating_anew(model):
+    """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back, and
+    after an error or a signal the statistics too."""
+    batchnorms = [module for module in model.modules() if isinstance(module, BATCHNORM) and module.track_running_stats]
+    momenta = [module.momentum for module in batchnorms]
+    before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batchnorms]
+    with evaluation_mode(model):
+        try:
+            for module in batchnorms:
+                module.train()
+                module.reset_running_stats()
+                module.momentum = None
+            yield
+        except BaseException:
+            for module, buffers in zip(batchnorms, before, strict=True):
+                module.load_state_dict(buffers, strict=False)
+            raise
+        finally:
+            for module, momentum in zip(batchnorms, momenta, strict=True):
+                module.momentum = momentum
+
+
+def has_batchnorm(model):
+    return any(isinstance(module, BATCHNORM) for module in model.modules())
+
+
+@torch.no_grad()
+def calibrate_batchnorm(model, loader):
+    """Re-estimate the BatchNorm statistics of a quantized network, where it has any, on a loader's images and over ranks."""
+    if not has_batchnorm(model):
+        return
+    with batchnorms_estimating_anew(model), weights_quantized_once(model):
+        for images, _ in watched(loader):
+            model(images)
+    distributed.average_batchnorm_statistics(model)

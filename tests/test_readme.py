@@ -50,8 +50,19 @@ TESTED = {
         "python export.py results/model.safetensors --onnx results/model.onnx"],
     "indicators_pretraining/tests/test_sensitivity.py::test_the_file_is_as_the_extractor_writes_it": [
         "python sensitivity.py config_resnet20_digits.yaml --output results/sensitivity.pkl --images 1000"],
-    "indicators_pretraining/tests/test_loss_sensitivity.py::test_the_file_holds_the_losses_with_one_quantizer_at_fewer_bits": [
-        "python sensitivity.py config_resnet20_digits.yaml --of loss --output results/losses.pkl"],
+    "indicators_pretraining/tests/test_joint_sensitivity.py::test_the_file_is_as_the_extractor_writes_it": [
+        "python sensitivity.py config_resnet20_digits.yaml --of fisher --output results/fisher.pkl --images 300",
+        "python sensitivity.py config_resnet20_digits.yaml --of kl --output results/kl.pkl"],
+    "indicators_pretraining/tests/test_taylor.py::test_the_checkpoint_has_sums_of_the_last_epoch_which_the_extractor_reads": [
+        "python importance_extractor.py results/resnet20_digits/resnet20_digits_checkpoint.pth.tar --of joint_fisher "
+        "--output results/joint_fisher.pkl"],
+    "indicators_pretraining/tests/test_refine.py::test_a_refined_policy_has_less_divergence_within_the_budgets": [
+        "python refine.py config_resnet20_digits.yaml "
+        "--policy ../quantization_search/results/policy_resnet20_digits_w3a3.yaml "
+        "--i results/joint_fisher.pkl --output results/policy_refined.yaml"],
+    "indicators_pretraining/tests/test_refine.py::test_policies_are_ranked_with_their_costs": [
+        "python refine.py config_resnet20_digits.yaml "
+        "--policy ../quantization_search/results/policy_resnet20_digits_w3a3.yaml results/policy_refined.yaml"],
 }
 
 

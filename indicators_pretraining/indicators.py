@@ -135,6 +135,8 @@ def extract_all(paths, bits=None, of="steps"):
     """
     if len(paths) == 1:
         return extract(load_checkpoint(paths[0]), paths[0], bits, of)
+    if of == "loss_share":
+        raise UserError("--of: loss_share compares the candidates of one training; take joint_fisher of several checkpoints")
     if bits:
         raise UserError("--b: goes with a single checkpoint; several have to carry their candidates themselves")
     contents, described = {}, {}

@@ -100,6 +100,8 @@ def one_at_a_time(model, switch, batches, score):
     with weights_quantized_once(model), progress(len(changes) * count) as bar:
         for images, target in split(model, batches):
             replay = Replay(model, images)
+            if not replay.output.isfinite().all():
+                raise UserError("the outputs at the highest bit-width are not finite")
             best += score(replay.output, replay.output, target)
             for kind, name, bit in changes:
                 switch.layers[name].select(*((bit, highest) if kind == "weight" else (highest, bit)))
@@ -169,6 +171,8 @@ def fisher(model, switch, batches, seed=0):
         for images in torch.cat([images for images, _ in batches]).split(FISHER_BATCH):
             with torch.enable_grad():
                 logits = model(images)
+            if not logits.isfinite().all():
+                raise UserError("the outputs at the highest bit-width are not finite")
             labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=draws)[:, 0].to(logits.device)
             F.cross_entropy(logits, labels, reduction="sum").backward()
             model.zero_grad(set_to_none=True)

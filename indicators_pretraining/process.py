@@ -90,7 +90,8 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start, found=
     criterion, layers = joint_criterion(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
 
-    taylor = None if config.compile else TaylorSums(switch)
+    # A student learns from other targets in each pass, whose losses and gradients cannot be compared.
+    taylor = None if config.compile or config.in_place_distillation else TaylorSums(switch)
     if taylor and found and start.inside:
         taylor.restore(found)
 

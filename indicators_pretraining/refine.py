@@ -12,6 +12,8 @@ least by the indicators are tried; the first that lowers the divergence is taken
 the standard error of the difference. It ends where none of them does.
 """
 
+import os
+
 import torch
 
 from engine.metrics import calibrate_batchnorm, evaluation_mode
@@ -24,13 +26,13 @@ from network import build_network
 from quan.cost import FIXED_BIT, FLOAT_BIT, MB, sparse_size
 from quan.utils import weights_quantized_once
 from schema import IndicatorsConfig
-from swaps import KINDS, Swaps, budgets_of, held
+from swaps import KINDS, Swaps, budgets_of, floors_of, held
 from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError, nearest, user_errors_on_one_line
-from util.exchange import fit_names, read_indicators, read_policy, same_arch, write_policy
+from util.exchange import fit_names, read_indicators, read_policy, same_arch, split_arch, write_policy
 
 IMAGES, TRIES = 1000, 20
 CLEAR = 2  # standard errors
@@ -41,7 +43,11 @@ def main(arguments=None):
     options, configs, overrides = parse_arguments(arguments)
     config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"])
     if options.output:
-        check_output(options.output, [*configs, options.i], "a file that is read")
+        read = (config.init_from, config.pre_trained, config.resume.path, split_arch(config.arch)[0] or None)
+        check_output(options.output, [*configs, options.i, *options.policy, *filter(lambda path: isinstance(path, str), read)],
+                     "one of the files that are read")
+        if os.path.isdir(options.output):
+            raise UserError(f"--output: {options.output} is a folder")
     with distributed.process_group(config.training_device) as device:
         if distributed.world_size() > 1:
             raise UserError("--nproc_per_node: refine.py computes in one process")
@@ -51,6 +57,7 @@ def main(arguments=None):
         judge = Judge(config, options.images, device)
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}
         if options.output:
+            check_output(options.output, [judge.path])
             [(path, policy)] = policies.items()
             indicators = read_indicators(options.i)
             write_policy(options.output, refined(judge, policy, choices[path], path, indicators, options.tries))
@@ -95,11 +102,13 @@ class Judge:
         restore(found, network.model, None, network.config)
         loader = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True).calibration(images)
         self.model, self.switch, self.batches = network.model, network.switch, list(loader)
-        self.images, self.arch, self.bits = loader.images, config.arch, sorted(network.switch.bits)
+        self.path, self.images, self.arch, self.bits = found.path, loader.images, config.arch, sorted(network.switch.bits)
         self.layers, self.fixed = network.description["layers"], network.description["fixed"]
         print("\n".join(filter(None, [network.remark, f"{found.path}: KL divergence over {self.images} training images"])))
         self.switch.uniform(self.bits[-1])
         self.best = self._outputs()
+        if not all(logits.isfinite().all() for logits in self.best):
+            raise UserError(f"{found.path}: the outputs at the highest bit-width are not finite")
 
     @torch.no_grad()
     def _outputs(self):
@@ -145,16 +154,18 @@ def rank(judge, choices):
 
 def refined(judge, policy, choice, path, indicators, tries):
     """The content of the policy file that swaps lead to."""
-    costs = costs_of(indicators, judge.layers, judge.bits)
-    swaps = Swaps(judge.layers, costs, budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers))
+    candidates = policy.get("candidates", judge.bits)
+    costs = costs_of(indicators, judge.layers, [bit for bit in judge.bits if bit in candidates or bit in choice.values()])
+    swaps = Swaps(judge.layers, costs, budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers),
+                  floors_of(policy, judge.layers))
     least = judge.divergences(choice)
     before = least.mean().item()
     print(f"{path}: KL {before:.4f}")
     known, taken, improved = {tuple(choice.values())}, 0, True
     while improved:
         improved = False
-        candidates = [changes for _, changes in swaps.find(choice) if tuple({**choice, **changes}.values()) not in known]
-        for changes in candidates[:tries]:
+        untried = [changes for _, changes in swaps.find(choice) if tuple({**choice, **changes}.values()) not in known]
+        for changes in untried[:tries]:
             changed = {**choice, **changes}
             known.add(tuple(changed.values()))
             found = judge.divergences(changed)
@@ -178,7 +189,7 @@ def is_clearly_less(found, least):
     """Whether the mean of one value per image is less than that of others, by more than CLEAR standard errors of the mean of
     their differences."""
     differences = least - found
-    return bool(differences.mean() > CLEAR * differences.std(correction=0) / len(differences) ** 0.5)
+    return bool(len(differences) > 1 and differences.mean() > CLEAR * differences.std(correction=0) / len(differences) ** 0.5)
 
 
 def costs_of(indicators, layers, bits):

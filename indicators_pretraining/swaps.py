@@ -74,7 +74,22 @@ def held(policy, layers):
     """The layers that pins and ties of a policy hold as they are."""
     asked = policy.get("constraints") or {}
     patterns = [*(asked.get("fix") or {}), *(pattern for patterns in asked.get("tie") or [] for pattern in patterns)]
-    return {name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name for name, row in layers.items() if any(is_meant(name, row, pattern) for pattern in patterns)}
+
+
+def floors_of(policy, layers):
+    """{(kind, layer): least bit-width} that a policy was searched with; layers without are left out."""
+    floors = {}
+    for pattern, pair in ((policy.get("constraints") or {}).get("at_least") or {}).items():
+        for name in (name for name, row in layers.items() if is_meant(name, row, pattern)):
+            floors |= {(kind, name): max(bit, floors.get((kind, name), 0)) for kind, bit in zip(KINDS, pair, strict=True)}
+    return floors
+
+
+def is_meant(name, row, pattern):
+    """Whether a name, a glob pattern, or "depthwise" of the search stands for a layer."""
+    is_depthwise = row.get("groups", 1) > 1 and row["shape"][1] == 1
+    return fnmatch.fnmatchcase(name, pattern.removeprefix("module.")) or (pattern == "depthwise" and is_depthwise)
 
 
 class Swaps:
@@ -85,12 +100,14 @@ class Swaps:
         costs: {(kind, layer): {bit: cost}}, by which swaps are ordered.
         budgets: list of Budget.
         held: layers that do not take part.
+        floors: {(kind, layer): least bit-width}.
     """
 
-    def __init__(self, layers, costs, budgets, held=()):
+    def __init__(self, layers, costs, budgets, held=(), floors=None):
         self.layers, self.costs, self.budgets = layers, costs, budgets
         self.keys = [key for key in costs if key[1] not in held]
         self.bits = {key: sorted(row) for key, row in costs.items()}
+        self.floors = floors or {}
 
     def find(self, choice):
         """[(cost by the indicators, {key: new bit})] of the swaps from a choice, the least cost first."""
@@ -121,7 +138,7 @@ class Swaps:
 
     def _next(self, choice, key, direction):
         bits, place = self.bits[key], self.bits[key].index(choice[key]) + direction
-        return bits[place] if 0 <= place < len(bits) else None
+        return bits[place] if 0 <= place < len(bits) and bits[place] >= self.floors.get(key, 0) else None
 
     def _left(self, choice, left, key, bit):
         """What is left of each budget after one more move."""

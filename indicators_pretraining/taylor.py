@@ -12,13 +12,14 @@ part of it that belongs to one tensor, crossed terms shared evenly, is its own T
 
     I[tensor, b] = k[b] * max(mean T, 0),    k[b] = (mean L at b - mean L at the highest bits) / sum of max(mean T, 0),
 
-so that the indicators at b bits add up to what b bits cost. Where the expansion holds, k is near 1/2, which is taken where b
-bits cost nothing, as at the highest.
+so that the indicators at b bits add up to what b bits cost, 0 at the highest. Where the expansion holds, k is near 1/2, which
+is taken where b bits cost nothing.
 
-Joint Fisher. Near a minimum the Hessian of a mean log-likelihood is the Fisher information E[h h'], h the gradient of one
-image, so what D alone adds is E[(h . D)^2] / 2. With B images per step, T is the mean of B such products: its variance is
-Var(h . D) / B and its mean that of h . D. Hence I = (B Var(T) + mean(T)^2) / 2. It is never negative, but labels stand for
-draws from the network's own predictions, and images repeat what regularization adds, so it is an estimate from above.
+Joint Fisher. Near a minimum the Hessian of a mean negative log-likelihood is the Fisher information E[h h'], h the gradient
+of one image, so what D alone adds is E[(h . D)^2] / 2. With B images per step, T is the mean of B such products: its
+variance is Var(h . D) / B and its mean that of h . D. Hence I = (B Var(T) + mean(T)^2) / 2, never negative. It takes the
+labels for draws from the network's own predictions, and the images of a batch, which BatchNorm couples in training, for
+independent.
 """
 
 import torch
@@ -100,6 +101,7 @@ def loss_shares(checkpoint, source):
     gaps = losses - losses[bits.index(max(bits))]
     totals = shares.sum(0)
     factors = torch.where((gaps > 0) & (totals > 0), gaps / totals, EXPECTED)
+    factors[bits.index(max(bits))] = 0
     return _tables(shares * factors, names, bits), dict(zip(bits, factors.tolist(), strict=True))
 
 
@@ -119,7 +121,8 @@ def joint_fisher(checkpoint, source):
 def describe_factors(factors):
     """Lines about k, with a warning where it is far from 1/2; factors: {bit: k}."""
     below = {bit: factor for bit, factor in factors.items() if bit != max(factors)}
-    shown = ", ".join(f"{factor:.2f} at {bit} bits" for bit, factor in below.items())
+    shown = ", ".join(f"{factor:.2f} at {bit} bits" + (" (not measured: they cost nothing)" if factor == EXPECTED else "")
+                      for bit, factor in below.items())
     odd = [str(bit) for bit, factor in below.items() if not PLAUSIBLE[0] <= factor <= PLAUSIBLE[1]]
     warning = [f"warning: k is far from 1/2 at {', '.join(odd)} bits, so the loss is not near a minimum, or its second order "
                "does not describe it; compare with --of joint_fisher"] if odd else []
@@ -129,7 +132,8 @@ def describe_factors(factors):
 def _sums_of(checkpoint, source):
     """(sums over all processes, layers, bits)."""
     if "taylor" not in checkpoint:
-        raise UserError(f"{source}: holds no sums of T; it was trained before they were kept, or with compile: true. "
+        raise UserError(f"{source}: holds no sums of T; it was trained before they were kept, or with compile or "
+                        "in_place_distillation. "
                         "--of steps needs none, and sensitivity.py measures others")
     sums = torch.stack(checkpoint["taylor"]["sums"]).sum(0)
     names, bits = list(checkpoint["layers"]), checkpoint["bits"]

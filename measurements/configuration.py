@@ -56,7 +56,7 @@ def json_schema(section):
     hints, properties = typing.get_type_hints(section), {}
     for item in dataclasses.fields(section):
         bounds = {word: item.metadata[name] for name, word in BOUNDS.items() if name in item.metadata}
-        text = item.metadata.get("help") or item.metadata["form"]["help"].replace("%%", "%")  # of a flag of the search
+        text = item.metadata["help"].replace("%%", "%")  # as argparse has it for a flag of the search
         meaning = {"description": text}
         default = default_of(item)
         if default is not None and not dataclasses.is_dataclass(default):

@@ -43,7 +43,7 @@ def run(config):
 
 def search(config, study):
     config, typed = study.settled(config), config.alpha
-    if typed == AUTO:
+    if typed == AUTO and config.baseline != "random" and not config.weights_only:
         print(f"alpha {config.alpha} brings the mean bits of weights and activations closest")
     problem = study.problem(config)
     solution = solve(problem, config)

@@ -19,7 +19,7 @@ from model.weights import load_state
 from network import build_network
 from quan.cost import policy_cost
 from schema import IndicatorsConfig
-from swaps import KINDS, Swaps, budgets_of, held
+from swaps import KINDS, Swaps, budgets_of, floors_of, held
 from util.config import load_config
 from util.data_loader import create_loaders
 from util.errors import UserError
@@ -103,6 +103,15 @@ def test_pins_and_ties_are_held_and_unknown_budgets_refused():
     budgets = budgets_of(policy, layers, {}, choice, "p.yaml")
     swaps = Swaps(layers, costs, budgets, held(policy, layers)).find(choice)
     assert swaps and all(name == "c" for _, changes in swaps for _, name in changes)
+    depthwise = {**row, "groups": 4, "shape": [4, 1, 3, 3]}
+    layers = {"a": {**row, "groups": 1, "shape": [4, 4, 3, 3]}, "b": depthwise, "c": depthwise}
+    assert held({"constraints": {"fix": {"depthwise": [2, 2]}, "tie": [["module.a", "b"]]}}, layers) == {"a", "b", "c"}
+    floors = floors_of({"constraints": {"at_least": {"depthwise": [3, 2], "c": [2, 4]}}}, layers)
+    assert floors == {("weight", "b"): 3, ("act", "b"): 2, ("weight", "c"): 3, ("act", "c"): 4}
+    choice = {(kind, name): 3 for kind in KINDS for name in layers}
+    swaps = Swaps(layers, dict.fromkeys(choice, costs[next(iter(costs))]), budgets_of({}, layers, {}, choice, "p.yaml"), (),
+                  floors).find(choice)
+    assert swaps and all(changes.get(("weight", name)) != 2 for _, changes in swaps for name in "bc")
     for key in ("latency_budget", "same_bits", "sparse_bops"):
         with pytest.raises(UserError, match=f"p.yaml: was searched with {key}"):
             budgets_of({"constraints": {key: 3}}, layers, {}, choice, "p.yaml")
@@ -175,10 +184,12 @@ def divergence_of(path, images):
 
 def test_a_refined_policy_has_less_divergence_within_the_budgets(folder, capsys):
     names = write_uniform("uniform.yaml", 3, act_signed=[False] * 3)
-    write_policy("uneven.yaml", {**read_policy("uniform.yaml"), "weight_bits": [2, 2, 6], "act_bits": [2, 6, 2]})
+    write_policy("uneven.yaml", {**read_policy("uniform.yaml"), "weight_bits": [2, 2, 6], "act_bits": [2, 6, 2],
+                                 "candidates": [6, 3, 2]})
     words = ["config.yaml", "--policy", "uneven.yaml", "--images", "400", "--i", "i.pkl"]
     refine.main([*words, "--output", "refined.yaml"])
     printed, policy = capsys.readouterr().out, yaml.safe_load((folder / "refined.yaml").read_text())
+    assert {*policy["weight_bits"], *policy["act_bits"]} <= {6, 3, 2}
     assert policy["refined"]["swaps"] >= 1 and printed.count("swap ") >= policy["refined"]["swaps"]
     assert policy["refined"]["kl"] < policy["refined"]["kl_before"] and policy["layer_name"] == names
     assert policy["refined"]["kl_before"] == pytest.approx(divergence_of("uneven.yaml", 400), rel=1e-3)
@@ -226,6 +237,10 @@ def test_a_gain_that_other_images_might_undo_is_none():
     (["--policy", "u3.yaml", "u3.yaml", "--i", "i.pkl", "--output", "o.yaml"], "--policy: found 2 policies"),
     (["--policy", "u3.yaml", "--tries", "0"], "--tries: found 0"),
     (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "config.yaml"], "--output: config.yaml is"),
+    (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "u3.yaml"], "--output: u3.yaml is"),
+    (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "net.py"], "--output: net.py is"),
+    (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "results/run/run_best.pth.tar"], "is the checkpoint itself"),
+    (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "results"], "--output: results is a folder"),
     (["--policy", "u5.yaml"], "u5.yaml: weight_bits: 3 has 5 bits, but the network was trained at [2, 3, 4, 6]"),
     (["--policy", "other.yaml"], "is a layer of the policy or of the network, but not of both"),
     (["--policy", "resnet.yaml"], "resnet.yaml: the policy is for resnet18, but arch is net.py:make"),

@@ -1,6 +1,7 @@
 """What the gradients of joint training say of each tensor, against formulas written down anew in float64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,8 +120,19 @@ def test_shares_of_a_quadratic_loss_add_up_to_the_gap_and_are_half_of_the_change
     tables, factors = loss_shares(checkpoint, "c.pth")
     shares = [tables[kind][name][2] for kind in ("weight", "act") for name in "ab"]
     assert sum(shares) == pytest.approx(loss.item(), rel=1e-12)
-    assert factors[2] == pytest.approx(0.5) and factors[6] == 0.5 and len(describe_factors(factors)) == 1
+    assert factors[2] == pytest.approx(0.5) and factors[6] == 0 and len(describe_factors(factors)) == 1
     assert shares == pytest.approx((errors * (hessian @ errors) / 2).tolist(), rel=1e-9)
+
+
+def test_sums_go_on_with_another_number_of_processes():
+    _, switch = jointly_quantized(batchnorm=False)
+    parts = list(torch.rand(2, 5, len(BITS), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    for sums, wanted in ((parts, parts[0] + parts[1]), (parts[:1], parts[0]), ([], torch.zeros_like(parts[0]))):
+        taylor = TaylorSums(switch)
+        taylor.restore(SimpleNamespace(path="c.pth", content={"taylor": {"images": 7, "sums": sums}} if sums else {}))
+        assert torch.equal(taylor.sums, wanted) and taylor.images == (7 if sums else 0)
+    with pytest.raises(UserError, match="c.pth: taylor: holds sums of other layers"):
+        taylor.restore(SimpleNamespace(path="c.pth", content={"taylor": {"images": 7, "sums": [parts[0][1:]]}}))
 
 
 def test_changes_that_help_have_no_share_and_odd_factors_are_named():
@@ -193,6 +205,10 @@ def test_a_checkpoint_without_sums_is_refused_by_name(run, capsys):
     importance_extractor.main(["old.pth.tar", "--output", "steps.pkl"])
     with pytest.raises(UserError, match="old.pth.tar: holds no sums of T"):
         importance_extractor.main(["old.pth.tar", "--output", "i.pkl", "--of", "joint_fisher"])
+    with pytest.raises(UserError, match="loss_share compares the candidates of one training"):
+        importance_extractor.main([run, "old.pth.tar", "--output", "i.pkl", "--of", "loss_share"])
+    main.main(["config.yaml", "epochs=1", "name=student", "in_place_distillation=true"])
+    assert "taylor" not in load_checkpoint("results/student/student_checkpoint.pth.tar")
     save_checkpoint(run, content)
     main.main(["config.yaml", "epochs=3"])
     assert "taylor" in load_checkpoint(run)

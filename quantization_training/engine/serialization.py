@@ -193,7 +193,9 @@ def _are_candidates(value):
 
 
 def _are_taylor_sums(value):
-    return torch.is_tensor(value) and value.dtype == torch.float64 and value.dim() == 3 and value.shape[2] == 3
+    """One tensor for each process, all of one shape."""
+    return (list_of(torch.is_tensor)(value) and len({each.shape for each in value}) == 1
+            and all(each.dtype == torch.float64 and each.dim() == 3 and each.shape[2] == 3 for each in value))
 
 
 def _is_torch_state(value):
@@ -230,7 +232,7 @@ ENTRIES_OF_A_RUN = {
         "step": is_count, "seconds": AMOUNT, "images_per_step": is_positive, "is_trained": is_bool,
         "sums": list_of(list_of(lambda value: torch.is_tensor(value) and value.shape == (4,))),
         "batchnorms": list_of(table_of(torch.is_tensor))}),
-    "taylor": record({"images": is_count, "sums": list_of(_are_taylor_sums)}),
+    "taylor": record({"images": is_positive, "sums": _are_taylor_sums}),
     "machine": table_of(lambda value: is_count(value) or is_name(value))}
 
 

@@ -1,5 +1,6 @@
 """Indicators files: read from the step sizes of checkpoints, checked, and written."""
 
+import math
 import os
 
 from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
@@ -207,6 +208,10 @@ def check_output(path, sources, what="the checkpoint"):
 
 def write(path, content):
     """Write an indicators file and say so, with a warning about indicators that do not grow."""
+    for kind in ("weight", "act"):
+        for name, row in content[kind].items():
+            if not all(map(math.isfinite, row.values())):
+                raise UserError(f"{name}: its indicators ({kind}) are not finite: {row}")
     rising = not_growing(content)
     if rising:
         shown = ", ".join(f"{name} ({kind}, {bit} bits)" for kind, name, bit in rising[:5])

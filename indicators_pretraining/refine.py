@@ -31,7 +31,7 @@ from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
 from util.data_loader import create_loaders, describe_data
-from util.errors import UserError, nearest, user_errors_on_one_line
+from util.errors import UserError, nearest, reason, user_errors_on_one_line
 from util.exchange import fit_names, read_indicators, read_policy, same_arch, split_arch, write_policy
 
 IMAGES, TRIES = 1000, 20
@@ -156,8 +156,12 @@ def refined(judge, policy, choice, path, indicators, tries):
     """The content of the policy file that swaps lead to."""
     candidates = policy.get("candidates", judge.bits)
     costs = costs_of(indicators, judge.layers, [bit for bit in judge.bits if bit in candidates or bit in choice.values()])
-    swaps = Swaps(judge.layers, costs, budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers),
+    try:
+        limits = (budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers),
                   floors_of(policy, judge.layers))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # of a section that was edited
+        raise UserError(f"{path}: constraints: not as the search writes them ({reason(error)})") from None
+    swaps = Swaps(judge.layers, costs, *limits)
     least = judge.divergences(choice)
     before = least.mean().item()
     print(f"{path}: KL {before:.4f}")

@@ -253,3 +253,12 @@ def test_what_cannot_be_refined_is_refused(folder, capsys, words, message):
     write_policy("other.yaml", {**policy, "layer_name": [*policy["layer_name"][:-1], "conv9"]})
     write_policy("resnet.yaml", {**policy, "arch": "resnet18"})
     assert message in complaint(capsys, refine.main, "config.yaml", *words)
+
+
+@pytest.mark.parametrize("edited", [
+    {"bops": True}, {"bops": True, "wb": "3", "ab": 3}, {"bops": True, "wb": 3, "ab": 3, "macs": "x"}, 3, [1], {"fix": 3},
+    {"tie": [3]}, {"cr": float("inf")}, {"cr": float("nan")}, {"at_least": {"*": 3}}])
+def test_a_section_of_constraints_that_was_edited_is_refused(folder, capsys, edited):
+    write_uniform("edited.yaml", 3, constraints=edited)
+    words = ["--policy", "edited.yaml", "--images", "32", "--i", "i.pkl", "--output", "o.yaml"]
+    assert "edited.yaml: constraints: not as the search writes them" in complaint(capsys, refine.main, "config.yaml", *words)

@@ -207,6 +207,12 @@ def test_a_checkpoint_without_sums_is_refused_by_name(run, capsys):
         importance_extractor.main(["old.pth.tar", "--output", "i.pkl", "--of", "joint_fisher"])
     with pytest.raises(UserError, match="loss_share compares the candidates of one training"):
         importance_extractor.main([run, "old.pth.tar", "--output", "i.pkl", "--of", "loss_share"])
+    content["taylor"] = {"images": 32, "sums": [torch.full((5, 2, 3), math.nan, dtype=torch.float64)]}
+    content["taylor"]["sums"][0][..., STEPS] = 3
+    save_checkpoint("nan.pth.tar", content)
+    with pytest.raises(UserError, match="its indicators .weight. are not finite"):
+        importance_extractor.main(["nan.pth.tar", "--output", "i.pkl", "--of", "joint_fisher"])
+    del content["taylor"]
     main.main(["config.yaml", "epochs=1", "name=student", "in_place_distillation=true"])
     assert "taylor" not in load_checkpoint("results/student/student_checkpoint.pth.tar")
     save_checkpoint(run, content)

@@ -21,8 +21,6 @@ import operator
 import time
 from dataclasses import dataclass
 
-import pulp
-
 FEW_STEPS = 1_500_000  # of dynamic programming, after which a solver is asked first
 MOST_STEPS = 4_000_000  # after which the solver's word is all there is
 FIRST_PART = 0.3  # of the allowance, divided by the layers, is tried first, and then widened
@@ -386,6 +384,8 @@ def _multipliers(program):
     """The Lagrangian multiplier of each budget, its price per unit in the linear relaxation, never negative."""
     if not program.rows:
         return []
+    import pulp
+
     problem, _, budgets = _model(program, 1.0)
     if not pulp.HiGHS().available():
         raise SolverError("HiGHS is missing; install it with: pip install 'pulp[highs]'")
@@ -402,6 +402,8 @@ def _solve_mixed_integer(program, name, deadline=math.inf):
 
     Those chosen are None unless the solver's variables are integral and keep every budget in exact arithmetic.
     """
+    import pulp
+
     problem, variables, _ = _model(program, OBJECTIVE_SCALE)
     left = deadline - time.monotonic()
     try:
@@ -431,6 +433,8 @@ def _integral(program, variables):
 
 
 def _solver(name, seconds):
+    import pulp
+
     if name == "HiGHS":
         return pulp.HiGHS(msg=False, timeLimit=seconds, **STRICT)
     try:
@@ -445,6 +449,8 @@ def _row_scale(program, k):
 
 def _model(program, scale):
     """The remaining options as a PuLP problem, its variables as one {option: variable} per layer, and its budgets."""
+    import pulp
+
     problem = pulp.LpProblem("search", pulp.LpMinimize)
     variables = [{option: pulp.LpVariable(f"x_{layer}_{option}", 0, 1, pulp.LpInteger)
                   for option in program.options[layer]} for layer in program.layers]

@@ -4,6 +4,7 @@ import math
 import os
 
 from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
+from quan.func import KINDS
 from quan.quantizer.lsq import SMALLEST_STEP
 from sparsity.masks import is_mask
 from taylor import describe_factors, joint_fisher, loss_shares
@@ -14,7 +15,7 @@ from util.exchange import own_name, same_arch, write_indicators
 CARRIED = ("arch", "input_size", "num_classes", "bits", "layers", "fixed", "products")
 TRAINED = ("dataloader.dataset", "dataloader.data_fraction", "dataloader.val_split", "dataloader.batch_size", "epochs", "opt",
            "lr", "weight_decay", "precision", "seed")  # what a file says of how it was made
-MOBILENETS, QUANTIZERS = ("mobilenetv1", "mobilenetv1_limpq"), ("quan_w_fn", "quan_a_fn")
+MOBILENETS = ("mobilenetv1", "mobilenetv1_limpq")
 OF_THE_NETWORK = ("arch", "layer_name", "input_size", "num_classes", "layers", "fixed", "products", "signed")
 
 
@@ -66,7 +67,7 @@ def extract(checkpoint, source, bits=None, of="steps"):
 
 def _warn_of_zeros(steps, names, source):
     """Name the quantizers whose step sizes have no value, because all data were zero; refuse where that is all of them."""
-    quantizers = [f"{name}.{kind}" for name in names for kind in QUANTIZERS]
+    quantizers = [f"{name}.{kind}" for name in names for kind in KINDS.values()]
     waiting = [name for name in quantizers if f"{name}.init_state" in steps and not steps[f"{name}.init_state"].any()]
     if waiting == quantizers:
         raise UserError(f"{source}: {waiting[0]}: the step sizes were never trained, nor were any others")
@@ -78,7 +79,7 @@ def _warn_of_zeros(steps, names, source):
 def _warn_of_steps(checkpoint, names, source):
     """Name the step sizes that no quantizer computes with as they are; as LIMPQ does, their values go into the file all the
     same. Its forward pass clamps them to [1e-5, 1]; here steps above 1 are usual."""
-    steps = {f"{name}.{kind}": checkpoint["state_dict"][f"{name}.{kind}.s"] for name in names for kind in QUANTIZERS}
+    steps = {f"{name}.{kind}": checkpoint["state_dict"][f"{name}.{kind}.s"] for name in names for kind in KINDS.values()}
     not_positive = [name for name, tensor in steps.items() if (tensor <= 0).any()]
     if not_positive:
         print(f"warning: {source}: step sizes that are not positive: {', '.join(not_positive)}")

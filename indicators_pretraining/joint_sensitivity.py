@@ -25,13 +25,13 @@ from engine.resume import find_run, restore
 from engine.run_folder import RunFolder
 from indicators import CARRIED, trained
 from network import build_network
+from quan.func import KINDS
 from quan.quantizer.lsq import quantized
 from quan.utils import weights_quantized_once
 from replay import MEMORY, Replay
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError
 
-KINDS = {"weight": "quan_w_fn", "act": "quan_a_fn"}
 TINY = torch.finfo(torch.float64).tiny
 FISHER_BATCH = 8  # images whose gradients for a weight are squared together
 
@@ -45,20 +45,26 @@ def measure(config, of, images, device):
         images: how many training images are looked at, without augmentation; all, where there are fewer.
         device: where the network computes.
     """
-    folder = RunFolder.of(config)
-    found = find_run(config, folder)
-    num_classes, input_size = describe_data(config.dataloader)
-    network = build_network(config, num_classes, input_size, found, device)
-    restore(found, network.model, None, network.config)
-    loader = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True).calibration(images)
-    print("\n".join(filter(None, [network.remark, f"{found.path}: {of} over {loader.images} training images"])))
-    model, switch, batches = network.model, network.switch, list(loader)
+    found, network, batches, images = load_trained(config, of, images, device)
+    model, switch = network.model, network.switch
     with evaluation_mode(model):
         tables = MEASURES[of](model, switch, batches, **({"seed": config.seed} if of == "fisher" else {}))
     metadata = {**network.metadata, "arch": config.arch}
     made = trained(found.content["config"]) if found.content.get("config") else {}
     return {**tables, "layer_name": list(switch.layers), **{key: metadata[key] for key in CARRIED},
-            "trained": {**made, "images": loader.images}, "kind": of}
+            "trained": {**made, "images": images}, "kind": of}
+
+
+def load_trained(config, what, images, device):
+    """(ResumeCheckpoint, JointNetwork, batches, number of images) of a joint training, for evaluation on training images; what
+    is measured is printed."""
+    found = find_run(config, RunFolder.of(config))
+    num_classes, input_size = describe_data(config.dataloader)
+    network = build_network(config, num_classes, input_size, found, device)
+    restore(found, network.model, None, network.config)
+    loader = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True).calibration(images)
+    print("\n".join(filter(None, [network.remark, f"{found.path}: {what} over {loader.images} training images"])))
+    return found, network, list(loader), loader.images
 
 
 def cross_entropy(logits, best, target):

@@ -17,22 +17,19 @@ import os
 import torch
 
 from engine.metrics import calibrate_batchnorm, evaluation_mode
-from engine.passes import prepare
-from engine.resume import find_run, restore
-from engine.run_folder import RunFolder
+from engine.passes import prepare_alone
 from indicators import check_output
-from joint_sensitivity import kl_divergences
-from network import build_network
+from joint_sensitivity import kl_divergences, load_trained
 from quan.cost import FIXED_BIT, FLOAT_BIT, MB, sparse_size
+from quan.func import KINDS
 from quan.utils import weights_quantized_once
 from schema import IndicatorsConfig
-from swaps import KINDS, Swaps, budgets_of, floors_of, held
+from swaps import Swaps, budgets_of, floors_of, held
 from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
-from util.data_loader import create_loaders, describe_data
 from util.errors import UserError, nearest, reason, user_errors_on_one_line
-from util.exchange import fit_names, read_indicators, read_policy, same_arch, split_arch, write_policy
+from util.exchange import STEPS, fit_names, read_indicators, read_policy, same_arch, split_arch, write_policy
 
 IMAGES, TRIES = 1000, 20
 CLEAR = 2  # standard errors
@@ -49,10 +46,7 @@ def main(arguments=None):
         if os.path.isdir(options.output):
             raise UserError(f"--output: {options.output} is a folder")
     with distributed.process_group(config.training_device) as device:
-        if distributed.world_size() > 1:
-            raise UserError("--nproc_per_node: refine.py computes in one process")
-        distributed.set_seed(config.seed, config.dataloader.deterministic)
-        prepare(config, None)
+        prepare_alone(config, "refine.py")
         policies = {path: read_policy(path) for path in options.policy}
         judge = Judge(config, options.images, device)
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}
@@ -96,15 +90,10 @@ class Judge:
     """
 
     def __init__(self, config, images, device):
-        found = find_run(config, RunFolder.of(config))
-        num_classes, input_size = describe_data(config.dataloader)
-        network = build_network(config, num_classes, input_size, found, device)
-        restore(found, network.model, None, network.config)
-        loader = create_loaders(config.dataloader, config.seed, 0, 1, device, evaluation_only=True).calibration(images)
-        self.model, self.switch, self.batches = network.model, network.switch, list(loader)
-        self.path, self.images, self.arch, self.bits = found.path, loader.images, config.arch, sorted(network.switch.bits)
+        found, network, self.batches, self.images = load_trained(config, "KL divergence", images, device)
+        self.model, self.switch = network.model, network.switch
+        self.path, self.arch, self.bits = found.path, config.arch, sorted(network.switch.bits)
         self.layers, self.fixed = network.description["layers"], network.description["fixed"]
-        print("\n".join(filter(None, [network.remark, f"{found.path}: KL divergence over {self.images} training images"])))
         self.switch.uniform(self.bits[-1])
         self.best = self._outputs()
         if not all(logits.isfinite().all() for logits in self.best):
@@ -198,7 +187,7 @@ def is_clearly_less(found, least):
 
 def costs_of(indicators, layers, bits):
     """{(kind, layer): {bit: cost}} of indicators, made so that no cost grows with the bits."""
-    alpha = {"weight": STEP_SIZE_ALPHA if indicators.get("kind", "steps") == "steps" else 1, "act": 1}
+    alpha = {"weight": STEP_SIZE_ALPHA if indicators.get("kind", STEPS) == STEPS else 1, "act": 1}
     fitted, costs = fit_names(layers, indicators["layer_name"]), {}
     names = {fitted[name]: name for name in indicators["layer_name"]}
     for kind in KINDS:

@@ -16,7 +16,7 @@ import torch
 
 import joint_sensitivity
 from engine.metrics import evaluation_mode
-from engine.passes import prepare
+from engine.passes import prepare_alone
 from indicators import CARRIED, check_output, write
 from network import build_dense, describe_network, with_signedness
 from quan.utils import check_exceptions, name_exceptions
@@ -41,10 +41,7 @@ def main(arguments=None):
     read = (config.init_from, config.pre_trained, config.resume.path)
     check_output(options.output, [path for path in read if isinstance(path, str)])
     with distributed.process_group(config.training_device) as device:
-        if distributed.world_size() > 1:
-            raise UserError("--nproc_per_node: sensitivity.py computes in one process")
-        distributed.set_seed(config.seed, config.dataloader.deterministic)
-        prepare(config, None)
+        prepare_alone(config, "sensitivity.py")
         write(options.output, joint_sensitivity.measure(config, options.of, options.images, device) if is_joint
               else measure(config, options.images, device))
 

@@ -3,14 +3,14 @@
 A choice is {(kind, layer): bit}, with kind "weight" or "act". All amounts are integers or fractions.
 """
 
-import fnmatch
 from dataclasses import dataclass
 from fractions import Fraction
 
 from quan.cost import FIXED_BIT, FLOAT_BIT, MB
+from quan.func import KINDS
 from util.errors import UserError
+from util.exchange import stands_for
 
-KINDS = ("weight", "act")
 MOST_MOVES = 4  # of the other direction, to make up for one
 NOT_KEPT = ("latency_budget", "sparse_size", "sparse_bops", "same_bits")
 
@@ -74,22 +74,20 @@ def held(policy, layers):
     """The layers that pins and ties of a policy hold as they are."""
     asked = policy.get("constraints") or {}
     patterns = [*(asked.get("fix") or {}), *(pattern for patterns in asked.get("tie") or [] for pattern in patterns)]
-    return {name for name, row in layers.items() if any(is_meant(name, row, pattern) for pattern in patterns)}
+    return {name for name, row in layers.items() if any(_is_meant(pattern, name, row) for pattern in patterns)}
 
 
 def floors_of(policy, layers):
     """{(kind, layer): least bit-width} that a policy was searched with; layers without are left out."""
     floors = {}
     for pattern, pair in ((policy.get("constraints") or {}).get("at_least") or {}).items():
-        for name in (name for name, row in layers.items() if is_meant(name, row, pattern)):
+        for name in (name for name, row in layers.items() if _is_meant(pattern, name, row)):
             floors |= {(kind, name): max(bit, floors.get((kind, name), 0)) for kind, bit in zip(KINDS, pair, strict=True)}
     return floors
 
 
-def is_meant(name, row, pattern):
-    """Whether a name, a glob pattern, or "depthwise" of the search stands for a layer."""
-    is_depthwise = row.get("groups", 1) > 1 and row["shape"][1] == 1
-    return fnmatch.fnmatchcase(name, pattern.removeprefix("module.")) or (pattern == "depthwise" and is_depthwise)
+def _is_meant(pattern, name, row):
+    return stands_for(pattern, name, row.get("shape"), row.get("groups", 1))
 
 
 class Swaps:

@@ -24,10 +24,10 @@ independent.
 
 import torch
 
+from quan.func import KINDS
 from util import distributed
 from util.errors import UserError
 
-KINDS = ("weight", "act")
 STEPS, SUM, SQUARES = range(3)
 EXPECTED, PLAUSIBLE = 0.5, (0.25, 1.0)  # of k
 
@@ -44,7 +44,7 @@ class TaylorSums:
 
     def __init__(self, switch):
         self.bits = switch.bits
-        self.quantizers = [getattr(layer, name) for name in ("quan_w_fn", "quan_a_fn") for layer in switch.layers.values()]
+        self.quantizers = [getattr(layer, name) for name in KINDS.values() for layer in switch.layers.values()]
         self.sums = torch.zeros(len(self.quantizers) + 1, len(self.bits), 3, dtype=torch.float64)
         self.images = 0
 
@@ -76,17 +76,15 @@ class TaylorSums:
 
     def restore(self, found):
         """Continue from a ResumeCheckpoint inside an epoch; of another number of processes, the first takes over all sums."""
-        plain = found.content.get("taylor", {"images": 0, "sums": []})
-        sums = plain["sums"]
+        if "taylor" not in found.content:
+            return
+        sums, self.images = found.content["taylor"]["sums"], found.content["taylor"]["images"]
         if any(each.shape != self.sums.shape for each in sums):
             raise UserError(f"{found.path}: taylor: holds sums of other layers or bit-widths")
-        if not sums:
-            return
         if len(sums) == distributed.world_size():
             self.sums.copy_(sums[distributed.rank()])
         elif distributed.is_main():
             self.sums.copy_(torch.stack(sums).sum(0))
-        self.images = plain["images"]
 
 
 def loss_shares(checkpoint, source):
@@ -133,8 +131,7 @@ def _sums_of(checkpoint, source):
     """(sums over all processes, layers, bits)."""
     if "taylor" not in checkpoint:
         raise UserError(f"{source}: holds no sums of T; it was trained before they were kept, or with compile or "
-                        "in_place_distillation. "
-                        "--of steps needs none, and sensitivity.py measures others")
+                        "in_place_distillation. --of steps needs none, and sensitivity.py measures others")
     sums = torch.stack(checkpoint["taylor"]["sums"]).sum(0)
     names, bits = list(checkpoint["layers"]), checkpoint["bits"]
     if sums.shape != (2 * len(names) + 1, len(bits), 3) or not (sums[..., STEPS] > 0).all():

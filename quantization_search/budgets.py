@@ -1,7 +1,6 @@
 """From what was asked to the constraints, pins and ties of the integer program."""
 
 import csv
-import fnmatch
 import itertools
 
 import ilp
@@ -9,11 +8,11 @@ from ilp import pairs_of
 from options import exact
 from util.config import decode_text, describe, read_bytes
 from util.errors import UserError, nearest
+from util.exchange import stands_for
 
 LATENCY_COLUMNS = ["layer", "weight_bits", "act_bits", "ms"]
 LARGEST_TABLE = 64 * 2**20  # bytes
 NO_FLOOR = (0, 0)
-DEPTHWISE = "depthwise"
 FIXED_PAIR = (ilp.FIXED_BITS, ilp.FIXED_BITS)
 
 
@@ -136,10 +135,9 @@ def _written(pair):
 
 
 def matching(key, pattern, network):
-    """The searched layers that a name, a glob pattern, or "depthwise" stands for."""
+    """The searched layers that a pattern stands for."""
     pattern = pattern.removeprefix("module.")
-    found, held = ([name for name, row in rows.items()
-                    if fnmatch.fnmatchcase(name, pattern) or (pattern == DEPTHWISE and row.is_depthwise)]
+    found, held = ([name for name, row in rows.items() if stands_for(pattern, name, row.shape, row.groups)]
                    for rows in (network.rows, network.fixed))
     if not found and held:
         raise UserError(f"{key}: {held[0]} is held at {ilp.FIXED_BITS} bits and is not searched")

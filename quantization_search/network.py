@@ -35,11 +35,6 @@ class Row:
     sparsity: float | None = None
 
     @property
-    def is_depthwise(self):
-        """Whether each output channel sees one input channel."""
-        return self.groups > 1 and self.shape[1] == 1
-
-    @property
     def nonzero(self):
         """Number of weights that are not zero: all of them where the sparsity is unknown."""
         return round(self.params * (1 - (self.sparsity or 0)))

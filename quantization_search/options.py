@@ -117,9 +117,9 @@ class SearchConfig:
                 raise UserError(f"{key}: found {getattr(self, key)}, allowed is {'0 or more' if zero_too else 'above 0'}")
         if self.bits is not None:
             check_bits("bits", self.bits)
-        for pattern, pair in [*self.fix.items(), *self.at_least.items()]:
+        pairs = [(key, *item) for key in ("fix", "at_least") for item in getattr(self, key).items()]
+        for key, pattern, pair in pairs:
             if len(pair) != 2:
-                key = "fix" if pattern in self.fix else "at_least"
                 raise UserError(f"{key}: {pattern}: found {pair}, expected weight bits and activation bits such as [4, 4]")
         for patterns in self.tie:
             if not patterns:

@@ -4,8 +4,6 @@ import os
 from dataclasses import replace
 from fractions import Fraction
 
-import pulp
-
 import report
 from cost import Costs
 from ilp import BITOPS_PER_G, erased
@@ -34,7 +32,7 @@ def run(config):
         print(f"baseline: {BASELINES[config.baseline]}, and the objective counts these")
     for line in filter(None, [report.describe_training(study.trained), describe_idle(config)]):
         print(line)
-    report.print_indicators(study.layers, study.bits, study.settled(replace(config, alpha=1)).outliers, study.kind)
+    report.print_indicators(study.layers, study.bits, study.outliers(config), study.kind)
     if config.sweep:
         run_sweep(config, study)
     else:
@@ -170,6 +168,8 @@ def check_outputs(config):
 def check_solver(name):
     if name is None:
         return
+    import pulp
+
     available = pulp.listSolvers(onlyAvailable=True)
     if name not in available:
         raise UserError(f"solver: {name!r} is not available; PuLP finds {', '.join(available)}"

@@ -47,11 +47,13 @@ class Study:
 
     def settled(self, config):
         """The configuration with alpha and outliers decided, as what was typed or the kind of the indicators says."""
-        is_steps = self.kind == STEPS
-        outliers = config.outliers or ("erase" if is_steps else "isotonic")
-        alpha = (2 if is_steps else 1) if config.alpha is None else config.alpha
-        config = replace(config, alpha=alpha, outliers=outliers)
+        alpha = (2 if self.kind == STEPS else 1) if config.alpha is None else config.alpha
+        config = replace(config, alpha=alpha, outliers=self.outliers(config))
         return replace(config, alpha=self._balancing_alpha(config)) if alpha == AUTO else config
+
+    def outliers(self, config):
+        """The rule for outliers, typed or that of the kind."""
+        return config.outliers or ("erase" if self.kind == STEPS else "isotonic")
 
     def _balancing_alpha(self, config):
         """The alpha at which the mean bits of weights and of activations come closest, as text; more alpha, more bits of

@@ -24,6 +24,14 @@ def prepare(config, recorded_threads):
         keep_freed_memory()
 
 
+def prepare_alone(config, command):
+    """The same for a command that computes in one process, with the seed of the configuration."""
+    if distributed.world_size() > 1:
+        raise UserError(f"--nproc_per_node: {command} computes in one process")
+    distributed.set_seed(config.seed, config.dataloader.deterministic)
+    prepare(config, None)
+
+
 def keep_freed_memory():
     """Let the C library, where it is glibc, keep memory that was freed: a step takes the same large tensors again and again,
     and to fill pages that come back empty costs more than to quantize what lies in them."""

@@ -18,8 +18,9 @@ from engine.checkpoint import load_checkpoint
 from model.weights import load_state
 from network import build_network
 from quan.cost import policy_cost
+from quan.func import KINDS
 from schema import IndicatorsConfig
-from swaps import KINDS, Swaps, budgets_of, floors_of, held
+from swaps import Swaps, budgets_of, floors_of, held
 from util.config import load_config
 from util.data_loader import create_loaders
 from util.errors import UserError

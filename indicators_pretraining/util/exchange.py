@@ -1,6 +1,7 @@
 """The small files that stages hand to each other: indicators (.pkl) and policies (.yaml)."""
 
 import contextlib
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -97,6 +98,13 @@ def _unpickle(data):
     if stream.tell() != len(data):
         raise pickle.UnpicklingError(f"{len(data) - stream.tell()} bytes follow its end")
     return content
+
+
+def stands_for(pattern, name, shape, groups):
+    """Whether a pattern of --fix, --tie or --at-least means a layer: its name, a glob pattern, or "depthwise"."""
+    pattern = pattern.removeprefix("module.")
+    is_depthwise = groups > 1 and shape[1] == 1
+    return fnmatch.fnmatchcase(name, pattern) or (pattern == "depthwise" and is_depthwise)
 
 
 def _checked_table(where, table, own):

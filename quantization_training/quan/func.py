@@ -35,6 +35,9 @@ def _mixed(one, other):
     return type(f"{one.__name__}_{other.__name__}", (one, other), {})
 
 
+KINDS = {"weight": "quan_w_fn", "act": "quan_a_fn"}  # what a layer quantizes: the attribute with its quantizer
+
+
 class QuantizedLayer:
     """What quantized layers share: two quantizers that are switched together, and a weight that can be kept quantized.
 

@@ -82,16 +82,15 @@ def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False, changes=Non
     Returns:
         (gradient of v, in its type, or None; gradient of s, of its shape).
     """
-    found = kernel.differentiate(grad, v, s, qn, qp, needs_v, may_overwrite) if kernel.takes(v, s) else None
-    if found is None:
-        scaled = v.to(s.dtype) / s
-        inside, integers = (scaled >= -qn) & (scaled <= qp), scaled.clamp(-qn, qp).round_()
-        change = None if changes is None else (integers * s).sub_(v).mul_(grad).sum(dtype=torch.float64)
-        slope = integers.sub_(scaled.mul_(inside))
-        found = (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape), change
+    found = kernel.differentiate(grad, v, s, qn, qp, needs_v, may_overwrite, changes) if kernel.takes(v, s) else None
+    if found is not None:
+        return found
+    scaled = v.to(s.dtype) / s
+    inside, integers = (scaled >= -qn) & (scaled <= qp), scaled.clamp(-qn, qp).round_()
     if changes is not None:
-        changes.append(found[2])
-    return found[:2]
+        changes.append((integers * s).sub_(v).mul_(grad).sum(dtype=torch.float64))
+    slope = integers.sub_(scaled.mul_(inside))
+    return (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape)
 
 
 def at_index(tensor, bit_index):

@@ -91,9 +91,9 @@ def quantize(v, steps, qn, qp, dtype):
     return q
 
 
-def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite):
-    """(gradient of v or None, gradient of the steps, sum of grad * (quantized v - v) in float64), with the arguments of
-    lsq.gradients(); None where there are no such loops."""
+def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
+    """The gradients of quantize(), as lsq.gradients() gives them, with the same arguments; None where there are no such
+    loops."""
     function = _differentiate.get((grad.dtype, v.dtype))
     if function is None:
         return None
@@ -106,7 +106,9 @@ def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite):
     sums, clipped = torch.empty(steps.shape, dtype=torch.float64), torch.empty(steps.shape, dtype=torch.float64)
     function(grad.data_ptr(), v.data_ptr(), steps.data_ptr(), steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp,
              torch.get_num_threads(), None if grad_v is None else grad_v.data_ptr(), sums.data_ptr(), clipped.data_ptr())
-    return grad_v, sums.to(steps.dtype), (steps * (sums - clipped)).sum()
+    if changes is not None:
+        changes.append((steps * (sums - clipped)).sum())
+    return grad_v, sums.to(steps.dtype)
 
 
 def _dense(tensor):

@@ -48,9 +48,17 @@ def objective_of(policy, content, alpha):
 
 
 def rank_correlation(one, other):
-    """Spearman's: the correlation of ranks, of two sequences without ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    """Spearman's: the correlation of ranks; values that are equal share their mean rank."""
+    columns = [np.asarray(values, float)[:, None] for values in (one, other)]
+    return float(np.corrcoef(*((column > column.T).sum(1) + (column == column.T).sum(1) / 2 for column in columns))[0, 1])
+
+
+def jackknife(statistic, *columns):
+    """(the statistic of the columns, its standard error by leaving out each entry once)."""
+    columns = [np.asarray(column, float) for column in columns]
+    count = len(columns[0])
+    without = np.array([statistic(*(np.delete(column, place) for column in columns)) for place in range(count)])
+    return statistic(*columns), float(np.sqrt((count - 1) * without.var()))
 
 
 def agreement_of(policy_file, indicators_file, reference_policy_file, reference_indicators_file):

@@ -1,4 +1,6 @@
-"""The plot of a table: a point per run, a bar at their mean."""
+"""The plot of a table: a point per run, a bar at their mean; and of predictions against what came of them."""
+
+import itertools
 
 import matplotlib
 
@@ -40,6 +42,25 @@ def save_plot(path, title, rows, summary, plot, measure):
     axes.grid(axis="y", alpha=0.3)
     if colour:
         axes.legend(frameon=False, ncols=2)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def save_scatter(path, title, rows, summary):
+    """Draw top-1 against the sums of each kind of indicators, of predictions as report.py has them; one panel for each."""
+    shape = 2, -(-len(summary) // 2)
+    figure, panels = pyplot.subplots(*shape, figsize=(11, 6), sharey=True, squeeze=False, layout="constrained")
+    for axes, line in itertools.zip_longest(panels.flat, summary):
+        if line is None:
+            axes.axis("off")
+            continue
+        axes.scatter([row[f"sum_{line['indicators']}"] for row in rows], [row["top1"] for row in rows], s=14, color=COLOURS[0])
+        axes.set(title=f"{line['indicators']}: {line['top1_rank']:.2f} ± {line['top1_rank_sd']:.2f}", xscale="log",
+                 xlabel="sum of indicators")
+        axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("top-1 on the test set in %")
+    figure.suptitle(f"{title}: rank correlation with top-1")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

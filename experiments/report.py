@@ -4,6 +4,8 @@
   validation    top-1 on the validation split of runs of either stage, by which hyper-parameters are chosen
   order         how many indicators are out of order, or not positive
   agreement     indicators and policies against those of a reference: rank correlation, equal choices, regret
+  prediction    how the sums of indicators of fine-tuned policies rank these: rank correlation with accuracy and loss, a row
+                per indicators file of the steps `indicators`; the deviation is the standard error
 
 Every entry takes `runs`, {step: {axis: value where the step has no such axis}}, and `group`, the axes whose values have a
 row each in the summary; the runs of a row differ in the axis `seed` (`total: true` adds up those that do not). It writes
@@ -13,15 +15,18 @@ deviation and number of runs; EXPERIMENT.md holds the same tables for people.
 
 import csv
 import statistics
+from pathlib import Path
 
 import yaml
 
-from measures import agreement_of, order_of, training_seconds, validation_of
-from plots import save_plot
+from measures import agreement_of, jackknife, objective_of, order_of, rank_correlation, training_seconds, validation_of
+from plots import save_plot, save_scatter
+from util.exchange import STEPS, read_indicators, read_policy
 
 DENSE_COSTS = ("size_mb", "ratio", "gbitops")
 COSTS = (*DENSE_COSTS, "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
 DIGITS = {"regret": ".3f", "loss": ".4f"}
+SUM = "sum_"
 COUNTS = ("out_of_order", "not_positive", "indicators")
 
 
@@ -38,13 +43,20 @@ def write_report(experiment, folder):
         group, measured = entry["group"], entry.get("measures", ["top1"])
         if entry.get("total"):
             rows = totals(rows, [*group, "seed"], measured)
-        summary = summarise(rows, group, measured, entry.get("paired"))
+        if entry["kind"] == "prediction":
+            entry = {**entry, "group": ["indicators"], "measures": ["top1_rank", "loss_rank"]}
+            summary = predictions(rows)
+        else:
+            summary = summarise(rows, group, measured, entry.get("paired"))
         write_csv(f"{stem}_runs.csv", rows)
         write_csv(f"{stem}.csv", summary)
         print(f"\n{experiment.title}{'' if name == 'main' else f': {name}'}\n{as_text(summary)}")
         page += [f"## {entry.get('title', name)}", *tables(summary, entry),
                  f"[Rows]({stem.name}.csv), [runs]({stem.name}_runs.csv)"]
-        if "plot" in entry:
+        if "plot" in entry and entry["kind"] == "prediction":
+            save_scatter(f"{stem}.png", experiment.title, rows, summary)
+            page.append(f"![{entry['title']}]({stem.name}.png)")
+        elif "plot" in entry:
             save_plot(f"{stem}.png", experiment.title, rows, summary, entry["plot"], measured[0])
             page.append(f"![{experiment.title}]({stem.name}.png)")
     if len(page) > 2:
@@ -56,7 +68,7 @@ def write_report(experiment, folder):
 def find_rows(experiment, entry):
     """A row per finished run: its values, what was measured, its command."""
     measure = {"accuracy": accuracy_row, "validation": validation_row, "order": order_row,
-               "agreement": agreement_row}[entry["kind"]]
+               "agreement": agreement_row, "prediction": prediction_row}[entry["kind"]]
     for name, given in entry["runs"].items():
         for step in experiment.named(name):
             if step.is_done:
@@ -100,8 +112,32 @@ def agreement_row(step, experiment, entry):
     return None
 
 
+def prediction_row(step, experiment, entry):
+    """An accuracy row, and what each kind of indicators adds up to for the policy, with the search's alpha for that kind."""
+    [word] = [word for word in step.command if word.startswith("policy=")]
+    policy, sums = read_policy(step.made.parent.parent / Path(word).name), {}
+    for source in (source for name in entry["indicators"] for source in experiment.named(name) if source.is_done):
+        content = read_indicators(source.made)
+        kind = content.get("kind", STEPS)
+        sums[f"{SUM}{kind}"] = objective_of(policy, content, 2 if kind == STEPS else 1)
+    return {**accuracy_row(step, experiment, entry), **sums}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables.
+
+
+def predictions(rows):
+    """A row per kind of indicators: rank correlation of its sums with accuracy and with loss, and standard errors. Good ones
+    have a correlation near -1 with accuracy, and near 1 with loss."""
+    summary = []
+    for column in (column for column in rows[0] if column.startswith(SUM)):
+        line = {"indicators": column.removeprefix(SUM), "n": len(rows)}
+        for measure in ("top1", "loss"):
+            found = jackknife(rank_correlation, [row[column] for row in rows], [row[measure] for row in rows])
+            line[f"{measure}_rank"], line[f"{measure}_rank_sd"] = (round(value, 4) for value in found)
+        summary.append(line)
+    return sorted(summary, key=lambda line: -line["loss_rank"])
 
 
 def totals(rows, axes, measures):

@@ -33,14 +33,14 @@ from util.exchange import STEPS, fit_names, read_indicators, read_policy, same_a
 
 IMAGES, TRIES = 1000, 20
 CLEAR = 2  # standard errors
-STEP_SIZE_ALPHA = 2  # LIMPQ's, for indicators that do not say their kind or are step sizes
+STEP_SIZE_ALPHA = 2  # LIMPQ's, for step sizes and a policy that does not say its own
 
 
 def main(arguments=None):
     options, configs, overrides = parse_arguments(arguments)
     config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"])
     if options.output:
-        read = (config.init_from, config.pre_trained, config.resume.path, split_arch(config.arch)[0] or None)
+        read = (config.init_from, config.pre_trained, config.resume.path, *(split_arch(config.arch) or ())[:1])
         check_output(options.output, [*configs, options.i, *options.policy, *filter(lambda path: isinstance(path, str), read)],
                      "one of the files that are read")
         if os.path.isdir(options.output):
@@ -144,12 +144,14 @@ def rank(judge, choices):
 def refined(judge, policy, choice, path, indicators, tries):
     """The content of the policy file that swaps lead to."""
     candidates = policy.get("candidates", judge.bits)
-    costs = costs_of(indicators, judge.layers, [bit for bit in judge.bits if bit in candidates or bit in choice.values()])
+    bits = [bit for bit in judge.bits if bit in candidates or bit in choice.values()]
     try:
+        alpha = float(policy.get("alpha", STEP_SIZE_ALPHA if indicators.get("kind", STEPS) == STEPS else 1))
         limits = (budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers),
                   floors_of(policy, judge.layers))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # of a section that was edited
-        raise UserError(f"{path}: constraints: not as the search writes them ({reason(error)})") from None
+        raise UserError(f"{path}: alpha, constraints: not as the search writes them ({reason(error)})") from None
+    costs = costs_of(indicators, judge.layers, bits, alpha)
     swaps = Swaps(judge.layers, costs, *limits)
     least = judge.divergences(choice)
     before = least.mean().item()
@@ -185,9 +187,9 @@ def is_clearly_less(found, least):
     return bool(len(differences) > 1 and differences.mean() > CLEAR * differences.std(correction=0) / len(differences) ** 0.5)
 
 
-def costs_of(indicators, layers, bits):
-    """{(kind, layer): {bit: cost}} of indicators, made so that no cost grows with the bits."""
-    alpha = {"weight": STEP_SIZE_ALPHA if indicators.get("kind", STEPS) == STEPS else 1, "act": 1}
+def costs_of(indicators, layers, bits, alpha):
+    """{(kind, layer): {bit: cost}} of indicators, those of weights times alpha, made so that no cost grows with the bits."""
+    alpha = {"weight": alpha, "act": 1}
     fitted, costs = fit_names(layers, indicators["layer_name"]), {}
     names = {fitted[name]: name for name in indicators["layer_name"]}
     for kind in KINDS:

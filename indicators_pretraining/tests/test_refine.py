@@ -24,7 +24,7 @@ from swaps import Swaps, budgets_of, floors_of, held
 from util.config import load_config
 from util.data_loader import create_loaders
 from util.errors import UserError
-from util.exchange import read_policy, write_policy
+from util.exchange import read_indicators, read_policy, write_policy
 
 BITS = [2, 3, 4, 6]
 
@@ -209,6 +209,18 @@ def test_a_refined_policy_has_less_divergence_within_the_budgets(folder, capsys)
     assert (folder / "again.yaml").read_text() == (folder / "refined.yaml").read_text()
 
 
+@pytest.mark.parametrize("alpha", [0.5, 3])
+def test_swaps_weigh_weights_as_the_search_of_the_policy_did(folder, monkeypatch, alpha):
+    seen = []
+    monkeypatch.setattr(refine, "Swaps", lambda layers, costs, *limits: seen.append(costs) or Swaps(layers, costs, *limits))
+    write_uniform("weighed.yaml", 3, alpha=alpha)
+    words = ["--policy", "weighed.yaml", "--images", "32", "--tries", "1", "--i", "i.pkl", "--output", "o.yaml"]
+    refine.main(["config.yaml", *words])
+    indicators = read_indicators("i.pkl")
+    for (kind, name), row in seen[0].items():
+        assert row[2] == pytest.approx(max(indicators[kind][name].values()) * (alpha if kind == "weight" else 1))
+
+
 class Row:
     """A row of the layer table, with the fields that costs are counted from."""
 
@@ -246,7 +258,8 @@ def test_a_gain_that_other_images_might_undo_is_none():
     (["--policy", "other.yaml"], "is a layer of the policy or of the network, but not of both"),
     (["--policy", "resnet.yaml"], "resnet.yaml: the policy is for resnet18, but arch is net.py:make"),
     (["--policy", "none.yaml"], "none.yaml: cannot read"), (["--policy", "i.pkl"], "i.pkl"),
-    (["name=nothing", "--policy", "u3.yaml"], "resume.path")])
+    (["name=nothing", "--policy", "u3.yaml"], "resume.path"),
+    (["name=nothing", "arch=resnet20", "--policy", "u3.yaml", "--i", "i.pkl", "--output", "o.yaml"], "resume.path")])
 def test_what_cannot_be_refined_is_refused(folder, capsys, words, message):
     write_uniform("u3.yaml", 3)
     write_uniform("u5.yaml", 5)
@@ -262,4 +275,5 @@ def test_what_cannot_be_refined_is_refused(folder, capsys, words, message):
 def test_a_section_of_constraints_that_was_edited_is_refused(folder, capsys, edited):
     write_uniform("edited.yaml", 3, constraints=edited)
     words = ["--policy", "edited.yaml", "--images", "32", "--i", "i.pkl", "--output", "o.yaml"]
-    assert "edited.yaml: constraints: not as the search writes them" in complaint(capsys, refine.main, "config.yaml", *words)
+    said = complaint(capsys, refine.main, "config.yaml", *words)
+    assert "edited.yaml: alpha, constraints: not as the search writes them" in said

@@ -31,7 +31,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder)
-    prepare(config, recorded_threads(found))
+    prepare(config, recorded_threads(found), device)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)
     config = network.config

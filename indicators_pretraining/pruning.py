@@ -37,7 +37,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = PruningFolder.of(config)
     found = folder.find(config)
-    prepare(config, recorded_threads(found))
+    prepare(config, recorded_threads(found), device)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_dense(config, num_classes, input_size, found, device)
     remark = check_training(network.model, network.graph, input_size, num_classes)

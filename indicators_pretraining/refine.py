@@ -46,7 +46,7 @@ def main(arguments=None):
         if os.path.isdir(options.output):
             raise UserError(f"--output: {options.output} is a folder")
     with distributed.process_group(config.training_device) as device:
-        prepare_alone(config, "refine.py")
+        prepare_alone(config, "refine.py", device)
         policies = {path: read_policy(path) for path in options.policy}
         judge = Judge(config, options.images, device)
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}

@@ -41,7 +41,7 @@ def main(arguments=None):
     read = (config.init_from, config.pre_trained, config.resume.path)
     check_output(options.output, [path for path in read if isinstance(path, str)])
     with distributed.process_group(config.training_device) as device:
-        prepare_alone(config, "sensitivity.py")
+        prepare_alone(config, "sensitivity.py", device)
         write(options.output, joint_sensitivity.measure(config, options.of, options.images, device) if is_joint
               else measure(config, options.images, device))
 

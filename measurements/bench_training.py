@@ -456,7 +456,7 @@ def main(arguments=None):
     kernel.use("auto")
     keep_freed_memory()
     clock = Clock(device, options.rounds)
-    print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers on the CPU by {kernel.describe()}")
+    print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers by {kernel.describe()}")
     rows = [row for name in options.only or usual for row in cases[name](clock)]
     draw(os.path.splitext(options.output)[0] + ".png", rows)
     show(options.output, COLUMNS, rows, digits=2)

@@ -35,7 +35,7 @@ def main(arguments=None):
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
     found = find_run(config, folder, load_any)
-    prepare(config, recorded_threads(found))
+    prepare(config, recorded_threads(found), device)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found and found.content, device)
     config = network.config

@@ -237,7 +237,7 @@ def describe_start(device_name, world_size):
     threads = torch.get_num_threads()
     return [f"versions: python {platform.python_version()}, {', '.join(packages)}, checkpoint format {FORMAT_VERSION}",
             f"device: {device_name}, {world_size} process{'es' * (world_size != 1)}, {threads} thread{'s' * (threads != 1)} "
-            f"each, quantizers on the CPU by {kernel.describe()}",
+            f"each, quantizers by {kernel.describe()}",
             f"command: {shlex.join(sys.argv)}"]
 
 

@@ -16,20 +16,20 @@ from util.errors import UserError, reason
 GLIBC_KEEPS = {-1: -1, -2: 2**26, -4: 0}
 
 
-def prepare(config, recorded_threads):
+def prepare(config, recorded_threads, device):
     """Choose with how many threads (those of a run that is continued, or None), and how, this process computes, beforehand."""
     distributed.set_threads(config.threads, recorded_threads)
-    kernel.use(config.kernels)
+    kernel.use(config.kernels, device.type)
     if config.keep_freed_memory:
         keep_freed_memory()
 
 
-def prepare_alone(config, command):
+def prepare_alone(config, command, device):
     """The same for a command that computes in one process, with the seed of the configuration."""
     if distributed.world_size() > 1:
         raise UserError(f"--nproc_per_node: {command} computes in one process")
     distributed.set_seed(config.seed, config.dataloader.deterministic)
-    prepare(config, None)
+    prepare(config, None, device)
 
 
 def keep_freed_memory():

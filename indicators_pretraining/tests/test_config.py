@@ -11,6 +11,7 @@ import sys
 import typing
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -344,8 +345,8 @@ def test_junk_values_give_a_config_or_a_user_error(tmp_path_factory, values):
 def test_freed_memory_is_kept_unless_the_key_turns_it_off(tmp_path, monkeypatch, is_kept):
     calls = []
     monkeypatch.setattr(passes, "keep_freed_memory", lambda: calls.append("kept"))
-    monkeypatch.setattr(passes.kernel, "use", lambda kernels: None)
-    passes.prepare(read(tmp_path, "name: run" if is_kept else "keep_freed_memory: false"), None)
+    monkeypatch.setattr(passes.kernel, "use", lambda *_: None)
+    passes.prepare(read(tmp_path, "name: run" if is_kept else "keep_freed_memory: false"), None, torch.device("cpu"))
     assert calls == ["kept"] * is_kept
 
 

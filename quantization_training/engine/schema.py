@@ -80,8 +80,8 @@ class RunConfig:
         "fp32", help="bf16: compute the passes in bfloat16 (autocast); step sizes, optimizer and evaluation stay in float32.")
     compile: bool = option(False, help="Compile the network with torch.compile; meant for GPUs.")
     kernels: Literal["auto", "compiled", "plain"] = option(
-        "auto", help="Quantizers on the CPU: loops compiled by a C++ compiler, or plain tensor operations; auto: compiled "
-                     "where there is a compiler.")
+        "auto", help="Quantizers: compiled (on a CPU loops, by a C++ compiler; on a GPU Triton kernels), or plain tensor "
+                     "operations; auto: compiled where the compiler is there.")
     keep_freed_memory: bool = option(
         True, help="Let the C library keep the memory that a step frees, for the next one; faster on CPUs. glibc only.")
     arch: str = option(

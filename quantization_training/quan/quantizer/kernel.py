@@ -1,10 +1,12 @@
-"""LSQ on the CPU as compiled loops over lsq.cpp, where a C++ compiler with OpenMP is found; the file says what they compute.
+"""Who computes LSQ: compiled loops on the CPU (lsq.cpp), Triton kernels on a GPU (lsq_triton.py), or tensor operations.
 
-They are compiled once for each machine, in about a second, and kept in ~/.cache/limpqp (or under $XDG_CACHE_HOME).
+The loops need a C++ compiler with OpenMP. They are compiled once for each machine, in about a second, and kept in
+~/.cache/limpqp (or under $XDG_CACHE_HOME).
 """
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -24,41 +26,46 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_SECONDS = 120
 NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16"}
-ARITHMETIC = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
+ARITHMETIC = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32,
+              torch.float16: torch.float32}
 QUANTIZE = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16),
             (torch.bfloat16, torch.bfloat16)]  # (type of v, type of the result)
 DIFFERENTIATE = [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32),
                  (torch.bfloat16, torch.bfloat16)]  # (type of the gradient that comes in, type of v)
 POINTER, COUNT, BOUND, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
 
-_quantize, _differentiate = {}, {}  # the loaded functions, by types; empty where there are none
-_state = "tensor operations"
+CPU = "cpu"
+
+_quantize, _differentiate = {}, {}  # functions for tensors on _device, by types; empty where there are none
+_device, _state = CPU, "tensor operations"
 
 
-def use(wanted):
-    """Choose how LSQ is computed on the CPU.
+def use(wanted, device=CPU):
+    """Choose how LSQ is computed.
 
     Args:
         wanted: "auto" (compiled where that can be had), "compiled" or "plain" (tensor operations).
+        device: the type of the device that is computed on, "cpu" or "cuda" (ROCm's, too); on the other one LSQ is computed by
+            tensor operations.
 
     Raises:
         UserError: where "compiled" cannot be had.
     """
-    global _state
+    global _device, _state
     _quantize.clear()
     _differentiate.clear()
-    _state = "tensor operations"
+    _device, _state = device, "tensor operations"
     if wanted == "plain":
         return
     try:
-        _take_functions(_load())
-        _state = "compiled loops"
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        _state = _take_loops() if device == CPU else _take_triton()
+    except (OSError, AttributeError, subprocess.SubprocessError, _NoTriton) as error:
         _quantize.clear()
         _differentiate.clear()
         if wanted == "compiled":
-            raise UserError(f"kernels: found compiled, but {reason(error)}; install a C++ compiler with OpenMP (or name it in "
-                            "CXX), or give auto or plain") from None
+            needed = ("a C++ compiler with OpenMP (or name it in CXX)" if device == CPU else
+                      "Triton and a C compiler (or name that in CC)")
+            raise UserError(f"kernels: found compiled, but {reason(error)}; install {needed}, or give auto or plain") from None
         _state = f"tensor operations ({reason(error)[:160]})"
 
 
@@ -67,48 +74,46 @@ def is_compiled():
 
 
 def describe():
-    """How LSQ is computed on the CPU, in words."""
+    """How LSQ is computed, in words."""
     return _state
 
 
 def takes(v, steps):
-    """Whether the compiled loops can quantize v with these steps: one for all, or one for each entry along the first axis."""
-    return (is_compiled() and type(v) in (torch.Tensor, torch.nn.Parameter) and v.device.type == "cpu"
-            and ARITHMETIC.get(v.dtype) == steps.dtype and v.layout == torch.strided
+    """Whether compiled functions can quantize v with these steps: one for all, or one for each entry along the first axis."""
+    return (is_compiled() and type(v) in (torch.Tensor, torch.nn.Parameter) and v.device.type == _device
+            and steps.device == v.device and ARITHMETIC.get(v.dtype) == steps.dtype and v.layout == torch.strided
             and (steps.numel() == 1 or (v.dim() == steps.dim() and steps.numel() == steps.shape[0] == v.shape[0]))
             and not torch.compiler.is_compiling())
 
 
 def quantize(v, steps, qn, qp, dtype):
-    """round(clip(v/s, -qn, qp)) * s as a new tensor of type `dtype`; None where there are no such loops."""
+    """round(clip(v/s, -qn, qp)) * s as a new tensor of type `dtype`; None where there is no function for these types."""
     function = _quantize.get((v.dtype, dtype))
     if function is None:
         return None
     v, steps = _dense(v), steps.contiguous()
     q = torch.empty_like(v, dtype=dtype)
-    function(v.data_ptr(), steps.data_ptr(), steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp,
-             torch.get_num_threads(), q.data_ptr())
+    function(v, steps, steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp, q)
     return q
 
 
 def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
-    """The gradients of quantize(), as lsq.gradients() gives them, with the same arguments; None where there are no such
-    loops."""
+    """The gradients of quantize(), as lsq.gradients() gives them, with the same arguments; None where there is no function for
+    these types."""
     function = _differentiate.get((grad.dtype, v.dtype))
     if function is None:
         return None
+    assert grad.shape == v.shape and grad.device == v.device
     v, steps = _dense(v), steps.contiguous()
     if grad.stride() != v.stride():
         grad, may_overwrite = torch.empty_like(v, dtype=grad.dtype).copy_(grad), True
     grad_v = None
     if needs_v:
         grad_v = grad if may_overwrite and grad.dtype == v.dtype else torch.empty_like(v)
-    sums, clipped = torch.empty(steps.shape, dtype=torch.float64), torch.empty(steps.shape, dtype=torch.float64)
-    function(grad.data_ptr(), v.data_ptr(), steps.data_ptr(), steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp,
-             torch.get_num_threads(), None if grad_v is None else grad_v.data_ptr(), sums.data_ptr(), clipped.data_ptr())
+    sums = function(grad, v, steps, steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp, grad_v, changes is not None)
     if changes is not None:
-        changes.append((steps * (sums - clipped)).sum())
-    return grad_v, sums.to(steps.dtype)
+        changes.append((steps * sums[1].view(steps.shape)).sum())
+    return grad_v, sums[0].to(steps.dtype).view(steps.shape)
 
 
 def _dense(tensor):
@@ -118,14 +123,47 @@ def _dense(tensor):
     return tensor.contiguous()
 
 
-def _take_functions(library):
-    for name, functions, pairs, read, written in (("quantize", _quantize, QUANTIZE, 2, 1),
-                                                  ("differentiate", _differentiate, DIFFERENTIATE, 3, 3)):
+class _NoTriton(Exception):
+    """Why Triton does not compute here."""
+
+
+def _take_triton():
+    """Take the kernels for the current GPU; return their name."""
+    try:
+        from . import lsq_triton  # Triton is not there on every machine
+
+        lsq_triton.check()
+    except Exception as error:  # Triton has many types of them, for compilers that it does not find, and GPUs that it lacks
+        raise _NoTriton(reason(error)) from None
+    _quantize.update(dict.fromkeys(lsq_triton.QUANTIZE, lsq_triton.quantize))
+    _differentiate.update(dict.fromkeys(lsq_triton.DIFFERENTIATE, lsq_triton.differentiate))
+    return "Triton kernels"
+
+
+def _take_loops():
+    """Take the loops over lsq.cpp; return their name."""
+    library = _load()
+    for name, functions, pairs, loops, read, written in (("quantize", _quantize, QUANTIZE, _quantize_by_loops, 2, 1),
+                                                         ("differentiate", _differentiate, DIFFERENTIATE,
+                                                          _differentiate_by_loops, 3, 3)):
         for pair in pairs:
             function = getattr(library, "_".join([name, *map(NAMES.get, pair)]))
             function.argtypes = [POINTER] * read + [COUNT, COUNT, BOUND, BOUND, THREADS] + [POINTER] * written
             function.restype = None
-            functions[pair] = function
+            functions[pair] = functools.partial(loops, function)
+    return "compiled loops"
+
+
+def _quantize_by_loops(function, v, steps, rows, columns, qn, qp, q):
+    function(v.data_ptr(), steps.data_ptr(), rows, columns, qn, qp, torch.get_num_threads(), q.data_ptr())
+
+
+def _differentiate_by_loops(function, grad, v, steps, rows, columns, qn, qp, grad_v, has_errors):
+    """As lsq_triton.differentiate() says."""
+    sums, clipped = torch.empty(2, rows, dtype=torch.float64)
+    function(grad.data_ptr(), v.data_ptr(), steps.data_ptr(), rows, columns, qn, qp, torch.get_num_threads(),
+             None if grad_v is None else grad_v.data_ptr(), sums.data_ptr(), clipped.data_ptr())
+    return (sums, sums - clipped) if has_errors else (sums,)
 
 
 def _load():

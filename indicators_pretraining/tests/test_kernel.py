@@ -127,6 +127,12 @@ def test_a_gradient_that_others_may_use_is_left_as_it_is():
     assert torch.equal(incoming, given_before)
 
 
+def test_a_gradient_that_lies_as_its_tensor_does_is_not_copied_whatever_the_stride_over_one_value():
+    v, incoming = torch.randn(2, 6, 4, 1, 1), torch.randn(6, 1, 1, 4).permute(0, 3, 1, 2)
+    assert incoming.stride() != v[0].stride()
+    assert gradients(incoming, v[0], torch.tensor(0.3), 2, 1, may_overwrite=True)[0].data_ptr() == incoming.data_ptr()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers that quantize and operate at once.
 

@@ -105,7 +105,7 @@ def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
         return None
     assert grad.shape == v.shape and grad.device == v.device
     v, steps = _dense(v), steps.contiguous()
-    if grad.stride() != v.stride():
+    if not _lies_as(grad, v):
         grad, may_overwrite = torch.empty_like(v, dtype=grad.dtype).copy_(grad), True
     grad_v = None
     if needs_v:
@@ -114,6 +114,11 @@ def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
     if changes is not None:
         changes.append((steps * sums[1].view(steps.shape)).sum())
     return grad_v, sums[0].to(steps.dtype).view(steps.shape)
+
+
+def _lies_as(one, other):
+    """Whether the values of two tensors of one shape lie in memory in the same way; a stride over one value says nothing."""
+    return all(size == 1 or a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
 
 
 def _dense(tensor):

@@ -32,44 +32,68 @@ def test_the_kernels_compute_what_tensor_operations_compute():
 
 @pytest.fixture
 def compile_for(monkeypatch, tmp_path):
-    """compile_for(kernel, its arguments' types and constants, backend, architecture, threads of a warp) -> assembly."""
-    triton = pytest.importorskip("triton")
-    backends = pytest.importorskip("triton.backends.compiler")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    """compile_for(backend, architecture, threads of a warp) makes the launches of kernels, which keep their arguments as they
+    are, compile them for a GPU that is not there; it returns a list that gets what is compiled."""
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
     from quan.quantizer import lsq_triton
 
-    def compiled(tile, arguments, *target):
-        function, sizes = getattr(lsq_triton, tile), {"ROWS": 1, "COLUMNS": 4096}
-        types = {**arguments, "rows": "i32", "columns": "i32", "tiles": "i32", "low": "fp32", "high": "fp32"}
-        constants = {**{name: value for name, value in arguments.items() if not isinstance(value, str)}, **sizes}
-        source = triton.compiler.ASTSource(
-            function, {name: "constexpr" if name in constants else types[name] for name in function.arg_names}, constants)
-        return triton.compile(source, backends.GPUTarget(*target), {"num_warps": lsq_triton.WARPS}).asm
+    def compile_for(*target):
+        device, compiled = 1000 + GPUS.index(target), []  # Triton remembers kernels by their devices
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(
+            get_current_target=lambda: GPUTarget(*target), get_current_device=lambda: device,
+            get_current_stream=lambda device: 0))
+        for name, tile in tiles.items():
+            monkeypatch.setattr(lsq_triton, name, Launches(lambda grid, tile=tile: lambda *arguments, **options: (
+                compiled.append(tile.warmup(*arguments, grid=grid, **options)))))
+        return compiled
 
-    return compiled
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tiles = {name: getattr(lsq_triton, name) for name in ("quantize_tile", "differentiate_tile")}
+    return compile_for
 
 
-GPUS = [("cuda", 75, 32), ("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx90a", 64), ("hip", "gfx942", 64)]
+class Launches:
+    """What is indexed by the number of programs gives what is called with a kernel's arguments."""
+
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch(grid)
+
+
+GPUS = [("cuda", 75, 32), ("cuda", 90, 32), ("hip", "gfx90a", 64), ("hip", "gfx942", 64)]
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: str(gpu[1]))
 def test_the_kernels_compile_for_gpus_that_are_not_here(compile_for, gpu):
-    compile_for("quantize_tile", {"v": "*fp32", "steps": "*fp32", "q": "*bf16"}, *gpu)
-    compile_for("differentiate_tile", {"grad": "*bf16", "v": "*fp32", "steps": "*fp32", "grad_v": "*fp32", "sums": "*fp32",
-                                       "HAS_ERRORS": True}, *gpu)
-    compile_for("differentiate_tile", {"grad": "*fp64", "v": "*fp64", "steps": "*fp64", "grad_v": None, "sums": "*fp64",
-                                       "HAS_ERRORS": False}, *gpu)
+    """With their arguments as they are: Triton makes constants of ones, and 64-bit integers of large numbers."""
+    from quan.quantizer import lsq_triton
+    compiled = compile_for(*gpu)
+    cases = [((4, 4096), (), FP32, BF16, True, False), ((64, 9), (64, 1), BF16, BF16, True, True),
+             ((3, 9217), (3, 1), FP32, FP32, False, True), ((1,), (), FP64, FP64, True, True)]
+    for shape, steps, v_type, type_, needs_v, has_errors in cases if gpu[1] == 90 else cases[:2]:
+        v, steps = torch.ones(shape, dtype=v_type), torch.ones(steps, dtype=kernel.ARITHMETIC[v_type])
+        rows, columns, grad_v = steps.numel(), v.numel() // steps.numel(), torch.empty_like(v) if needs_v else None
+        lsq_triton.quantize(v, steps, rows, columns, 8, 7, v.to(type_))
+        lsq_triton.differentiate(v.to(type_), v, steps, rows, columns, 8, 7, grad_v, has_errors)
+    assert len(compiled) == (8 if gpu[1] == 90 else 4) and all(code.asm for code in compiled)
 
 
 def test_a_gpu_divides_and_rounds_as_a_cpu_does(compile_for):
-    code = compile_for("quantize_tile", {"v": "*fp32", "steps": "*fp32", "q": "*bf16"}, "cuda", 90, 32)["ptx"]
-    each = 4096 // 256  # values of a thread
+    from quan.quantizer import lsq_triton
+    compiled, v = compile_for("cuda", 90, 32), torch.ones(8192)
+    lsq_triton.quantize(v, torch.ones(()), 1, 8192, 8, 7, v.bfloat16())
+    code, each = compiled[0].asm["ptx"], lsq_triton.TILE // (32 * lsq_triton.WARPS)  # values of a thread
     assert code.count("div.rn.f32") == each  # IEEE's division, which keeps what is denormal
     assert code.count("add.f32") + code.count("add.rn.f32") == 2 * each  # both of nearest(), neither left out nor fused
     assert ".ftz" not in code and "fma" not in code
     assert "min.f32" not in code and "max.f32" not in code  # they would make a number of what is none
-    assert "cvt.rn.bf16" in code
+    assert "cvt.rn.bf16" in code and "ld.global.v4.b32" in code  # to the nearest; 16 bytes at once
 
 
 def test_triton_is_chosen_for_a_gpu_and_imported_for_nothing_else(monkeypatch):

@@ -9,7 +9,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from measures import agreement_of, objective_of, order_of, rank_correlation, read_table, training_seconds, validation_of
+from measures import (
+    agreement_of,
+    jackknife,
+    objective_of,
+    order_of,
+    rank_correlation,
+    read_table,
+    training_seconds,
+    validation_of,
+)
 from plan import Value, read_experiment
 from report import in_order, mean_and_deviation, paired_difference, pivot, summarise, totals, write_report
 from util.exchange import write_policy
@@ -86,6 +95,48 @@ def test_rows_stand_in_the_order_of_the_values_whatever_ran_first():
 def test_rank_correlation_is_spearmans_formula(one, other):
     squares = sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
     assert rank_correlation([2.0**x for x in one], other) == pytest.approx(1 - 6 * squares / (7 * (49 - 1)))
+
+
+def test_equal_values_share_their_mean_rank():
+    """Ranks 1.5, 1.5, 3, 4 against 2, 1, 3.5, 3.5."""
+    ranks = np.corrcoef([1.5, 1.5, 3, 4], [2, 1, 3.5, 3.5])[0, 1]
+    assert rank_correlation([5, 5, 6, 9], [20, 10, 30, 30]) == pytest.approx(ranks)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=3, max_size=9))
+@settings(deadline=None)
+def test_the_jackknife_of_a_mean_is_its_standard_error(values):
+    mean, error = jackknife(np.mean, values)
+    assert mean == pytest.approx(np.mean(values))
+    assert error == pytest.approx(np.std(values, ddof=1) / len(values) ** 0.5, abs=1e-9)
+
+
+def test_indicators_are_ranked_by_how_well_their_sums_predict(tmp_path):
+    plan = {"title": "x", "values": {"draw": [0, 1, 2, 3], "kind": ["good", "steps"]},
+            "steps": {"extract": {"over": ["kind"], "folder": "stage", "command": "x", "makes": "../out/{kind}.pkl"},
+                      "tune": {"over": ["draw"], "folder": "stage", "command": "main.py policy=../out/p{draw}.yaml",
+                               "makes": "../out/run{draw}"}},
+            "report": {"main": {"title": "y", "kind": "prediction", "runs": {"tune": None}, "indicators": ["extract"],
+                                "group": ["draw"], "plot": "scatter"}}}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (tmp_path / "out").mkdir()
+    for kind, act in (("good", {"4": 0.1, "2": 1.0}), ("steps", {"4": 1.0, "2": 0.1})):
+        table = dict.fromkeys("abc", act)
+        content = {"weight": dict.fromkeys("abc", {"4": 0.5, "2": 0.5}), "act": table, "layer_name": list("abc"), "kind": kind}
+        (tmp_path / "out" / f"{kind}.pkl").write_bytes(pickle.dumps(content))
+    for draw, (bits, top1) in enumerate((([4, 4, 4], 90), ([4, 4, 2], 80), ([4, 2, 2], 70), ([2, 2, 2], 75))):
+        policy(tmp_path / "out" / f"p{draw}.yaml", [4, 4, 4], bits)
+        (tmp_path / "out" / f"run{draw}").mkdir()
+        metrics(tmp_path / "out" / f"run{draw}" / "metrics.csv", [])
+        (tmp_path / "out" / f"run{draw}" / "summary.yaml").write_text(
+            yaml.safe_dump({"top1": top1, "top5": 100, "loss": (100 - top1) / 50, "size_mb": 1, "ratio": 1, "gbitops": 1}))
+    write_report(read_experiment(tmp_path / "plan.yaml", tmp_path, "out", "", ""), tmp_path)
+    rows = read_table(tmp_path / "plan.csv")
+    assert [(row["indicators"], float(row["top1_rank"]), float(row["loss_rank"])) for row in rows] == [
+        ("good", pytest.approx(-0.8), pytest.approx(0.8)), ("steps", pytest.approx(0.8), pytest.approx(-0.8))]
+    sums = [(float(row["sum_good"]), float(row["sum_steps"])) for row in read_table(tmp_path / "plan_runs.csv")]
+    assert sums[0] == pytest.approx((0.3 + 1.5, 3 + 2 * 1.5)) and sums[3] == pytest.approx((3 + 1.5, 0.3 + 2 * 1.5))
+    assert (tmp_path / "plan.png").exists() and "| good | -0.80 ± " in (tmp_path / "plan.md").read_text()
 
 
 def metrics(path, rows):

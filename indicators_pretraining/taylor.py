@@ -22,6 +22,8 @@ labels for draws from the network's own predictions, and the images of a batch, 
 independent.
 """
 
+from functools import reduce
+
 import torch
 
 from quan.func import KINDS
@@ -58,7 +60,7 @@ class TaylorSums:
 
     def end_pass(self, bit, loss, images):
         """Add what the pass at `bit` bits left, its loss, and from how many images of this process."""
-        found = [sum(quantizer.changes) if quantizer.changes else loss.new_zeros((), dtype=torch.float64)
+        found = [reduce(torch.add, quantizer.changes) if quantizer.changes else loss.new_zeros((), dtype=torch.float64)
                  for quantizer in self.quantizers]
         values = torch.stack([*found, loss.detach().double()])
         self.sums = self.sums.to(values.device)

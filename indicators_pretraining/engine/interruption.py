@@ -49,18 +49,26 @@ def put_off():
         _put_off.pop()
 
 
-def check(place=""):
-    """Raise Interrupted, which says the place, on every rank where a signal came to any. All ranks have to call it alike."""
-    number = 0 if _put_off else distributed.largest_over_ranks(noted())
+def ask():
+    """Begin to ask all ranks for the number of a signal that came; what is returned gives it, 0 where none came."""
+    return distributed.begin_largest_over_ranks(lambda: 0 if _put_off else noted())
+
+
+def check(place="", asked=None):
+    """Raise Interrupted, which says the place, on every rank where a signal came to any: until ask() was called, where what
+    that gave is given, or until now. All ranks have to call it alike."""
+    number = (asked or ask())()
     if number:
         raise Interrupted(number, place)
 
 
 def watched(loader):
-    """The batches of a loader, with a check before each; ranks may have unequal numbers of them."""
-    batches = iter(loader)
+    """The batches of a loader, with a check before each, among ranks of what came before the last one; ranks may have unequal
+    numbers of them."""
+    batches, asked = iter(loader), ask()
     for _ in range(distributed.largest_over_ranks(len(loader))):
-        check()
+        check(asked=asked)
+        asked = ask()
         batch = next(batches, None)
         if batch is not None:
             yield batch

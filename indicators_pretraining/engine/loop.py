@@ -103,6 +103,7 @@ class Training:
         begun = time.time() - seconds
         self.model.train()
         self.loader.set_epoch(epoch, first * self.hooks.batches_per_step)
+        self.asked = interruption.ask()
         batches = self.monitor.progress(grouped(self.loader, self.hooks.batches_per_step), f"epoch {number}",
                                         self.images_per_step, self.steps, first)
         for step, group in enumerate(batches, first):
@@ -140,9 +141,10 @@ class Training:
         if done % log.print_freq == 0:
             figures = metrics[self.hooks.shown].result()
             self.monitor.step(self.number(epoch), done, self.steps, loss=figures["loss"], top1=figures["top1"])
+        number = self.asked()
         if is_last:
             return  # what follows the epoch ends in a checkpoint, or in one that says it is trained
-        number = distributed.largest_over_ranks(interruption.noted())
+        self.asked = interruption.ask()
         if number or (log.checkpoint_steps and done % log.checkpoint_steps == 0):
             self.save(epoch, MidEpochState(done, time.time() - begun, self.images_per_step, False,
                                            [value.sums for value in metrics.values()]))
@@ -179,9 +181,10 @@ class Training:
         self.has_checkpoint = True
 
     def check_finite(self, epoch, done, metrics):
-        """Stop all ranks where the loss of one is not finite. Elsewhere than on the CPU, where reading a number holds a step
-        up, only those that are shown and the last are checked."""
-        if self.device.type != "cpu" and done % self.config.log.print_freq and done != self.steps:
+        """Stop all ranks where the loss of one is not finite. On a GPU, where reading a number holds a step up, and with
+        several ranks, which would wait for each other, only steps that are shown and the last are checked."""
+        is_cheap = self.device.type == "cpu" and distributed.world_size() == 1
+        if not is_cheap and done % self.config.log.print_freq and done != self.steps:
             return
         sums = torch.stack([value.sums for value in metrics.values()])
         if not distributed.largest_over_ranks(0 if torch.isfinite(sums).all() else 1):

@@ -24,9 +24,10 @@ class Metrics:
     @torch.no_grad()
     def update(self, logits, target, mean_loss):
         """Add a batch: logits [batch, classes], target [batch], and the batch's mean loss."""
+        # Filled on the device: a number that is copied there would wait for all that is computed before.
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
         self.sums += torch.stack([mean_loss.double() * len(target), ranked[:, 0].sum(), ranked.sum(),
-                                  torch.tensor(len(target), device=logits.device)])
+                                  torch.full((), len(target), device=logits.device)])
 
     def result(self):
         """Mean loss, top-1 and top-5 in percent over all ranks."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quan.quantizer import LsqQuan, integer_range, lsq
+from quan.utils import keep_steps_positive
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -136,7 +137,7 @@ def test_a_loaded_step_size_is_not_initialized_again():
 def test_a_step_size_driven_below_zero_is_kept_positive_and_learns_again():
     quantizer = LsqQuan([4], signed=True)
     quantizer.s.data.fill_(-0.3)
-    quantizer.keep_positive()
+    keep_steps_positive(quantizer)
     assert quantizer.s.item() == pytest.approx(1e-5)
     quantizer.init_state.fill_(1)
     quantizer.quantize(torch.ones(4)).sum().backward()

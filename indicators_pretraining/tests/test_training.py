@@ -1,9 +1,12 @@
 """The schedule and the loop that every training shares, against numbers worked out by hand."""
 
 import math
+import random
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +15,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import process
+from engine import interruption
 from engine.loop import Hooks, Training, grouped, not_finite, training_step
 from engine.metrics import Metrics
 from engine.optim import learning_rate
 from quan.quantizer import LsqQuan
+from quan.utils import keep_steps_positive
 from schema import IndicatorsConfig
-from util.errors import UserError
+from util import distributed
+from util.errors import Interrupted, UserError
 
 CPU = torch.device("cpu")
 
@@ -234,3 +240,50 @@ def test_what_is_not_finite_is_named_with_what_to_do(monkeypatch):
     spoil(loop)
     with pytest.raises(UserError, match=r"after epoch 2; .* \(a checkpoint from before is kept\)$"):
         loop.run(beginning(), 2)
+
+
+def test_ranks_ask_for_signals_without_waiting_and_a_single_process_asks_nobody(monkeypatch):
+    asked = []
+
+    def all_reduce(tensor, op, group, async_op):
+        asked.append((int(tensor), async_op))
+        return SimpleNamespace(wait=lambda: tensor.fill_(signal.SIGTERM))  # which came to another rank
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    for is_initialized, processes in ((False, None), (True, 1)):
+        monkeypatch.setattr(distributed, "is_distributed", lambda found=is_initialized: found)
+        monkeypatch.setattr(distributed.dist, "get_world_size", lambda found=processes: found)
+        interruption.check(asked=interruption.ask())
+    assert asked == []
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    pending = interruption.ask()
+    assert asked == [(0, True)]
+    with pytest.raises(Interrupted, match="SIGTERM after it"):
+        interruption.check(" after it", pending)
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_step_sizes_are_kept_positive_as_one_by_one_and_those_that_came_in_their_place_too(channels):
+    model = nn.ModuleList(LsqQuan([4, 2], signed=True, channels=channels) for _ in range(3))
+    for _ in range(2):
+        for quantizer in model:
+            quantizer.s = nn.Parameter(torch.randn_like(quantizer.s))
+        model[0].s.data.view(-1)[:2] = torch.tensor([math.nan, -math.inf])
+        wanted = [quantizer.s.detach().clamp(min=1e-5) for quantizer in model]
+        keep_steps_positive(model)
+        for quantizer, step in zip(model, wanted, strict=True):
+            assert torch.equal(quantizer.s.detach().view(torch.int32), step.view(torch.int32))
+    keep_steps_positive(nn.Linear(2, 2))
+
+
+def test_repeatable_kernels_do_not_fill_what_is_written_anyway(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *words, **options: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    distributed.set_seed(0, deterministic=True)
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    np.random.set_state(before[2])

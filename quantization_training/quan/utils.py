@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from model.layer_table import QUANTIZABLE, shortened
@@ -15,6 +16,7 @@ from .config import ExceptionConfig
 from .cost import FIXED_BIT, FLOAT_BIT
 from .func import ExceptedBatchNorm, QuanConv2d, QuanLinear, QuantizedLayer, SwitchableBatchNorm
 from .quantizer import IdentityQuan, LsqQuan
+from .quantizer.lsq import SMALLEST_STEP
 
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
@@ -155,10 +157,12 @@ def _activation_quantizers(model):
             if name.endswith(".quan_a_fn")}
 
 
+@torch.no_grad()
 def keep_steps_positive(model):
     """Keep every step size of the network above zero; to be called after each optimizer step."""
-    for quantizer in step_quantizers(model).values():
-        quantizer.keep_positive()
+    steps = [module.s for module in model.modules() if isinstance(module, LsqQuan)]
+    if steps:
+        torch._foreach_clamp_min_(steps, SMALLEST_STEP)
 
 
 def check_all_reached(model):

@@ -192,7 +192,7 @@ class MemoryBatches:
 
     def __iter__(self):
         for epoch, indices in self.sampler:
-            indices = torch.from_numpy(indices).to(self.images.device)
+            indices = torch.from_numpy(indices).to(self.images.device, non_blocking=True)
             images = self.images[indices]
             yield (self.augment(images, epoch, indices) if self.augment else images), self.labels[indices]
 

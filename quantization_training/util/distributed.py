@@ -109,11 +109,21 @@ def _is_told():
 
 def largest_over_ranks(number):
     """The largest of the whole numbers that the ranks give, on every rank."""
-    if not is_distributed():
-        return number
-    tensor = torch.tensor([number])
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control)
-    return int(tensor)
+    return begin_largest_over_ranks(lambda: number)()
+
+
+def begin_largest_over_ranks(number_of):
+    """Begin to find the largest of the whole numbers that number_of() gives on the ranks, and return what waits for it. Read
+    a step later, it waits for no rank that is less than a step behind. A single process asks number_of() when it is read."""
+    if world_size() == 1:
+        return number_of
+    tensor = torch.tensor([number_of()])
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control, async_op=True)
+
+    def largest():
+        work.wait()
+        return int(tensor)
+    return largest
 
 
 def set_threads(wanted, recorded=None):
@@ -159,6 +169,7 @@ def set_seed(seed, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # one more operation for each tensor that is made
 
 
 def random_states():

@@ -249,11 +249,6 @@ class LsqQuan(Quantizer):
         self.init_state[index] = is_initialized
         self._initialized[index] = is_initialized
 
-    @torch.no_grad()
-    def keep_positive(self):
-        """Keep step sizes above SMALLEST_STEP; to be called after each optimizer step."""
-        self.s.clamp_(min=SMALLEST_STEP)
-
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self._initialized = [bool(state) for state in self.init_state.tolist()]

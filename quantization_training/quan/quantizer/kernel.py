@@ -112,7 +112,8 @@ def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
         grad_v = grad if may_overwrite and grad.dtype == v.dtype else torch.empty_like(v)
     sums = function(grad, v, steps, steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp, grad_v, changes is not None)
     if changes is not None:
-        changes.append((steps * sums[1].view(steps.shape)).sum())
+        changed = steps * sums[1].view(steps.shape)
+        changes.append(changed.sum() if changed.dim() else changed)
     return grad_v, sums[0].to(steps.dtype).view(steps.shape)
 
 

@@ -2,6 +2,7 @@
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
 # make networks: what works, of torchvision's and timm's networks and odd ones, in hours; `FLAGS=--resume` goes on
 # make mutants: which changed lines no test notices, in hours     make bench: times of training and of the search
+# make check-gpu: what no test sees without a GPU, on one, in at most 4 minutes
 # make record: measure anew what README.md and docs/ show, on a quiet machine after make clean, but for what takes hours
 # make sync: copy what the stages share     make clean: remove all results
 # make experiments: does the method work, on Fashion-MNIST, in hours       make experiments-quick: a small version in minutes
@@ -17,7 +18,7 @@ MASTER := indicators_pretraining
 LAYERS := util model sparsity quan engine
 SEARCH_UTIL := __init__.py command.py errors.py config.py exchange.py figures.py tables.py
 
-.PHONY: demo demo-pruned experiments experiments-quick test soak networks mutants lint bench record sync clean environment
+.PHONY: demo demo-pruned experiments experiments-quick test soak networks mutants lint bench check-gpu record sync clean environment
 .DELETE_ON_ERROR:
 
 environment: $(READY)
@@ -73,6 +74,9 @@ lint: $(READY)
 bench: $(READY)
 	cd $(MASTER) && $(RUN) ../measurements/bench_training.py
 	cd quantization_search && $(RUN) ../measurements/bench_search.py
+
+check-gpu: $(READY)
+	$(RUN) tests/check_gpu.py
 
 record: $(READY)
 	$(RUN) demo.py --record

@@ -184,7 +184,7 @@ def test_a_lack_of_memory_ends_in_one_line_with_the_knobs_to_turn(folder, capsys
         main.main(["config.yaml"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: out of memory (")
-    assert all(knob in said for knob in ("dataloader.batch_size", "accumulation", "dataloader.input_size"))
+    assert all(knob in said for knob in ("dataloader.batch_size", "accumulation", "dataloader.input_size", "precision: bf16"))
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def as_user_error(error):
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))):
         return UserError(f"out of memory ({reason(error)[:80]}); lower dataloader.batch_size (accumulation in fine-tuning "
-                         "keeps the step the same) or dataloader.input_size")
+                         "keeps the step the same) or dataloader.input_size, or give precision: bf16")
     return None
 
 

@@ -1,18 +1,25 @@
 """What quantization costs in time and memory, next to a reference implementation and to the network without quantizers.
 
 In indicators_pretraining: python ../measurements/bench_training.py [--output FILE.csv] [--more] [--only CASE ...] [--rounds N]
+[--tiny]
 
 All sides of a comparison run in turn in one process, on buffers already touched; medians are printed, and ratios. The
 reference, `plain chain`, is what published LSQ code computes (divide, clamp, round with a straight-through gradient,
 multiply); the `floor` is the network without quantizers in the default memory layout, as many passes and one optimizer step.
-Memory is the peak of what tensors take during a step. On a GPU the table is the one for ResNet-50 at 224x224.
+Memory is the peak of what tensors take during a step. On a GPU, in at most 5 minutes: bytes per second of
+the quantizers, the kernels that take the most, and steps of several networks beside their floor, in the same precision and
+channels last. A case that fails is named in its note, and the others go on.
 """
 
+import gc
 import itertools
+import operator
 import os
 import socket
 import statistics
 import sys
+import time
+from functools import cached_property, partial
 
 sys.path.insert(0, ".")  # the stage, also in the processes that this one starts
 
@@ -29,15 +36,18 @@ from model.layer_table import trace
 from quan.bit_switch import BitSwitch
 from quan.config import ExceptionConfig, QuanConfig
 from quan.quantizer import LsqQuan, Quantizer, kernel, lsq
+from quan.quantizer.lsq import gradients, quantized
 from quan.utils import joint_modules, policy_modules, replace_module_by_names, searchable_layers, weights_quantized_once
 from timing import show, timed
 from util import distributed
 from util.command import Parser
 from util.data_loader import CROP_PADDING, CropAndFlip, normalise
-from util.errors import UserError, nearest, user_errors_on_one_line
+from util.errors import UserError, nearest, reason, user_errors_on_one_line
+from util.tables import aligned
 
 BITS = (6, 5, 4, 3, 2)
-EXCEPTS = {"mobilenetv1": ("stem.0", "stem.1", "fc")}
+EXCEPTS = {"mobilenetv1": ("stem.0", "stem.1", "fc"), "mobilenet_v2": ("features.0.0", "features.0.1", "classifier.1"),
+           "vit_b_16": ("conv_proj", "heads.head")}
 USUAL_EXCEPTS = ("conv1", "bn1", "fc")
 CLASSES = 1000
 COLUMNS = ("case", "what", "side", "ms", "peak_mb", "time_over_floor", "time_over_chain", "memory_over_floor",
@@ -162,6 +172,10 @@ class Workload:
         torch.manual_seed(0)
         return create_model(self.arch, CLASSES)
 
+    @cached_property
+    def graph(self):
+        return trace(self.model(), self.size, CLASSES)
+
     def on_device(self, model, chain):
         """The model in training, laid out as ours, or with quantizers and layout of the reference."""
         model.train()
@@ -188,8 +202,7 @@ class Workload:
 
     def joint(self, bits=BITS, chain=False, precision="fp32", compiled=False):
         """A step of joint training."""
-        model = self.model()
-        graph = trace(model, self.size, CLASSES)
+        model, graph = self.model(), self.graph
         replace_module_by_names(model, joint_modules(model, graph, self.config, bits))
         switch = BitSwitch(model, graph, self.config.excepts, bits)
         self.on_device(model, chain)
@@ -210,8 +223,7 @@ class Workload:
         return lambda: training_step(model, [(self.images, self.target)], criterion, optimizer, metrics, passes)
 
     def tuned_model(self):
-        model = self.model()
-        graph = trace(model, self.size, CLASSES)
+        model, graph = self.model(), self.graph
         bits = dict.fromkeys(searchable_layers(graph, self.config.excepts), 4)
         return replace_module_by_names(model, policy_modules(model, graph, self.config, bits, bits, {}, graph.classifiers))
 
@@ -364,33 +376,102 @@ def one_process(rank, count, port, rounds, results):
         results.put((milliseconds, len(reductions)))
 
 
-def gpu(clock):
-    """ResNet-50 at 224x224 on a GPU: float32 and bfloat16, compiled and not."""
-    rows = []
-    for batch in (64, 256):
-        work = Workload(clock.device, "resnet50", batch, 224)
-        steps = {"fine-tuning": (work.tuned, 1), "joint": (work.joint, len(BITS) + 1)}
-        for kind, precision, compiled in itertools.product(steps, ("fp32", "bf16"), (False, True)):
-            step, passes = steps[kind]
-            try:
-                sides = {FULL_PRECISION: work.full_precision(passes, precision, True, compiled),
-                         "ours": step(precision=precision, compiled=compiled)}
-                if precision == "fp32" and not compiled:
-                    sides[REFERENCE] = step(chain=True)
-                found = table(clock, f"GPU, {kind}", f"ResNet-50, batch {batch} at 224x224, {precision}"
-                              + (", compiled" if compiled else ""), sides, work.kept())
-                found[1]["note"] = f"{100 * (1 - found[0]['ms'] / found[1]['ms']):.0f} % in quantizers"
-                rows += found
-            except torch.OutOfMemoryError:
-                rows.append({"case": f"GPU, {kind}", "what": f"batch {batch}, {precision}", "note": "out of memory"})
-            torch.cuda.empty_cache()
+# (architecture, batch, pixels on a side), what matters most first; and the same where a test runs all this without a GPU.
+GPU_NETWORKS = (("resnet50", 128, 224), ("resnet18", 16, 32), ("mobilenet_v2", 128, 224), ("vit_b_16", 64, 224),
+                ("resnet50", 256, 224))
+TINY_NETWORKS = (("resnet20", 2, 8),)
+GPU_SECONDS = 240  # of the table, whose last side may take a while
+REPEATS = 10  # of a kernel between two looks at the clock
+OURS, TENSOR_OPERATIONS = "ours", "ours, by tensor operations"
+
+
+def gpu(clock, networks=GPU_NETWORKS):
+    """Steps on a GPU in float32 and bfloat16: the floor lies channels last and has the same precision."""
+    rows, end = [], time.monotonic() + GPU_SECONDS
+    for arch, batch, size in networks:
+        work = Workload(clock.device, arch, batch, size)
+        steps = {"fine-tuning, W4A4": (work.tuned, 1), f"joint, {' '.join(map(str, BITS))}": (work.joint, len(BITS) + 1)}
+        for (kind, (step, passes)), precision in itertools.product(steps.items(), ("bf16", "fp32")):
+            ours = partial(step, precision=precision)
+            sides = {FULL_PRECISION: partial(work.full_precision, passes, precision, True), OURS: ours,
+                     TENSOR_OPERATIONS: ours, REFERENCE: partial(ours, chain=True)}
+            found = {side: gpu_side(clock, side, make, work.kept(), end) for side, make in sides.items()}
+            for side, row in found.items():
+                row.update(case=f"GPU, {kind}", what=f"{arch}, batch {batch} at {size}x{size}, {precision}", side=side)
+                for other, name in OVER.items():
+                    if "ms" in row and "ms" in found[other]:
+                        row[f"time_over_{name}"] = row["ms"] / found[other]["ms"]
+                        row[f"memory_over_{name}"] = row["peak_mb"] / found[other]["peak_mb"]
+            rows += found.values()
+            print(aligned(COLUMNS, list(found.values()), 2), flush=True)
+    return rows
+
+
+def gpu_side(clock, side, make, kept, end):
+    """Time and memory of the step that make() gives, or a note why there are none."""
+    if time.monotonic() > end:
+        return {"note": f"not measured: the {GPU_SECONDS} seconds are over"}
+    try:
+        kernel.use("plain" if side == TENSOR_OPERATIONS else "auto", clock.device.type)
+        step = make()
+        return {"ms": clock.in_turn({side: step})[side], "peak_mb": (clock.peak(step) + kept) / MB,
+                "note": kernel.describe() if side == OURS else ""}
+    except Exception as error:  # such as a lack of memory, of which torch and drivers have many types
+        return {"note": failure(error)}
+    finally:
+        kernel.use("auto", clock.device.type)
+        step = None
+        gc.collect()  # modules and their hooks may hold each other
+        torch.cuda.empty_cache()
+
+
+def failure(error):
+    return f"{type(error).__name__}: {reason(error)[:100]}"
+
+
+def expensive(clock, networks=GPU_NETWORKS[:2]):
+    """The ten kernels (on a CPU, operations) that take the most of our joint step in bfloat16, and how many are launched."""
+    rows, kind = [], torch.autograd.DeviceType.CUDA if clock.device.type == "cuda" else torch.autograd.DeviceType.CPU
+    taken = operator.attrgetter("self_device_time_total" if clock.device.type == "cuda" else "self_cpu_time_total")
+    for arch, batch, size in networks:
+        step = Workload(clock.device, arch, batch, size).joint(precision="bf16")
+        step()
+        step()
+        clock.wait()
+        with torch.profiler.profile() as profile:
+            step()
+            clock.wait()
+        events = sorted((event for event in profile.key_averages() if event.device_type == kind), key=taken, reverse=True)
+        total, case = sum(map(taken, events)), f"kernels of a joint step, {arch}, batch {batch} at {size}x{size}, bf16"
+        rows.append({"case": case, "what": "all", "ms": total / 1e3, "note": f"{sum(e.count for e in events)} launches"})
+        rows += [{"case": case, "what": event.key[:60], "ms": taken(event) / 1e3,
+                  "note": f"{100 * taken(event) / total:.1f} %, {event.count} launches"} for event in events[:10]]
+    return rows
+
+
+def bandwidth(clock, shape=(128, 256, 56, 56)):
+    """GB/s of the quantizer's two kernels, and of a copy of as many bytes as are read or written forward."""
+    rows, step = [], torch.tensor(0.3, device=clock.device)
+    for dtype in (torch.bfloat16, torch.float32):
+        v = torch.randn(shape, device=clock.device).to(dtype)
+        grad, other = torch.randn_like(v), torch.empty_like(v)
+        sides = {"copy": (lambda v=v, other=other: other.copy_(v), 2), "forward": (lambda v=v: quantized(v, step, 8, 7), 2),
+                 "backward": (lambda v=v, grad=grad: gradients(grad, v, step, 8, 7), 3)}
+        times = clock.in_turn({side: lambda work=work: [work() for _ in range(REPEATS)] for side, (work, _) in sides.items()})
+        times = {side: milliseconds / REPEATS for side, milliseconds in times.items()}
+        rates = {side: count * v.nbytes / times[side] / 1e6 for side, (_, count) in sides.items()}
+        rows += [{"case": "quantizer kernels", "what": f"{'x'.join(map(str, shape))}, {str(dtype)[6:]}", "side": side,
+                  "ms": times[side], "note": f"{rate:,.0f} GB/s, {100 * rate / rates['copy']:.0f} % of a copy"}
+                 for side, rate in rates.items()]
     return rows
 
 
 CASES = {function.__name__: function for function in (quantizer, joint, finetuning, evaluation, augmentation, processes,
                                                       scaling)}
 MORE_CASES = {"joint_compiled": joint_compiled}  # minutes of compiling; only where asked for
-GPU_CASES = {"gpu": gpu}
+GPU_CASES = {function.__name__: function for function in (bandwidth, expensive, gpu)}
+TINY_CASES = {"bandwidth": partial(bandwidth, shape=(2, 4, 5, 5)), "expensive": partial(expensive, networks=TINY_NETWORKS),
+              "gpu": partial(gpu, networks=TINY_NETWORKS)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,27 +518,36 @@ def draw_growth(axes, kind, rows):
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def rows_of(case, name, clock):
+    """The rows of a case, or one that says what it failed of."""
+    try:
+        return case(clock)
+    except Exception as error:  # whatever it is, the other cases are still worth their time
+        return [{"case": name, "note": failure(error)}]
+
+
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--output", default="results/bench.csv", help="the table; the plot stands beside it")
     parser.add_argument("--more", action="store_true", help=f"also {', '.join(MORE_CASES)}, on the CPU")
     parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *MORE_CASES, *GPU_CASES])}")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
+    parser.add_argument("--tiny", action="store_true", help="the cases of a GPU, on any machine, on tiny networks")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = CASES | MORE_CASES if device.type == "cpu" else GPU_CASES
-    usual = cases if options.more or device.type != "cpu" else CASES
+    cases = TINY_CASES if options.tiny else CASES | MORE_CASES if device.type == "cpu" else GPU_CASES
+    usual = CASES if cases.keys() > CASES.keys() and not options.more else cases
     for name in options.only or ():
         if name not in cases:
             raise UserError(f"--only: found {name}, allowed on this machine is {', '.join(cases)}{nearest(name, cases)}")
     if options.rounds < 1:
         raise UserError(f"--rounds: found {options.rounds}, allowed is at least 1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks on what it does not find
-    kernel.use("auto")
+    kernel.use("auto", device.type)
     keep_freed_memory()
     clock = Clock(device, options.rounds)
     print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers by {kernel.describe()}")
-    rows = [row for name in options.only or usual for row in cases[name](clock)]
+    rows = [row for name in options.only or usual for row in rows_of(cases[name], name, clock)]
     draw(os.path.splitext(options.output)[0] + ".png", rows)
     show(options.output, COLUMNS, rows, digits=2)
 

@@ -68,3 +68,34 @@ def test_a_table_and_a_plot_are_written(tmp_path, monkeypatch, capsys):
         assert [row["case"] for row in csv.DictReader(file)] == ["joint step", "joint step", "compiled"]
     with pytest.raises(UserError, match="--only: found joints, .*; did you mean 'joint'"):
         bench.main(["--only", "joints"])
+
+
+def test_the_cases_of_a_gpu_run_on_tiny_networks_and_one_that_fails_is_named(tmp_path, monkeypatch):
+    full_precision = bench.Workload.full_precision
+
+    def fails_once(work, passes, precision, channels_last):
+        if passes == 1 and precision == "bf16":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return full_precision(work, passes, precision, channels_last)
+
+    monkeypatch.setattr(bench.Workload, "full_precision", fails_once)
+    monkeypatch.setattr(bench.Clock, "peak", lambda clock, work: work() or bench.MB)
+    monkeypatch.setattr(bench.Workload.joint, "__defaults__", ((3, 2), *bench.Workload.joint.__defaults__[1:]))
+    monkeypatch.setattr(bench, "draw", lambda path, rows: None)
+    monkeypatch.setattr(bench, "TINY_CASES", {"broken": lambda clock: [][0], **bench.TINY_CASES})
+    bench.main(["--tiny", "--rounds", "1", "--output", str(tmp_path / "bench.csv")])
+    with open(tmp_path / "bench.csv", newline="") as file:
+        broken, *rows = csv.DictReader(file)
+    assert broken["case"] == "broken" and broken["note"].startswith("IndexError: ")
+    rates = [row["side"] for row in rows if "GB/s" in row["note"]]
+    assert rates == 2 * ["copy", "forward", "backward"]
+    kernels = [row for row in rows if row["case"].startswith("kernels of a joint step")]
+    assert kernels[0]["what"] == "all" and len(kernels) == 11 and all("launches" in row["note"] for row in kernels)
+    steps = {(row["case"][5:10], row["what"][-4:], row["side"]): row for row in rows if row["case"].startswith("GPU, ")}
+    assert len(steps) == 2 * 2 * 4
+    for (kind, precision, side), row in steps.items():
+        is_over = (kind, precision) != ("fine-", "bf16")
+        assert bool(row["time_over_floor"]) == is_over and bool(row["ms"]) == (is_over or side != bench.FULL_PRECISION)
+    assert steps["fine-", "bf16", "floor"]["note"] == "OutOfMemoryError: CUDA out of memory"
+    monkeypatch.setattr(bench, "GPU_SECONDS", -1)
+    assert {row["note"] for row in bench.TINY_CASES["gpu"](bench.Clock(CPU, 1))} == {"not measured: the -1 seconds are over"}

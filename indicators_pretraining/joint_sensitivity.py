@@ -1,11 +1,12 @@
 """What a jointly trained network shows when a single weight or input has fewer bits, measured on training images.
 
-"loss" and "kl" quantize one weight, or one input, at a time to b bits, everything else staying at the highest bit-width, the
-BatchNorms too. "noise" and "fisher" need no such passes; everything is at the highest bit-width. With v a weight or an input
-and D = Q_b(v) - v, at the learned step size,
+"loss" and "kl" quantize one weight, or one input, at a time to b bits, everything else staying at the highest bit-width.
+"noise" and "fisher" need no such passes; everything is at the highest bit-width. With v a weight or an input and
+D = Q_b(v) - v, at the learned step size,
 
-    loss    mean cross-entropy
-    kl      mean KL divergence of the outputs from those with everything at the highest bit-width, in nats
+    loss    mean cross-entropy, with the BatchNorms at the highest bit-width
+    kl      mean KL divergence of the outputs from those with everything at the highest bit-width, in nats, with the statistics
+            of the images for those of the BatchNorms, which fine-tuning would adapt, too
     noise   |D|^2 / |v|^2
     fisher  mean over images of (h . D)^2 / 2, h the gradient of one image's cross-entropy for a label drawn from the network's
             own output: the second-order change of the KL divergence, with the Fisher information for the Hessian. Gradients
@@ -27,7 +28,7 @@ from indicators import CARRIED, trained
 from network import build_network
 from quan.func import KINDS
 from quan.quantizer.lsq import quantized
-from quan.utils import weights_quantized_once
+from quan.utils import BATCHNORM, weights_quantized_once
 from replay import MEMORY, Replay
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError
@@ -83,6 +84,24 @@ def kl_divergence(logits, best, target):
     return kl_divergences(logits, best).sum()
 
 
+def divergence_one_at_a_time(model, switch, batches):
+    """KL divergences with BatchNorms that normalize with the statistics of as many images as fit; as one_at_a_time."""
+    images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    if len(images) == 1:
+        raise UserError("--images: found 1 image; kl takes the statistics of BatchNorms from the images, so give more")
+    batchnorms = [module for module in model.modules() if isinstance(module, BATCHNORM)]
+    momenta = [module.momentum for module in batchnorms]
+    try:
+        for module in batchnorms:
+            module.train()
+            module.momentum = 0.0  # the running statistics stay
+        return one_at_a_time(model, switch, [(images, target)], kl_divergence)
+    finally:
+        for module, momentum in zip(batchnorms, momenta, strict=True):
+            module.eval()
+            module.momentum = momentum
+
+
 @torch.no_grad()
 def one_at_a_time(model, switch, batches, score):
     """What one layer at fewer bits does to the output.
@@ -123,11 +142,13 @@ def one_at_a_time(model, switch, batches, score):
 
 
 def split(model, batches):
-    """The batches in pieces so small that the outputs of all layers fit into MEMORY."""
+    """The batches in nearly equal pieces, so small that the outputs of all layers fit into MEMORY, but of two images at
+    least."""
     images, _ = batches[0]
-    most = max(1, int(MEMORY / Replay(model, images[:1]).bytes_per_image))
+    most = max(2, int(MEMORY / Replay(model, images[:2]).bytes_per_image))
     for images, target in batches:
-        yield from zip(images.split(most), target.split(most), strict=True)
+        pieces = min(-(-len(images) // most), max(len(images) // 2, 1))
+        yield from zip(images.tensor_split(pieces), target.tensor_split(pieces), strict=True)
 
 
 def progress(total):
@@ -220,5 +241,5 @@ def quantizers_watched(switch, see):
             handle.remove()
 
 
-MEASURES = {"noise": noise, "fisher": fisher, "kl": functools.partial(one_at_a_time, score=kl_divergence),
+MEASURES = {"noise": noise, "fisher": fisher, "kl": divergence_one_at_a_time,
             "loss": functools.partial(one_at_a_time, score=cross_entropy)}

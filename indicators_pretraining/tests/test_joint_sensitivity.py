@@ -2,10 +2,13 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_bad_input import complaint
 
 import importance_extractor
@@ -70,9 +73,13 @@ def trained_network():
 
 
 @torch.no_grad()
-def logits_of(network, layer, quantizer, bit, images):
-    """The logits of a copy with one weight, or input, at fewer bits; all else, BatchNorms too, is at the highest."""
+def logits_of(network, layer, quantizer, bit, images, of="loss"):
+    """The logits of a copy with one weight, or input, at fewer bits; all else, BatchNorms too, is at the highest. For "kl" the
+    BatchNorms take their statistics from the images."""
     twin = copy.deepcopy(network.model)
+    for module in twin.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.training = of == "kl"
     getattr(twin.get_submodule(layer), quantizer).index = [6, 2, 4].index(bit)
     return twin(images)
 
@@ -86,11 +93,11 @@ def test_the_file_holds_what_one_quantizer_at_fewer_bits_does(capsys, of):
     content = measured(of=of)
     assert f"{TRAINED.replace('checkpoint', 'best')}: {of} over {IMAGES} training images" in capsys.readouterr().out
     network, images, target = trained_network()
-    best = network.model(images).detach()
+    best = logits_of(network, "layer1.0.conv1", "quan_w_fn", 6, images, of)
     for layer in ("layer1.0.conv1", "layer2.0.conv2", "layer3.0.conv2"):
         for bit in (6, 4, 2):
             for kind, quantizer in (("weight", "quan_w_fn"), ("act", "quan_a_fn")):
-                logits = logits_of(network, layer, quantizer, bit, images)
+                logits = logits_of(network, layer, quantizer, bit, images, of)
                 wanted = F.cross_entropy(logits, target).item() if of == "loss" else divergence(best, logits)
                 assert content[kind][layer][bit] == pytest.approx(wanted, rel=1e-4, abs=1e-7), (layer, bit, kind)
     found = {value for kind in ("weight", "act") for row in content[kind].values() for value in row.values()}
@@ -99,12 +106,35 @@ def test_the_file_holds_what_one_quantizer_at_fewer_bits_does(capsys, of):
 
 
 def test_outputs_recorded_in_small_pieces_give_the_same(monkeypatch):
-    content = measured(of="kl")
+    content = measured()
     monkeypatch.setattr(joint_sensitivity, "MEMORY", 1)
-    found = measured(of="kl")
+    found = measured()
     for kind in ("weight", "act"):
         for name, row in found[kind].items():
             assert row == pytest.approx(content[kind][name], rel=1e-4, abs=1e-8), name
+
+
+def test_statistics_of_images_leave_no_trace_in_the_batchnorms_and_need_two_images(capsys):
+    network, images, target = trained_network()
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items() if "num_batches" not in name}
+    modes = [(module.training, getattr(module, "momentum", None)) for module in network.model.modules()]
+    joint_sensitivity.MEASURES["kl"](network.model, network.switch, [(images[:5], target[:5]), (images[5:7], target[5:7])])
+    assert all(torch.equal(tensor, network.model.state_dict()[name]) for name, tensor in before.items())
+    assert modes == [(module.training, getattr(module, "momentum", None)) for module in network.model.modules()]
+    words = ["config.yaml", "--of", "kl", "--output", "one.pkl", "--images", "1"]
+    assert "--images: found 1 image" in complaint(capsys, sensitivity.main, *words)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+@settings(deadline=None)
+def test_pieces_have_two_images_or_more_and_at_most_what_fits(count, fits):
+    images = torch.arange(float(count))[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint_sensitivity, "Replay", lambda model, images: SimpleNamespace(bytes_per_image=1))
+        patch.setattr(joint_sensitivity, "MEMORY", fits)
+        pieces = [len(piece) for piece, _ in joint_sensitivity.split(None, [(images, images)])]
+    assert sum(pieces) == count and min(pieces) >= min(count, 2) and max(pieces) <= max(fits, 3)
+    assert max(pieces) - min(pieces) <= 1
 
 
 def test_noise_is_the_squared_error_over_the_squared_values():

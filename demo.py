@@ -1,7 +1,7 @@
 """make demo and make demo-pruned: the whole way on UCI digits, by the commands that the README gives, and one table.
 
-python demo.py             dense weights, indicators, search, fine-tuning
-python demo.py --pruned    dense, 50 % and 80 % sparse, each searched and fine-tuned
+python demo.py             a small MobileNetV2: dense weights, indicators, search, fine-tuning
+python demo.py --pruned    ResNet-20: dense, 50 % and 80 % sparse, each searched and fine-tuned
 with --record              also write it into measurements/, for the README; python -m measurements.pages puts it there
 """
 
@@ -16,12 +16,15 @@ from experiments.steps import Command
 
 ROOT = Path(__file__).resolve().parent
 PRETRAINING, SEARCH, TRAINING = "indicators_pretraining", "quantization_search", "quantization_training"
-POLICY = "results/policy_resnet20_digits_w3a3.yaml"
-PLOT = "results/policy_resnet20_digits_w3a3.png"
-TUNED = "results/resnet20_digits_w3a3/resnet20_digits_w3a3_checkpoint.pth.tar"
-PACKED = "results/resnet20_digits_w3a3.safetensors"
-ROWS = {"dense, 32 bits": "resnet20_digits_dense", "uniform W3A3": "resnet20_digits_uniform3",
-        "searched at W3A3": "resnet20_digits_w3a3"}
+NAME = "mobilenet_digits"
+POLICY, PLOT = f"results/policy_{NAME}_w3a3.yaml", f"results/policy_{NAME}_w3a3.png"
+TUNED = f"results/{NAME}_w3a3/{NAME}_w3a3_checkpoint.pth.tar"
+PACKED = f"results/{NAME}_w3a3.safetensors"
+ACCURACY = f"{TRAINING}/results/{NAME}.png"
+BUDGETS = ((2, 3), (3, 3), (4, 4))  # bits of weights and activations of uniform networks; searched ones have their BitOPs
+ROWS = {"dense, 32 bits": f"{NAME}_dense",
+        **{f"{kind} W{w}A{a}": f"{NAME}_{tag}w{w}a{a}" for w, a in BUDGETS
+           for kind, tag in (("uniform", "uniform_"), ("searched at", ""))}}
 LEVELS = {0: "dense", 1: "50 % sparse", 2: "80 % sparse"}
 PRUNED = "results/resnet20_digits_pruning"
 
@@ -35,32 +38,36 @@ def training(title, folder, name, config, *overrides):
     return step(title, folder, ["main.py", config, *overrides], f"results/{name}/summary.yaml")
 
 
-def extraction(title, name, indicators):
-    return step(title, PRETRAINING, ["importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar",
+def extraction(title, name, indicators, *more):
+    return step(title, PRETRAINING, ["importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar", *more,
                                      "--output", indicators], indicators)
 
 
-def search(title, indicators, policy, *more):
-    # 10.59x is the size of uniform 3 bits with 8 bits in the first and the last layer
-    return step(title, SEARCH, ["search.py", "--model", "resnet20", "--i", f"../{PRETRAINING}/{indicators}",
-                                "--b", "6", "5", "4", "3", "2", "--wb", "3", "--ab", "3", "--cr", "10.59",
-                                "--bops", "True", "--output", policy, *more], policy)
+def search(title, indicators, policy, *budgets):
+    command = ["search.py", "--i", f"../{PRETRAINING}/{indicators}", "--b", *"65432", *budgets, "--bops", "True",
+               "--output", policy, "--plot", policy.replace(".yaml", ".png")]
+    return step(title, SEARCH, command, policy)
 
 
 def steps():
     """make demo."""
-    indicators = "results/resnet20_digits/importance_indicators_resnet20_digits.pkl"
-    return [
-        training("train ResNet-20 in full precision", TRAINING, "resnet20_digits_dense", "config_resnet20_digits.yaml"),
-        training("pre-train the importance indicators", PRETRAINING, "resnet20_digits", "config_resnet20_digits.yaml"),
-        extraction("extract them", "resnet20_digits", indicators),
-        search("search a policy at the cost of uniform W3A3", indicators, POLICY, "--plot", PLOT),
-        training("fine-tune at the searched policy", TRAINING, "resnet20_digits_w3a3",
-                 "finetune_resnet20_digits_w3a3.yaml"),
-        training("fine-tune at uniform 3 bits", TRAINING, "resnet20_digits_uniform3",
-                 "finetune_resnet20_digits_uniform3.yaml"),
-        step("pack the searched network", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED),
+    indicators, tuning = f"results/{NAME}/joint_fisher.pkl", f"finetune_{NAME}_w3a3.yaml"
+    chain = [
+        training("train a small MobileNetV2 in full precision", TRAINING, f"{NAME}_dense", f"config_{NAME}.yaml"),
+        training("train it jointly at all bit-widths", PRETRAINING, NAME, f"config_{NAME}.yaml"),
+        extraction("extract the importance indicators", NAME, indicators, "--of", "joint_fisher"),
     ]
+    for w, a in BUDGETS:
+        name, policy = f"w{w}a{a}", POLICY.replace("w3a3", f"w{w}a{a}")
+        chain += [
+            search(f"search a policy at the BitOPs of uniform {name.upper()}", indicators, policy, "--wb", str(w), "--ab",
+                   str(a), "--cr", "0"),
+            training("fine-tune at this policy", TRAINING, f"{NAME}_{name}", tuning,
+                     *([] if policy == POLICY else [f"name={NAME}_{name}", f"policy=../{SEARCH}/{policy}"])),
+            training(f"fine-tune at uniform {name.upper()}", TRAINING, f"{NAME}_uniform_{name}", tuning,
+                     f"name={NAME}_uniform_{name}", "policy=", f"weight_bits={w}", f"act_bits={a}"),
+        ]
+    return [*chain, step("pack the network searched at W3A3", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED)]
 
 
 def pruned_steps():
@@ -74,8 +81,9 @@ def pruned_steps():
             training(f"pre-train the importance indicators, {words}", PRETRAINING, name, "config_resnet20_digits.yaml",
                      f"name={name}", "pre_trained=false", f"init_from={PRUNED}/level_{level}_checkpoint.pth.tar"),
             extraction("extract them", name, indicators),
-            search("search a policy at the cost of uniform W3A3", indicators, policy, "--plot",
-                   policy.replace(".yaml", ".png")),
+            # 10.59x is the size of uniform 3 bits with 8 bits in the first and the last layer
+            search("search a policy at the cost of uniform W3A3", indicators, policy, "--wb", "3", "--ab", "3", "--cr",
+                   "10.59"),
             training("fine-tune at the searched policy", TRAINING, f"{name}_w3a3", "finetune_resnet20_digits_w3a3.yaml",
                      f"name={name}_w3a3", f"policy=../{SEARCH}/{policy}",
                      f"init_from=../{PRETRAINING}/results/{name}/{name}_checkpoint.pth.tar"),
@@ -118,6 +126,27 @@ def table(found):
         top1, size, ratio, bitops = (float(row[key]) for key in ("top1", "size_mb", "ratio", "gbitops"))
         lines.append(f"{row['network']:<18} {top1:>8.2f} {size:>9.4f} {ratio:>8.2f}x {bitops:>9.4f}")
     return "\n".join(lines)
+
+
+def save_plot(found, path):
+    """Top-1 against BitOPs, of the uniform and of the searched networks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for kind, mark in (("uniform", "s"), ("searched", "o")):
+        own = [row for row in found if row["network"].startswith(kind)]
+        axes.plot([1000 * row["gbitops"] for row in own], [row["top1"] for row in own], mark, label=kind)
+        for row in own:
+            axes.annotate(row["network"].split()[-1], (1000 * row["gbitops"], row["top1"]), (6, 4), textcoords="offset points")
+    axes.set(xlabel="BitOPs of the whole network in millions", ylabel="top-1 on the test set in %")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def pruned_rows():
@@ -181,12 +210,14 @@ def main():
     found, seconds = pruned_rows() if is_pruned else rows(), time.time() - begun
     if "--record" in sys.argv:
         record(found, is_pruned, seconds if all(have_run) else None)
-    print(f"\nResNet-20 on UCI digits (359 test images, 16x16), {seconds:.0f} s in all\n\n"
-          f"{pruned_table(found) if is_pruned else table(found)}\n")
+    network, shown = ("ResNet-20", pruned_table(found)) if is_pruned else ("A small MobileNetV2", table(found))
+    print(f"\n{network} on UCI digits (359 test images), {seconds:.0f} s in all\n\n{shown}\n")
     if is_pruned:
         print(f"accuracy against sparsity: {PRETRAINING}/{PRUNED}/pruning.png")
     else:
         size = packed_bytes()
+        save_plot(found, ROOT / ACCURACY)
+        print(f"accuracy against BitOPs: {ACCURACY}")
         print(f"the bit-packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB)")
         print(f"the policy: {SEARCH}/{POLICY}\nits plot: {SEARCH}/{PLOT}")
     print("training curves: */results/*/curves.png\nmake clean removes all of it")

@@ -203,6 +203,24 @@ def test_two_processes_walk_stages_one_and_three(walked, stages):
     assert f"top-1 {float(test['top1']):.3f}" in alone  # metrics over two processes are those of one
 
 
+def test_the_way_of_the_readme(stages):
+    """The commands of the README, and of the demo, on fewer images."""
+    name, of_joint = "mobilenet_digits", "../indicators_pretraining/results/mobilenet_digits/joint_fisher.pkl"
+    tuned = f"results/{name}_w3a3/{name}_w3a3_checkpoint.pth.tar"
+    command(stages["training"], "main.py", f"config_{name}.yaml", *SMALL, "warmup_epochs=0")
+    command(stages["pretraining"], "main.py", f"config_{name}.yaml", *SMALL)
+    command(stages["pretraining"], "importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar",
+            "--of", "joint_fisher", "--output", f"results/{name}/joint_fisher.pkl")
+    command(stages["search"], "search.py", "--i", of_joint, "--b", *BITS, "--wb", "3", "--ab", "3", "--cr", "0",
+            "--bops", "True", "--output", f"results/policy_{name}_w3a3.yaml")
+    command(stages["training"], "main.py", f"finetune_{name}_w3a3.yaml", *SMALL)
+    said = command(stages["training"], "main.py", f"eval_{name}_w3a3.yaml", *SMALL[:2])
+    summary = yaml.safe_load((stages["training"] / f"results/{name}_w3a3/summary.yaml").read_text())
+    assert f"top-1 {summary['top1']:.3f}" in said
+    said = command(stages["training"], "export.py", tuned, "--output", f"results/{name}_w3a3.safetensors")
+    assert "bit for bit" in said
+
+
 def test_a_pruned_network_walks_all_stages(stages):
     small, prune = [*SMALL, "pre_trained=", "name=pruned"], ["prune.amount=0.4", "prune.levels=2"]
     python(stages["pretraining"], "pruning.py", "config_resnet20_digits.yaml", *small, *prune)

@@ -2,13 +2,16 @@
 
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VisionTransformer
+from torchvision.models import MobileNetV2, VisionTransformer
 from torchvision.ops import Conv2dNormActivation
 
 # output channels and stride of each depthwise separable unit
 UNITS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
 # LIMPQ's code repeats the stride of a stage in each of its units; the parameters have the same shapes.
 REPEATED_STRIDES = [(channels, 1 if channels == 64 else 2) for channels, _ in UNITS]
+# of MobileNetV2's stages, with one inverted residual block each: expansion, output channels, number of blocks, stride
+ONE_BLOCK_PER_STAGE = [(1, 16, 1, 1), (6, 24, 1, 2), (6, 32, 1, 2), (6, 64, 1, 2), (6, 96, 1, 1), (6, 160, 1, 2),
+                       (6, 320, 1, 1)]
 TINY = {"hidden_dim": 192, "mlp_dim": 768, "num_heads": 3}
 
 
@@ -100,6 +103,11 @@ def mobilenetv1_limpq(num_classes):
     return MobileNetV1(num_classes, REPEATED_STRIDES)
 
 
+def mobilenet_v2_tiny(num_classes):
+    """MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2) with half the channels, and one block in each stage."""
+    return MobileNetV2(num_classes, 0.5, ONE_BLOCK_PER_STAGE, dropout=0.0)
+
+
 def vit_tiny_patch16_224(num_classes, input_size=224):
     """ViT-Ti (Dosovitskiy et al., arXiv 2010.11929; tiny: DeiT, arXiv 2012.12877) with patches of 16x16 pixels and 12 blocks,
     5.7 M weights; images of any multiple of 16 pixels."""
@@ -117,6 +125,6 @@ def _vision_transformer(num_classes, input_size, **options):
     return model
 
 
-OWN_MODELS = {"mobilenetv1": mobilenetv1, "mobilenetv1_limpq": mobilenetv1_limpq, "resnet20": resnet20,
-              "vit_tiny_patch4_32": vit_tiny_patch4_32, "vit_tiny_patch16_224": vit_tiny_patch16_224}
+OWN_MODELS = {"mobilenetv1": mobilenetv1, "mobilenetv1_limpq": mobilenetv1_limpq, "mobilenet_v2_tiny": mobilenet_v2_tiny,
+              "resnet20": resnet20, "vit_tiny_patch4_32": vit_tiny_patch4_32, "vit_tiny_patch16_224": vit_tiny_patch16_224}
 SIZED_MODELS = ("vit_tiny_patch4_32", "vit_tiny_patch16_224")  # those that are built for one input size

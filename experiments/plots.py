@@ -37,7 +37,7 @@ def save_plot(path, title, rows, summary, plot, measure):
         axes.plot(*zip(*means, strict=True), "_" if names else "-", markersize=16, markeredgewidth=2.5, color=tint, label=name)
     if names:
         crowded = sum(map(len, names)) > 80
-        axes.set_xticks(range(len(names)), names, rotation=20 if crowded else 0, ha="right" if crowded else "center")
+        axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axes.set(title=title, ylabel=plot.get("label", measure), xlabel="" if names else plot.get("x_label", x))
     axes.grid(axis="y", alpha=0.3)
     if colour:
@@ -55,7 +55,7 @@ def save_scatter(path, title, rows, summary):
             axes.axis("off")
             continue
         axes.scatter([row[f"sum_{line['indicators']}"] for row in rows], [row["top1"] for row in rows], s=14, color=COLOURS[0])
-        axes.set(title=f"{line['indicators']}: {line['top1_rank']:.2f} ± {line['top1_rank_sd']:.2f}", xscale="log",
+        axes.set(title=f"{line['indicators']}: {line['top1_rank']:.2f} ± {line['top1_rank_sd']:.2f}",
                  xlabel="sum of indicators")
         axes.grid(alpha=0.3)
     for axes in panels[:, 0]:

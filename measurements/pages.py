@@ -10,7 +10,6 @@ goes takes its line here with it.
 import csv
 import pickle
 import re
-import statistics
 
 import demo
 
@@ -23,6 +22,15 @@ ON_DIGITS = {"vit_tiny_patch4_32_digits": "small ViT, 16x16 images", "mobilenet_
              "mobilenet_v2_digits_quan_act_all_positive_true":
                  "MobileNetV2, all inputs unsigned (`quan.act.all_positive=true`)"}
 SHIPPED = {"resnet50": "resnet50", "resnet18": "resnet18", "resnet20": "resnet20_fashion_mnist"}
+BITS_BY = {"fisher": "Fisher information", "refined": "joint Fisher, then refined",
+           "joint_fisher": "joint Fisher, without extra passes",
+           "loss": "loss", "depth": "depth", "kl": "KL divergence", "uniform": "uniform", "loss_share": "loss share",
+           "noise": "noise-to-signal ratio", "random2": "random, best of three draws", "steps": "step sizes (LIMPQ's)",
+           "steps_floors": "step sizes, `auto`, depthwise 4 bits or more", "steps_auto": "step sizes, `--alpha auto`",
+           "random0": "random, second draw", "random1": "random, third draw",
+           "fisher_reversed": "Fisher information, reversed"}
+SHORT = ("fisher", "joint_fisher", "uniform", "steps", "random2", "fisher_reversed")
+OTHERS = {"fisher": "Fisher", "joint_fisher": "joint Fisher", "loss": "loss"}
 OURS = {"compiled": "", "not compiled": "quantizer without a compiler", "float32": "", "bfloat16": "the same in bfloat16"}
 
 
@@ -94,6 +102,53 @@ def policies_table(found):
                                            for policy in policies])
 
 
+def importance_table(found, title, policies):
+    """experiments/importance.yaml, at W3A3, of some policies; `title` stands over their names."""
+    lines = []
+    for policy in policies:
+        [line] = [line for line in found if (line["budget"], line["policy"]) == ("W3A3", policy)]
+        lines.append([BITS_BY[policy], spread(line), spread(line, "difference") if line["pairs"] != "0" else "", line["n"],
+                      number(line, "size_mb")])
+    return markdown([title, "top-1", "ahead of uniform bits by", "seeds", "MB"], lines)
+
+
+def others_table(found):
+    """The other networks and budgets of experiments/importance*.yaml."""
+    lines = []
+    for network, budget, line_of in found:
+        cells = [f"{spread(line_of[policy], 'difference' if 'uniform' in line_of else 'top1')}" if policy in line_of else ""
+                 for policy in OTHERS]
+        lines.append([network, budget, spread(line_of["uniform"]) if "uniform" in line_of else "", *cells])
+    return markdown(["network", "budget", "uniform", *OTHERS.values()], lines)
+
+
+def other_networks():
+    """[(network, budget, {policy: its row})]"""
+    found = []
+    for network, name in (("MobileNetV2, digits", "importance"), ("ResNet-20, Fashion-MNIST", "importance_resnet20"),
+                          ("small ViT, digits", "importance_vit")):
+        lines = rows(f"experiments/{name}.csv")
+        for budget in dict.fromkeys(line["budget"] for line in lines):
+            found.append((network, budget, {line["policy"]: line for line in lines if line["budget"] == budget}))
+    return found
+
+
+def ranks_table(found):
+    """experiments/importance_ranks.csv"""
+    return markdown(["indicators", "with accuracy", "with loss"],
+                    [[f"`{line['indicators']}`", spread(line, "top1_rank"), spread(line, "loss_rank")] for line in
+                     sorted(found, key=lambda line: float(line["top1_rank"]))])
+
+
+def costs_table(found):
+    """measurements/bench_indicators.py"""
+    passes = {"noise": "one forward pass", "fisher": "one forward and backward pass",
+              "kl": "one forward pass from each layer on, for each of its bit-widths", "loss": "the same"}
+    return markdown(["indicators", "passes over 1,000 images", "seconds"],
+                    [["`steps`, `joint_fisher`, `loss_share`", "none", "0"],
+                     *([f"`{line['indicators']}`", passes[line["indicators"]], number(line, "seconds", 0)] for line in found)])
+
+
 def pruning_table(found):
     """measurements/pruning_on_fashion_mnist.py"""
     by_level = {}
@@ -141,6 +196,10 @@ def read_indicators(name):
 def tables():
     return [demo.table(rows("measurements/demo.csv")), demo.pruned_table(rows("measurements/demo_pruned.csv")),
             policies_table(rows("experiments/policies.csv")),
+            importance_table(rows("experiments/importance.csv"), "bits by", SHORT),
+            importance_table(rows("experiments/importance.csv"), "all policies: bits by", BITS_BY),
+            ranks_table(rows("experiments/importance_ranks.csv")), others_table(other_networks()),
+            costs_table(rows("measurements/indicator_costs.csv")),
             search_table(rows("measurements/bench_search_2_cores.csv")),
             training_table(rows("measurements/bench_training_2_cores.csv")),
             pruning_table(rows("measurements/pruning_on_fashion_mnist.csv")),
@@ -158,17 +217,10 @@ def spread(line, key="top1", sign=1):
     return f"{mean:.2f} ± {number(line, key + '_sd')}".replace("-", "−")
 
 
-def rank_correlation(one, other):
-    """Spearman's, without ties."""
-    return statistics.correlation(*([sorted(values).index(value) for value in values] for values in (one, other)))
-
-
 def figures():
     """[(words with {} where a figure stands, the figures)]"""
     policies = {policy: row("experiments/policies.csv", budget="W3A3", policy=policy) for policy in ("uniform", "reversed")}
     loss = row("experiments/vit.csv", budget="W2.5A2.5", policy="loss")
-    measured = rows("measurements/losses_and_batchnorm.csv")
-    columns = {key: [float(line[key]) for line in measured] for key in ("moved", "held", "re-estimated", "loss")}
     return [
         ("After installation it took {} seconds", f"{noted('demo'):.0f}"),
         ("The commands took {} seconds", f"{noted('own network'):.0f}"),
@@ -177,9 +229,8 @@ def figures():
         ("uniform bits in every seed, by {} points", spread(policies["uniform"], "difference", -1)),
         ("at any budget ({} points at W3A3)", spread(policies["reversed"], "difference", -1)),
         ("every seed, by {} points. The inputs", spread(loss, "difference")),
-        ("Over {} random policies of ResNet-20 on 8x8", str(len(measured))),
-        ("rank correlation of {}, {} and {} with", *(f"{rank_correlation(columns[way], columns['loss']):.2f}"
-                                                     for way in ("moved", "held", "re-estimated"))),
+        ("With the BatchNorms held, that of `kl` with accuracy was {}, so",
+         f"{noted('kl rank, held'):.2f} ± {noted('kl rank, held, error'):.2f}".replace("-", "−")),
         ("jointly trained ones costs {} points",
          spread(row("experiments/parts.csv", choice="from_dense_weights"), "difference", -1)),
     ]

@@ -21,7 +21,7 @@ POLICY, PLOT = f"results/policy_{NAME}_w3a3.yaml", f"results/policy_{NAME}_w3a3.
 TUNED = f"results/{NAME}_w3a3/{NAME}_w3a3_checkpoint.pth.tar"
 PACKED = f"results/{NAME}_w3a3.safetensors"
 ACCURACY = f"{TRAINING}/results/{NAME}.png"
-BUDGETS = ((2, 3), (3, 3), (4, 4))  # bits of weights and activations of uniform networks; searched ones have their BitOPs
+BUDGETS = ((3, 3),)  # bits of weights and activations of uniform networks; searched ones have their BitOPs
 ROWS = {"dense, 32 bits": f"{NAME}_dense",
         **{f"{kind} W{w}A{a}": f"{NAME}_{tag}w{w}a{a}" for w, a in BUDGETS
            for kind, tag in (("uniform", "uniform_"), ("searched at", ""))}}

@@ -148,6 +148,8 @@ def _values(where, rows):
         for name, row in rows.items():
             if taken := {"name", "fields"} & set(row or {}):
                 raise PlanError(f"{where}.{name}: {taken.pop()} is taken; give the field another name")
+            if empty := [key for key, word in (row or {}).items() if word is None]:
+                raise PlanError(f"{where}.{name}: {empty[0]} has no value; put a value with a comma into quotes")
         return [Value(str(name), {key: str(word) for key, word in (row or {}).items()}) for name, row in rows.items()]
     return [Value(str(name), {}) for name in rows]
 

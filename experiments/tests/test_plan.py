@@ -103,6 +103,7 @@ def changed(step, **keys):
     (changed("tune", comand="x"), "expected folder, command and makes"),
     (changed("tune", makes="{results}/joint_{seed}"), "both make"),
     (PLAN | {"values": {"seed": {"one": {"name": "x"}}}}, "seed.one: name is taken"),
+    (PLAN | {"values": {"seed": {"one": {"flags": "--at-least depthwise=4", "2": None}}}}, "seed.one: 2 has no value"),
     (changed("joint", command="go {results}/t_large_{seed}/x"), "wait for each other"),
 ])
 def test_a_mistake_is_named(tmp_path, plan, words):

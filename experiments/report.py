@@ -21,7 +21,7 @@ import yaml
 
 from measures import agreement_of, jackknife, objective_of, order_of, rank_correlation, training_seconds, validation_of
 from plots import save_plot, save_scatter
-from util.exchange import STEPS, read_indicators, read_policy
+from util.exchange import STEPS, read_indicators, read_policy, usual_alpha
 
 DENSE_COSTS = ("size_mb", "ratio", "gbitops")
 COSTS = (*DENSE_COSTS, "sparsity", "sparse_size_mb", "sparse_ratio", "gbitops_effective")
@@ -119,7 +119,7 @@ def prediction_row(step, experiment, entry):
     for source in (source for name in entry["indicators"] for source in experiment.named(name) if source.is_done):
         content = read_indicators(source.made)
         kind = content.get("kind", STEPS)
-        sums[f"{SUM}{kind}"] = objective_of(policy, content, 2 if kind == STEPS else 1)
+        sums[f"{SUM}{kind}"] = objective_of(policy, content, usual_alpha(kind))
     return {**accuracy_row(step, experiment, entry), **sums}
 
 

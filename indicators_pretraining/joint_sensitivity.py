@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine.metrics import evaluation_mode
+from engine.metrics import batchnorms_in_training, evaluation_mode
 from engine.resume import find_run, restore
 from engine.run_folder import RunFolder
 from indicators import CARRIED, trained
 from network import build_network
 from quan.func import KINDS
 from quan.quantizer.lsq import quantized
-from quan.utils import BATCHNORM, weights_quantized_once
+from quan.utils import weights_quantized_once
 from replay import MEMORY, Replay
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError
@@ -89,17 +89,8 @@ def divergence_one_at_a_time(model, switch, batches):
     images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if len(images) == 1:
         raise UserError("--images: found 1 image; kl takes the statistics of BatchNorms from the images, so give more")
-    batchnorms = [module for module in model.modules() if isinstance(module, BATCHNORM)]
-    momenta = [module.momentum for module in batchnorms]
-    try:
-        for module in batchnorms:
-            module.train()
-            module.momentum = 0.0  # the running statistics stay
+    with batchnorms_in_training(model, momentum=0.0):  # their own statistics stay
         return one_at_a_time(model, switch, [(images, target)], kl_divergence)
-    finally:
-        for module, momentum in zip(batchnorms, momenta, strict=True):
-            module.eval()
-            module.momentum = momentum
 
 
 @torch.no_grad()

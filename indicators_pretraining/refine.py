@@ -29,11 +29,10 @@ from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
 from util.errors import UserError, nearest, reason, user_errors_on_one_line
-from util.exchange import STEPS, fit_names, read_indicators, read_policy, same_arch, split_arch, write_policy
+from util.exchange import STEPS, fit_names, read_indicators, read_policy, same_arch, split_arch, usual_alpha, write_policy
 
 IMAGES, TRIES = 1000, 20
 CLEAR = 2  # standard errors
-STEP_SIZE_ALPHA = 2  # LIMPQ's, for step sizes and a policy that does not say its own
 
 
 def main(arguments=None):
@@ -146,7 +145,7 @@ def refined(judge, policy, choice, path, indicators, tries):
     candidates = policy.get("candidates", judge.bits)
     bits = [bit for bit in judge.bits if bit in candidates or bit in choice.values()]
     try:
-        alpha = float(policy.get("alpha", STEP_SIZE_ALPHA if indicators.get("kind", STEPS) == STEPS else 1))
+        alpha = float(policy.get("alpha", usual_alpha(indicators.get("kind", STEPS))))
         limits = (budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers),
                   floors_of(policy, judge.layers))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # of a section that was edited

@@ -5,33 +5,31 @@ python ../measurements/bench_indicators.py CHECKPOINT CONFIG.yaml [key=value ...
 with a jointly trained network and the configuration of its data. Writes measurements/indicator_costs.csv.
 """
 
-import csv
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+sys.path.insert(0, ".")  # the stage
+
+from timing import show, timed
 
 IMAGES = 1000
 OF = ("noise", "fisher", "kl", "loss")
 
 
-def seconds_of(of, checkpoint, words):
+def measure(of, checkpoint, words):
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.time()
         command = [sys.executable, "sensitivity.py", *words, f"resume.path={checkpoint}", "--of", of, "--images", str(IMAGES),
                    "--output", f"{folder}/i.pkl"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return round(time.time() - begun, 1)
 
 
 def main():
     checkpoint, *words = sys.argv[1:]
-    rows = [{"indicators": of, "images": IMAGES, "seconds": seconds_of(of, checkpoint, words)} for of in OF]
-    with open(Path(__file__).with_name("indicator_costs.csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [{"indicators": of, "images": IMAGES, "seconds": round(timed(lambda of=of: measure(of, checkpoint, words))[0], 1)}
+            for of in OF]
+    show(Path(__file__).with_name("indicator_costs.csv"), list(rows[0]), rows, 1)
 
 
 if __name__ == "__main__":

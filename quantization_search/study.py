@@ -13,7 +13,7 @@ from options import BUDGETS
 from solver import SolverError
 from util.config import AUTO, check_bits
 from util.errors import UserError
-from util.exchange import STEPS, read_indicators
+from util.exchange import STEPS, read_indicators, usual_alpha
 
 EXCHANGED = {"reversed": mirrored, "depth": by_depth}
 LEAST_ALPHA, MOST_ALPHA, ALPHA_SOLUTIONS = -12, 12, 16  # powers of two
@@ -47,7 +47,7 @@ class Study:
 
     def settled(self, config):
         """The configuration with alpha and outliers decided, as what was typed or the kind of the indicators says."""
-        alpha = (2 if self.kind == STEPS else 1) if config.alpha is None else config.alpha
+        alpha = usual_alpha(self.kind) if config.alpha is None else config.alpha
         config = replace(config, alpha=alpha, outliers=self.outliers(config))
         return replace(config, alpha=self._balancing_alpha(config)) if alpha == AUTO else config
 

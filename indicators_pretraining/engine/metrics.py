@@ -85,26 +85,36 @@ def evaluate_best(model, folder, last_epoch, evaluate_model, figures, monitor):
 
 
 @contextlib.contextmanager
-def batchnorms_estimating_anew(model):
-    """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back, and
-    after an error or a signal the statistics too."""
+def batchnorms_in_training(model, momentum):
+    """Evaluation mode, but for BatchNorms, which are yielded: they normalize with each batch's statistics, and take these into
+    their own by this momentum. Modes and momenta are put back."""
     batchnorms = [module for module in model.modules() if isinstance(module, BATCHNORM) and module.track_running_stats]
     momenta = [module.momentum for module in batchnorms]
-    before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batchnorms]
     with evaluation_mode(model):
         try:
             for module in batchnorms:
                 module.train()
+                module.momentum = momentum
+            yield batchnorms
+        finally:
+            for module, before in zip(batchnorms, momenta, strict=True):
+                module.momentum = before
+
+
+@contextlib.contextmanager
+def batchnorms_estimating_anew(model):
+    """BatchNorms in training mode, averaging all batches with equal weight from zero; mode and momentum are put back, and
+    after an error or a signal the statistics too."""
+    with batchnorms_in_training(model, momentum=None) as batchnorms:
+        before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in batchnorms]
+        try:
+            for module in batchnorms:
                 module.reset_running_stats()
-                module.momentum = None
             yield
         except BaseException:
             for module, buffers in zip(batchnorms, before, strict=True):
                 module.load_state_dict(buffers, strict=False)
             raise
-        finally:
-            for module, momentum in zip(batchnorms, momenta, strict=True):
-                module.momentum = momentum
 
 
 def has_batchnorm(model):

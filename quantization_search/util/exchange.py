@@ -123,6 +123,11 @@ def _checked_table(where, table, own):
     return {name: {int(bit): float(value) for bit, value in rows[name].items()} for name in own.values()}
 
 
+def usual_alpha(kind):
+    """The weight of the weights' indicators against the inputs' where none is typed: LIMPQ's for step sizes; 1 for others."""
+    return 2 if kind == STEPS else 1
+
+
 def write_indicators(path, content):
     """Write an indicators file: plain types only, bits as text, as published. Its checksum follows the pickle's end."""
     tables = {kind: {name: {str(bit): float(value) for bit, value in row.items()} for name, row in content[kind].items()}

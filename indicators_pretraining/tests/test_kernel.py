@@ -13,7 +13,7 @@ from torch import nn
 from quan.func import QuanConv2d, QuanLinear
 from quan.fused import Operation
 from quan.quantizer import LsqQuan, integer_range, kernel, lsq
-from quan.quantizer.lsq import gradients
+from quan.quantizer.lsq import gradients, integers
 from quan.utils import weights_quantized_once
 from util.errors import UserError
 
@@ -99,6 +99,19 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(problem, seed, wide):
     wanted_v, wanted_s = gradients(incoming.float(), exact, s, qn, qp)
     assert grad_v.dtype == v.dtype and torch.equal(grad_v.float(), wanted_v.to(v.dtype).float())
     assert grad_s.dtype == torch.float32 and torch.equal(grad_s, wanted_s)
+
+
+@SETTINGS
+@given(problems())
+def test_integers_counted_from_the_lowest_are_those_of_the_values(problem):
+    v, s, qn, qp = problem
+    s = s.reshape(-1)[:1]
+    counted, plain = integers(v, s, qn, qp), (v.double() / s.double()).float().clamp(-qn, qp).round() + qn
+    assert counted.dtype == torch.uint8 and torch.equal(counted.float(), plain)
+    assert torch.equal((counted.float() - qn) * s, lsq(v, s, qn, qp))
+    kernel.use("plain")
+    assert torch.equal(integers(v, s, qn, qp), counted)
+    kernel.use("compiled")
 
 
 def test_what_is_not_a_number_stays_so():

@@ -37,6 +37,7 @@ POINTER, COUNT, BOUND, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_doubl
 CPU = "cpu"
 
 _quantize, _differentiate = {}, {}  # functions for tensors on _device, by types; empty where there are none
+_count = {}  # the one that gives integers
 _device, _state = CPU, "tensor operations"
 
 
@@ -54,6 +55,7 @@ def use(wanted, device=CPU):
     global _device, _state
     _quantize.clear()
     _differentiate.clear()
+    _count.clear()
     _device, _state = device, "tensor operations"
     if wanted == "plain":
         return
@@ -94,6 +96,17 @@ def quantize(v, steps, qn, qp, dtype):
     v, steps = _dense(v), steps.contiguous()
     q = torch.empty_like(v, dtype=dtype)
     function(v, steps, steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp, q)
+    return q
+
+
+def integers(v, step, qn, qp):
+    """round(clip(v/step, -qn, qp)) + qn as a new uint8 tensor, of one step size; None where there is no function for it."""
+    function = _count.get(v.dtype)
+    if function is None or step.numel() != 1:
+        return None
+    v = _dense(v)
+    q = torch.empty_like(v, dtype=torch.uint8)
+    function(v.data_ptr(), step.data_ptr(), v.numel(), qn, qp, torch.get_num_threads(), q.data_ptr())
     return q
 
 
@@ -157,6 +170,8 @@ def _take_loops():
             function.argtypes = [POINTER] * read + [COUNT, COUNT, BOUND, BOUND, THREADS] + [POINTER] * written
             function.restype = None
             functions[pair] = functools.partial(loops, function)
+    function = _count[torch.float32] = library.integers_float32_uint8
+    function.argtypes, function.restype = [POINTER, POINTER, COUNT, BOUND, BOUND, THREADS, POINTER], None
     return "compiled loops"
 
 

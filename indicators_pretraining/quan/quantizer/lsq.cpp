@@ -56,6 +56,19 @@ void quantize(const V* v, const typename Arithmetic<V>::type* steps, int64_t row
     }
 }
 
+// round(clip(v / step)) + qn, from 0 to qn + qp <= 255: what integer arithmetic takes.
+void count(const float* v, const float* step, int64_t values, double qn, double qp, int threads, uint8_t* q) {
+    const int64_t blocks = (values + BLOCK - 1) / BLOCK;
+    const float s = *step, low = -qn, high = qp, lowest = qn;
+    #pragma omp parallel for num_threads(threads) if(blocks > 1)
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t begin = block * BLOCK, end = begin + BLOCK < values ? begin + BLOCK : values;
+        #pragma omp simd
+        for (int64_t i = begin; i < end; i++)
+            q[i] = uint8_t(int32_t(std::nearbyint(clip(v[i] / s, low, high)) + lowest));
+    }
+}
+
 // grad_v may be the same memory as grad, where their types are the same; it may be null.
 // For each row, the gradient of its step, and the sum of grad * v / step over clipped values, whose gradient is lost.
 template <typename G, typename V>
@@ -122,3 +135,8 @@ DIFFERENTIATE(float64_float64, double, double, double)
 DIFFERENTIATE(float32_float32, float, float, float)
 DIFFERENTIATE(bfloat16_float32, bfloat16, float, float)
 DIFFERENTIATE(bfloat16_bfloat16, bfloat16, bfloat16, float)
+
+extern "C" void integers_float32_uint8(const float* v, const float* step, int64_t values, double qn, double qp, int threads,
+                                       uint8_t* q) {
+    count(v, step, values, qn, qp, threads, q);
+}

@@ -70,6 +70,16 @@ def quantized(v, s, qn, qp, dtype=None):
     return (v.to(s.dtype) / s).clamp_(-qn, qp).round_().mul_(s).to(dtype) if q is None else q
 
 
+def integers(v, s, qn, qp):
+    """What quantized(v, s, qn, qp) is in units of s, counted from the lowest: round(clip(v/s, -qn, qp)) + qn as uint8.
+
+    Args:
+        v: float32. s: one step size. qn, qp: a range of at most 256 integers.
+    """
+    found = kernel.integers(v, s, qn, qp) if kernel.takes(v, s) else None
+    return (v / s).clamp_(-qn, qp).round_().add_(qn).to(torch.uint8) if found is None else found
+
+
 def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False, changes=None):
     """The gradients of lsq() from the gradient of its result, before `scale`.
 

@@ -1,7 +1,7 @@
 """Write a fine-tuned network as a packed model or as ONNX, show a packed model, or classify images with one.
 
 python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx] [--report report.html]
-python export.py model.safetensors --onnx model.onnx
+python export.py model.safetensors --onnx model.onnx [--qonnx quant_nodes.onnx]
 python export.py --inspect model.safetensors
 python export.py --predict model.safetensors IMAGE...
 """
@@ -36,6 +36,7 @@ def parse(arguments):
     parser.add_argument("files", nargs="*", metavar="CHECKPOINT | IMAGE", help="a checkpoint of main.py; images to classify")
     parser.add_argument("--output", metavar="FILE.safetensors", help="the packed model to write")
     parser.add_argument("--onnx", metavar="FILE.onnx", help="the ONNX model to write; needs requirements-export.txt")
+    parser.add_argument("--qonnx", metavar="FILE.onnx", help="the QONNX model to write; needs requirements-export.txt")
     parser.add_argument("--report", metavar="FILE.html", help="a page about the packed model; needs --output")
     parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
     parser.add_argument("--inspect", metavar="FILE", help="print the layers of a packed model; nothing is rebuilt or run")
@@ -44,7 +45,8 @@ def parse(arguments):
     parser.add_argument("--arch", metavar="FILE.py:FACTORY",
                         help="your own network's file, which is run; needed where the network is one of your own")
     options = parser.parse_intermixed_args(arguments)
-    if options.inspect and (options.predict or options.files or options.output or options.onnx):
+    if options.inspect and (options.predict or options.files or options.output or options.onnx
+                            or options.qonnx):
         parser.error("--inspect stands alone")
     if options.report and not options.output:
         parser.error("--report: is about a packed model; give --output too")
@@ -53,8 +55,8 @@ def parse(arguments):
     if not options.inspect and not options.predict:
         if len(options.files) != 1:
             parser.error("give one checkpoint, or --inspect FILE, or --predict FILE IMAGE...")
-        if not options.output and not options.onnx:
-            parser.error("--output, or --onnx: say where the model is to be written")
+        if not options.output and not options.onnx and not options.qonnx:
+            parser.error("--output, --onnx or --qonnx: say where the model is to be written")
     return options
 
 
@@ -65,16 +67,13 @@ def export(options):
     from packed_network import as_checkpoint, load_any, rebuild, with_configuration
 
     path = options.files[0]
-    if options.onnx:
-        from onnx_export import check_installed
-
-        check_installed()
+    check_installed(options)
     content = load_any(path)
     if options.config:
         content = with_configuration(content, path, options.config, options.arch)
         options.arch = options.arch or content["arch"]
     if "packed" in content and options.output:
-        raise UserError(f"{path}: is a packed model already; --onnx takes one")
+        raise UserError(f"{path}: is a packed model already; --onnx and --qonnx take one")
     network = rebuild(content, path, options.arch)
     size, seed = content["input_size"], torch.Generator().manual_seed(0)
     images = torch.randn(CHECKED_IMAGES, 3, size, size, generator=seed)
@@ -96,6 +95,16 @@ def export(options):
         fold(network, images)
     if options.onnx:
         write_onnx(network, options.onnx, images)
+    if options.qonnx:
+        write_qonnx(network, options.qonnx, images)
+
+
+def check_installed(options):
+    """Refuse to go on where a package that the options need is missing."""
+    if options.onnx or options.qonnx:
+        import onnx_export
+
+        onnx_export.check_installed("--qonnx" if options.qonnx else "--onnx")
 
 
 def fold(network, images):
@@ -115,18 +124,37 @@ def fold(network, images):
 
 def write_onnx(network, path, images):
     """Write a network as ONNX, with weights as narrow as onnxruntime takes them, and say what came of it."""
-    from onnx_export import logits_of_onnxruntime, narrowest_that_loads, to_onnx
+    from onnx_export import checked, logits_of_onnxruntime, narrowest_that_loads, to_onnx
 
     model, counts = narrowest_that_loads(to_onnx(network.model, images.shape[-1]))
-    data = model.SerializeToString()
-    before, after = logits_of(network.model, images), logits_of_onnxruntime(data, images)
-    change = difference(before, after)
-    if not is_rounding(change, before, network.model, images):
-        raise UserError(f"--onnx: onnxruntime gives other outputs than PyTorch (by up to {change:g}); nothing was written")
+    data = checked(model)
+    change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), network.model, images)
     write_atomically(path, data)
     types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
     print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
           f"to {change:.1e}")
+
+
+def write_qonnx(network, path, images):
+    """Write a network as QONNX, and say what the package qonnx computes with it and counts in it."""
+    from onnx_export import checked
+    from qonnx_export import gbitops_of_qonnx, logits_of_qonnx, to_qonnx
+
+    model = to_qonnx(network.model, images.shape[-1])
+    data = checked(model)
+    change = change_of("--qonnx: the package qonnx", logits_of_qonnx(model, images), network.model, images)
+    write_atomically(path, data)
+    print(f"{path}: {len(data):,} bytes; logits of {len(images)} random images in qonnx: PyTorch's to {change:.1e}; BitOPs of "
+          f"qonnx {gbitops_of_qonnx(model):.3f} G, of the search by the exact count {network.cost['gbitops_exact']:.3f} G")
+
+
+def change_of(who, found, model, images):
+    """By how much logits that something else computed differ from a network's; a UserError where by more than rounding."""
+    before = logits_of(model, images)
+    change = difference(before, found)
+    if not is_rounding(change, before, model, images):
+        raise UserError(f"{who} gives other outputs than PyTorch (by up to {change:g}); nothing was written")
+    return change
 
 
 def pack(network, content, path, images):

@@ -18,17 +18,17 @@ from quan.func import QuanConv2d, scale_adjustment, stand_in
 from quan.quantizer import LsqQuan
 from util.errors import UserError, reason
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+NEEDED = {"--onnx": ("onnx", "onnxscript", "onnxruntime"), "--qonnx": ("onnx", "onnxscript", "onnxruntime", "qonnx")}
 OPSET = 21
 NARROW = ((2, 25), (4, 21))  # bits of types narrower than 8 bits, and the first opset that has them
 EXAMPLE_IMAGES = 2  # one would be taken for a number that never varies
 
 
-def check_installed():
-    """Refuse to go on where a package is missing, with the command that installs it."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def check_installed(flag):
+    """Refuse to go on where a package that a flag needs is missing, with the command that installs it."""
+    missing = [name for name in NEEDED[flag] if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--onnx needs {', '.join(missing)}: pip install -r requirements-export.txt")
+        raise UserError(f"{flag} needs {', '.join(missing)}: pip install -r requirements-export.txt")
 
 
 def symbolic(operator, inputs, shape, dtype, version=OPSET, **attributes):
@@ -66,12 +66,14 @@ class OnnxLayer(nn.Module):
     both step sizes, which are wide at few bits.
     """
 
+    quantizer = OnnxQuantizer
+
     def __init__(self, layer, name):
         super().__init__()
         stand_in(self, layer)
         del self.weight, self.bias, self.quan_w_fn
         self.operate = layer._conv_forward if isinstance(layer, QuanConv2d) else nn.functional.linear
-        self.quan_a_fn = OnnxQuantizer(layer.quan_a_fn) if isinstance(layer.quan_a_fn, LsqQuan) else nn.Identity()
+        self.quan_a_fn = self.quantizer(layer.quan_a_fn) if isinstance(layer.quan_a_fn, LsqQuan) else nn.Identity()
         step = layer.quan_w_fn.step.detach()
         if getattr(layer, "sat", False):
             step = step * scale_adjustment(layer.quan_w_fn.quantize(layer.weight.detach()))
@@ -81,30 +83,50 @@ class OnnxLayer(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().view(column))
 
     def forward(self, x):
-        axis = {"axis": 0} if self.step.dim() else {}
-        weight = symbolic("DequantizeLinear", (self.weight, self.step), self.weight.shape, torch.float32, **axis)
-        out = self.operate(self.quan_a_fn(x), weight, None)
+        out = self.operate(self.quan_a_fn(x), self.dequantized_weight(), None)
         return out if self.bias is None else out + self.bias
 
+    def dequantized_weight(self):
+        axis = {"axis": 0} if self.step.dim() else {}
+        return symbolic("DequantizeLinear", (self.weight, self.step), self.weight.shape, torch.float32, **axis)
 
-def to_onnx(model, input_size):
+
+def to_onnx(model, input_size, layer=OnnxLayer, batch=None):
     """The ONNX model of a network on the CPU: `images` float32 [batch, 3, S, S] to `logits` [batch, classes], weights as int8.
+
+    Args:
+        layer: what takes the place of each quantized layer. batch: the only batch size that it takes; None: any.
 
     Raises:
         UserError: where PyTorch cannot write it.
     """
-    images = torch.zeros(EXAMPLE_IMAGES, 3, input_size, input_size)
-    shapes = ({0: torch.export.Dim("batch")},)
+    images = torch.zeros(batch or EXAMPLE_IMAGES, 3, input_size, input_size)
+    shapes = None if batch else ({0: torch.export.Dim("batch")},)
     try:
         twin = copy.deepcopy(model).eval()
-        put_modules(twin, {name: OnnxLayer(module, name) for name, module in twin.named_modules()
+        put_modules(twin, {name: layer(module, name) for name, module in twin.named_modules()
                            if hasattr(module, "quan_w_fn")})
-        with _silence():
+        with silence():
             program = torch.onnx.export(twin.requires_grad_(False), (images,), dynamo=True, dynamic_shapes=shapes,
                                         opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False)
     except Exception as error:  # of the tracing of any network: many types
         raise UserError(f"--onnx: PyTorch cannot write this network as ONNX ({reason(error)[:200]})") from None
     return program.model_proto
+
+
+def checked(model):
+    """The bytes of an ONNX model that passes the checks of the package onnx.
+
+    Raises:
+        UserError: where it does not.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # of its own classes
+        raise UserError(f"what PyTorch wrote is no valid ONNX ({reason(error)[:200]}); nothing was written") from None
+    return model.SerializeToString()
 
 
 def narrowest_that_loads(model):
@@ -175,7 +197,7 @@ def logits_of_onnxruntime(data, images):
 
 
 @contextlib.contextmanager
-def _silence():
+def silence():
     """Without what the exporter prints and warns about."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -752,7 +752,7 @@ def test_what_cannot_be_packed_is_said_in_one_line(capsys):
         save_checkpoint("changed", changed)
         said = complaint(capsys, export.main, "changed", "--output", PACKED)
         assert message in said and said.startswith("error: changed")
-    for arguments, message in (([], "give one checkpoint"), ([FILE], "--output, or --onnx"),
+    for arguments, message in (([], "give one checkpoint"), ([FILE], "--output, --onnx or --qonnx"),
                                (["--predict", PACKED], "name the images"),
                                (["--inspect", PACKED, "--output", "a"], "--inspect stands alone"),
                                (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):

@@ -22,7 +22,7 @@ def net(num_classes):
                          nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, num_classes))
 """
-needs_onnxruntime = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in onnx_export.NEEDED),
+needs_onnxruntime = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in onnx_export.NEEDED["--onnx"]),
                                        reason="requirements-export.txt is not installed")
 
 

@@ -8,6 +8,7 @@ goes takes its line here with it.
 """
 
 import csv
+import math
 import pickle
 import re
 
@@ -31,6 +32,7 @@ BITS_BY = {"fisher": "Fisher information", "refined": "joint Fisher, then refine
            "fisher_reversed": "Fisher information, reversed"}
 SHORT = ("fisher", "joint_fisher", "uniform", "steps", "random2", "fisher_reversed")
 OTHERS = {"fisher": "Fisher", "joint_fisher": "joint Fisher", "loss": "loss"}
+GPUS_TAKE = (500, 1000, 2000, 4000)
 OURS = {"compiled": "", "not compiled": "quantizer without a compiler", "float32": "", "bfloat16": "the same in bfloat16"}
 
 
@@ -92,6 +94,13 @@ def training_table(found):
                           *(number(line, key) if key else "" for key in shown)])
     return markdown(["work", "time over reference", "time over full precision", "memory over reference",
                      "memory over full precision"], lines)
+
+
+def cores_table(found):
+    """measurements/bench_loader.py, for GPUs that take so many images per second"""
+    rate = next(float(line["images_per_s"]) for line in found if line["side"] == "ours")
+    return markdown(["training images per second and GPU", "cores for one GPU", "cores for 8 GPUs"],
+                    [[f"{images:,}", *(str(math.ceil(images * gpus / rate)) for gpus in (1, 8))] for images in GPUS_TAKE])
 
 
 def policies_table(found):
@@ -202,6 +211,7 @@ def tables():
             costs_table(rows("measurements/indicator_costs.csv")),
             search_table(rows("measurements/bench_search_2_cores.csv")),
             training_table(rows("measurements/bench_training_2_cores.csv")),
+            cores_table(rows("measurements/loader.csv")),
             pruning_table(rows("measurements/pruning_on_fashion_mnist.csv")),
             digits_table(rows("measurements/networks_on_digits.csv")),
             shipped_table(rows("measurements/shipped_indicators.csv"))]
@@ -220,6 +230,8 @@ def spread(line, key="top1", sign=1):
 def figures():
     """[(words with {} where a figure stands, the figures)]"""
     policies = {policy: row("experiments/policies.csv", budget="W3A3", policy=policy) for policy in ("uniform", "reversed")}
+    read, large, half = (row("measurements/loader.csv", image=image, side=side) for image, side in (
+        ("500x375", "ours"), ("2000x1500", "ours"), ("2000x1500", "decoded at half the size")))
     loss = row("experiments/vit.csv", budget="W2.5A2.5", policy="loss")
     return [
         ("After installation it took {} seconds", f"{noted('demo'):.0f}"),
@@ -231,6 +243,12 @@ def figures():
         ("every seed, by {} points. The inputs", spread(loss, "difference")),
         ("With the BatchNorms held, that of `kl` with accuracy was {}, so",
          f"{noted('kl rank, held'):.2f} ± {noted('kl rank, held, error'):.2f}".replace("-", "−")),
+        ("One core reads {} images of 500x375 pixels per second", number(read, "images_per_s", 0)),
+        ("for crops of 224x224, {} times as many as", number(read, "over_reference")),
+        ("by {} of 255 levels on average, and by at most {} level", number(read, "mean_difference"),
+         read["largest_difference"]),
+        ("images of 2000x1500 would be read {} times as fast, but their pixels change by {} levels on average",
+         f"{float(half['images_per_s']) / float(large['images_per_s']):.2f}", number(half, "mean_difference")),
         ("jointly trained ones costs {} points",
          spread(row("experiments/parts.csv", choice="from_dense_weights"), "difference", -1)),
     ]

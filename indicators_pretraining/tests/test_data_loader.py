@@ -22,6 +22,8 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
 from engine.schema import DataConfig
 from util import datasets
@@ -36,7 +38,7 @@ from util.data_loader import (
 )
 from util.datasets import FASHION_FILES, describe_data, find_idx_file
 from util.errors import UserError, user_errors_on_one_line
-from util.sampling import OrderedSampler, ShuffledSampler, Stream, calibration_sampler, stratified_split
+from util.sampling import OrderedSampler, ShuffledSampler, Stream, calibration_sampler, generator, stratified_split
 
 CPU = torch.device("cpu")
 DIGITS = DataConfig(dataset="digits", batch_size=32, input_size=16)
@@ -485,6 +487,23 @@ def test_folder_evaluation_is_resize_and_centre_crop(folder):
     assert np.allclose(images[1], (pixels - mean) / std, atol=1e-5)
 
 
+def test_training_crops_are_those_of_torchvision_to_one_grey_level(folder):
+    data = loaders(folder_config(folder))
+    files, plain = data.train.sampler.indices, transforms.Compose(
+        [transforms.RandomResizedCrop(24), transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+    batches = data.train.batches.dataset
+    for epoch, index in itertools.product((0, 7), files):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator(Stream.AUGMENTATION, 0, epoch, index).integers(2**63)))
+            wanted = plain(datasets.read_rgb(os.fsdecode(batches.files[index]))).int()
+        assert (batches.read(epoch, index).int() - wanted).abs().max() <= 1
+
+
+def test_batches_lie_as_networks_want_them(folder):
+    data = loaders(folder_config(folder))
+    assert all(images.is_contiguous() for images, _ in [*read(data.train), *read(data.test)])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named_in_one_line(tmp_path, workers):
     for part in ("train", "val"):
@@ -502,7 +521,7 @@ def stored(tmp_path, name, image, **options):
     """The pixels [height, width, 3] of an image that was saved and read."""
     image.save(tmp_path / name, **options)
     read = datasets.read_rgb(tmp_path / name)
-    assert read.mode == "RGB"
+    assert read.mode == "RGB" and torch.equal(datasets.read_pixels(tmp_path / name), pil_to_tensor(read))
     return np.asarray(read)
 
 
@@ -547,6 +566,35 @@ def test_ordinary_images_are_what_torchvision_reads(tmp_path):
                        ("c.jpg", image.convert("CMYK"))):
         pixels = stored(tmp_path, name, kind)
         assert (pixels == np.asarray(torchvision.datasets.folder.default_loader(tmp_path / name))).all(), name
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"quality": 30, "restart_marker_blocks": 1}])
+def test_torchvision_decodes_the_same_pixels_of_jpeg_files(tmp_path, monkeypatch, mode, options):
+    Image.fromarray(COLOURS.repeat(5, 0).repeat(3, 1)).convert(mode).save(tmp_path / "x.jpg", **options)
+    wanted = pil_to_tensor(datasets.read_rgb(tmp_path / "x.jpg"))
+    monkeypatch.delattr(datasets, "read_rgb")
+    assert torch.equal(datasets.read_pixels(tmp_path / "x.jpg"), wanted)
+
+
+def outcome(reader, path):
+    try:
+        return np.asarray(reader(path)).tolist()
+    except UserError as error:
+        return str(error)
+
+
+def test_a_damaged_jpeg_file_is_refused_or_read_as_pillow_does(tmp_path):
+    Image.fromarray(COLOURS.repeat(5, 0)).save(tmp_path / "x.jpg")
+    whole, rng, refused = (tmp_path / "x.jpg").read_bytes(), np.random.default_rng(0), 0
+    for number in range(120):
+        damaged = bytearray(whole[:rng.integers(1, len(whole))] if number % 3 == 0 else whole)
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        (tmp_path / "x.jpg").write_bytes(damaged)
+        wanted = outcome(lambda path: pil_to_tensor(datasets.read_rgb(path)), tmp_path / "x.jpg")
+        assert outcome(datasets.read_pixels, tmp_path / "x.jpg") == wanted
+        refused += isinstance(wanted, str)
+    assert 30 < refused < 110
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.webp", "x.jpg"])

@@ -25,7 +25,7 @@ def main(arguments=None):
     if options.inspect:
         print(describe_layers(read_packed(options.inspect)))
     elif options.predict:
-        predict(options.predict, options.files, options.arch)
+        predict(options.predict, options.files, options.arch, options.arithmetic)
     else:
         export(options)
 
@@ -41,6 +41,9 @@ def parse(arguments):
     parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
     parser.add_argument("--inspect", metavar="FILE", help="print the layers of a packed model; nothing is rebuilt or run")
     parser.add_argument("--predict", metavar="FILE", help="classify images with a packed model")
+    parser.add_argument("--arithmetic", choices=("auto", "integer", "float"), default="auto",
+                        help="how --predict computes: auto, integers where a layer fits and float elsewhere; integer, which "
+                             "refuses where no layer fits; float, the checkpoint's values bit for bit")
     parser.add_argument("--config", metavar="FILE.yaml", help="the configuration of a checkpoint without, as LIMPQ's")
     parser.add_argument("--arch", metavar="FILE.py:FACTORY",
                         help="your own network's file, which is run; needed where the network is one of your own")
@@ -267,13 +270,14 @@ def describe_layers(packed):
     """The layers of a packed model as a table, and what it takes."""
     width = max(map(len, packed.layers))
     lines = [f"{'layer':<{width}} {'kind':<7} {'shape':<18} {'weight bits':>11} {'input bits':>11} {'zeros %':>8} "
-             f"{'bytes':>11}"]
+             f"{'bytes':>11} arithmetic"]
     for name, layer in packed.layers.items():
         entering = "-" if layer.act_bits is None else f"{layer.act_bits} {'us'[layer.act_signed]}"
         stored = f"{layer.bits} {'us'[layer.signed]}"
         lines.append(f"{name:<{width}} {layer.kind:<7} {'x'.join(map(str, layer.shape)):<18} "
                      f"{stored:>11} {entering:>11} {100 * layer.zeros / layer.count:>8.2f} "
-                     f"{layer.packed_bytes:>11,}{' with a map' if layer.kept is not None else ''}")
+                     f"{layer.packed_bytes:>11,}{' with a map' if layer.kept is not None else ''} "
+                     f"{f'float: {layer.why_float}' if layer.why_float else 'integer'}")
     parts = ", ".join(f"{part} {size:,}" for part, size in itemise(packed).items() if size)
     header = packed.header
     folded = f"; {len(header['folded'])} BatchNorms folded" if header["folded"] else ""
@@ -283,16 +287,16 @@ def describe_layers(packed):
         f"BitOPs {header['cost'].get('gbitops', 0):.3f} G; format {header['version']}"])
 
 
-def predict(path, files, arch):
+def predict(path, files, arch, arithmetic):
     """Print the likeliest classes of image files, as a packed model has them."""
     import torch
 
-    from packed_network import as_checkpoint, rebuild
+    from integer_network import load
     from preprocessing import read_image
 
     packed = read_packed(path)
     images = torch.stack([read_image(file, packed.header["preprocessing"], packed.header["input_size"]) for file in files])
-    model = rebuild(as_checkpoint(packed), path, arch).model
+    model = load(path, arithmetic, arch)
     with torch.no_grad():
         shares, classes = model(images).softmax(1).topk(min(SHOWN_CLASSES, packed.header["num_classes"]))
     names = packed.header["class_names"] or range(packed.header["num_classes"])

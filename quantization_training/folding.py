@@ -45,7 +45,7 @@ def find_folds(model, images):
         if isinstance(module, QuanConv2d) and _is_plain(module) and all(
                 owners[id(own)] == 1 for own in (module.weight, module.bias) if own is not None):
             handles.append(module.register_forward_hook(after_convolution))
-        elif _can_vanish(module):
+        elif can_vanish(module):
             handles.append(module.register_forward_pre_hook(before_batchnorm))
             for entry, tensor in module.state_dict(keep_vars=True).items():
                 uses.watch(f"{name}.{entry}", tensor)
@@ -63,7 +63,7 @@ def _is_plain(module):
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
-def _can_vanish(module):
+def can_vanish(module):
     """Whether a module is a BatchNorm that multiplies and adds constants: one of a derived class may do more."""
     return (type(module) is nn.BatchNorm2d and _is_plain(module) and module.running_mean is not None
             and module.running_var is not None and bool(_gain(module).isfinite().all()))
@@ -73,6 +73,12 @@ def _gain(batchnorm):
     """What a BatchNorm multiplies each channel by, [channels]."""
     gain = (batchnorm.running_var + batchnorm.eps).rsqrt()
     return gain if batchnorm.weight is None else gain * batchnorm.weight
+
+
+def gain_and_shift(batchnorm):
+    """(what a BatchNorm multiplies each channel by, what it then adds), both [channels]."""
+    gain = _gain(batchnorm)
+    return gain, (0 if batchnorm.bias is None else batchnorm.bias) - batchnorm.running_mean * gain
 
 
 class _Uses(TorchFunctionMode):
@@ -108,9 +114,7 @@ def fold_batchnorms(model, folds):
     statistics = {name: model.get_submodule(name) for name in folds}
     make_room(model, folds)
     for name, convolution in folds.items():
-        batchnorm, layer = statistics[name], model.get_submodule(convolution)
-        gain = _gain(batchnorm)
-        shift = (0 if batchnorm.bias is None else batchnorm.bias) - batchnorm.running_mean * gain
+        layer, (gain, shift) = model.get_submodule(convolution), gain_and_shift(statistics[name])
         layer.bias.copy_(layer.bias * gain + shift)
         old, column = layer.quan_w_fn.step.clone(), (-1, *[1] * (layer.weight.dim() - 1))
         vanishes = old * gain == 0

@@ -52,6 +52,21 @@ class PackedLayer:
         return math.prod(self.shape)
 
     @property
+    def why_float(self):
+        """Why integers cannot compute the layer exactly on every CPU, or ''.
+
+        oneDNN multiplies uint8 by int8 and adds up in int32; CPUs without VNNI add two products in int16 first.
+        """
+        if self.act_bits is None:
+            return "its input is not quantized"
+        weight, entering = 2 ** (self.bits - self.signed), 2**self.act_bits - 1
+        if 2 * weight * entering >= 2**15:
+            return f"{self.bits} by {self.act_bits} bits: two products may exceed 16 bits"
+        if math.prod(self.shape[1:]) * weight * entering >= 2**31:
+            return "sums may exceed 32 bits"
+        return ""
+
+    @property
     def packed_bytes(self):
         """Bytes of the weight in the file."""
         if self.kept is None:

@@ -40,7 +40,7 @@ def pack_network(network, source):
         layer = network.model.get_submodule(name)
         integers = integer_weights(layer, f"{source}: {name}")
         kept, parts = _packed(integers, layer.quan_w_fn.bits[0], network.pruned.masks.get(f"{name}.weight"))
-        layers[name] = replace(_without_integers(layer), kind=call.kind, searched=name in network.metadata["weight_bits"],
+        layers[name] = replace(without_integers(layer), kind=call.kind, searched=name in network.metadata["weight_bits"],
                                zeros=integers.size - int(np.count_nonzero(integers)), kept=kept)
         tensors.update(zip((f"{name}.weight", f"{name}.weight{MAP}"), parts, strict=False))
         del state[f"{name}.weight"]
@@ -69,7 +69,7 @@ def _training_only(model):
             for kind, entry in entries.items() if isinstance(module, kind)}
 
 
-def _without_integers(layer):
+def without_integers(layer):
     """The PackedLayer of a quantized layer, but for what its network and its weights say."""
     acts = layer.quan_a_fn if isinstance(layer.quan_a_fn, LsqQuan) else None
     return PackedLayer("", tuple(layer.weight.shape), layer.quan_w_fn.bits[0], layer.quan_w_fn.signed, acts and acts.bits[0],
@@ -175,7 +175,7 @@ def fit_packed(model, content):
     for name in [*packed.layers, *quantized]:
         if name not in quantized or name not in packed.layers:
             raise UserError(f"{packed.path}: header and network disagree on which layers are quantized ({name})")
-        if _without_integers(quantized[name]) != replace(packed.layers[name], kind="", searched=False, zeros=0, kept=None):
+        if without_integers(quantized[name]) != replace(packed.layers[name], kind="", searched=False, zeros=0, kept=None):
             raise UserError(f"{packed.path}: header and network disagree on shape, bits or signs of {name}")
     modules = dict(model.named_modules())
     for name, convolution in packed.header["folded"].items():

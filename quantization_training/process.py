@@ -7,6 +7,7 @@ from engine.loop import Hooks, Training, grouped, training_step
 from engine.metrics import Metrics, calibrate_batchnorm, describe_accuracy, evaluate, evaluate_best, has_batchnorm
 from engine.monitor import log_start
 from engine.run_folder import describe_evaluated
+from integer_network import computed
 from util import distributed
 from util.errors import UserError
 
@@ -127,7 +128,9 @@ def describe_cost(cost, separator):
 def evaluate_only(network, loaders, config, found):
     """Print what a checkpoint reaches on the test set, with BatchNorm as it was saved or, with eval_calibration, as LIMPQ
     evaluates: re-estimated on training images before. The images are those of the validation of that epoch, so that this
-    changes nothing of a network that was validated with as many."""
+    changes nothing of a network that was validated with as many. A packed file is computed as config.arithmetic says."""
+    if config.arithmetic == "integer" and "packed" not in found.content:
+        raise UserError(f"arithmetic: found integer, which takes a packed file; {found.path} is none, export.py writes one")
     model, batchnorm = network.model, "BatchNorm as saved" if has_batchnorm(network.model) else "no BatchNorm"
     if config.eval_calibration:
         if "packed" in found.content and found.content["packed"].header["folded"]:
@@ -137,9 +140,13 @@ def evaluate_only(network, loaders, config, found):
         calibrate_batchnorm(model, calibration)
         if has_batchnorm(model):
             batchnorm = f"BatchNorm re-estimated on {calibration.images:,} training images"
+    which = describe_evaluated(found.path, found.content)
+    if "packed" in found.content:
+        model, how = computed(network, config.arithmetic, found.path)
+        which += f", {how}"
     figures = evaluate(model, loaders.test)
     if distributed.is_main():
-        print(f"{describe_evaluated(found.path, found.content)}\n{found.path} ({batchnorm}): {report(figures, network.cost)}")
+        print(f"{which}\n{found.path} ({batchnorm}): {report(figures, network.cost)}")
 
 
 def dry_run(network, loaders, criterion, optimizer, config):

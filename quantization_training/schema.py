@@ -40,7 +40,7 @@ class GradualPruneConfig:
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tuning at a policy's bits, or full-precision training. New keys: policy, init_from, sat, accumulation,
-    calibration_images, eval_calibration, distillation, prune."""
+    calibration_images, eval_calibration, arithmetic, distillation, prune."""
 
     LIMPQ_TEMPLATE: ClassVar = {"epochs": 90, "smoothing": 0.1, "lr": 0.04, "weight_decay": 2.5e-5, "min_lr": 1e-5,
                                 "warmup_epochs": 5, "cooldown_epochs": 5}
@@ -54,6 +54,9 @@ class FinetuneConfig(RunConfig):
     calibration_images: int = option(
         6000, low=0, help="Training images that BatchNorm is re-estimated on before each validation; 0: not at all.")
     eval_calibration: bool = option(False, help="Re-estimate BatchNorm before eval: true as well, as LIMPQ does.")
+    arithmetic: Literal["auto", "integer", "float"] = option(
+        "auto", help="How eval: true computes a packed file on a CPU: auto, integers where a layer fits and float elsewhere; "
+                     "integer, which refuses where no layer fits; float, the checkpoint's values bit for bit.")
     distillation: DistillationConfig = option(DistillationConfig(), help="Learn from a full-precision network too.")
     prune: GradualPruneConfig = option(GradualPruneConfig(), help="Pruning while fine-tuning goes on, on a cubic schedule.")
 
@@ -83,6 +86,8 @@ class FinetuneConfig(RunConfig):
             idle = {key: why for key, why in idle.items() if not key.startswith("quan.")}
             keys = ("quan", "policy", "weight_bits", "act_bits", "sat", "calibration_images")
             idle.update(dict.fromkeys(keys, "fp_model: true"))
+        if not self.eval:
+            idle["arithmetic"] = "eval: false"
         if self.distillation.teacher is None:
             idle.update(dict.fromkeys(("distillation.weight", "distillation.temperature"), "no distillation.teacher"))
         if self.prune.target_sparsity is None:

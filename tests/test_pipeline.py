@@ -170,9 +170,9 @@ def test_the_packed_model_repeats_the_figures_of_its_checkpoint(walked, stages):
     said = python(stages["training"], "export.py", path, "--output", "results/model.safetensors")
     assert "bit for bit" in said
     said = command(stages["training"], "main.py", "eval_resnet20_digits_w3a3.yaml", *SMALL[:2],
-                   "resume.path=results/model.safetensors")
+                   "resume.path=results/model.safetensors", "arithmetic=float")
     which, *figures = said.replace("results/model.safetensors", path).splitlines()
-    assert which == f"{path}: a packed model" and figures == walked["eval"].splitlines()[1:]
+    assert which == f"{path}: a packed model, float arithmetic" and figures == walked["eval"].splitlines()[1:]
 
 
 def test_a_finished_run_is_left_alone_and_a_changed_one_refused(walked, stages):

@@ -220,7 +220,7 @@ def test_a_trained_network_is_evaluated_shown_and_classifies_from_its_packed_fil
     check_report(pathlib.Path("report.html").read_text())
     said = {}
     for file in (path, PACKED):
-        main.main(["config.yaml", "eval=true", f"resume.path={file}"])
+        main.main(["config.yaml", "eval=true", f"resume.path={file}", "arithmetic=float"])
         said[file] = capsys.readouterr().out.splitlines()[-1].replace(file, "")
     assert said[path] == said[PACKED] and "top-1" in said[PACKED]
     check_inspection()
@@ -249,7 +249,9 @@ def check_inspection():
     lines = done.stdout.splitlines()
     assert next(line for line in lines if line.startswith("layer3.0.conv2")).split() == [
         "layer3.0.conv2", "conv", "64x64x3x3", "3", "s", "4", "u",
-        f"{100 * read_packed(PACKED).layers['layer3.0.conv2'].zeros / 36864:.2f}", "13,824"]
+        f"{100 * read_packed(PACKED).layers['layer3.0.conv2'].zeros / 36864:.2f}", "13,824", "integer"]
+    assert lines[2].endswith(" float: its input is not quantized") and lines[9].endswith(
+        " float: 8 by 8 bits: two products may exceed 16 bits")
     assert f"in all {os.path.getsize(PACKED):,}" in done.stdout
 
 
@@ -278,7 +280,7 @@ def check_predictions(path, capsys):
     names = [f"{index}.png" for index in range(5)]
     for name, image in zip(names, pixels, strict=True):
         Image.fromarray(image[0].numpy()).save(name)
-    export.main(["--predict", PACKED, *names])
+    export.main(["--predict", PACKED, *names, "--arithmetic", "float"])
     said = capsys.readouterr().out.splitlines()
     facts = read_packed(PACKED).header["preprocessing"]
     batch = (pixels.float() / 255 - facts["mean"][0]) / facts["std"][0]

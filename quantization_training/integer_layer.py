@@ -1,0 +1,205 @@
+"""A quantized layer computed with integers: uint8 inputs times int8 weights, added up in int32, by the operators of oneDNN
+that torch ships for CPUs. The sums are exact; what follows them is float32."""
+
+import functools
+import math
+
+import torch
+from torch import nn
+
+from packed_network import integer_weights, without_integers
+from quan.func import QuanConv2d, scale_adjustment
+from quan.quantizer import LsqQuan
+from quan.quantizer.lsq import integers
+
+OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
+LARGEST_INPUT, LARGEST_PAIR = 255, 64  # the most that two products may add up to, 2 * 255 * 64, in CPUs that add them in int16
+CHECKED_CHANNELS = 64
+
+
+class CannotCompute(Exception):
+    """Why integers cannot be computed with here."""
+
+
+@functools.cache
+def check_operators():
+    """Raise CannotCompute where torch lacks the operators, or where their sums are not exact at the largest integers."""
+    operators = getattr(torch.ops, "onednn", None)
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(operators, name) for name in OPERATORS):
+        raise CannotCompute("this build of torch has no integer operators of oneDNN")
+    q = torch.full((2, CHECKED_CHANNELS, 3, 3), LARGEST_INPUT, dtype=torch.uint8)
+    weight = torch.full((CHECKED_CHANNELS, CHECKED_CHANNELS, 3, 3), LARGEST_PAIR, dtype=torch.int8)
+    unit = InputRange(1.0, 0, LARGEST_INPUT)
+    for part in (weight, weight[..., :1, :1], weight[..., 0, 0]):
+        geometry = ((1, 1), (0, 0), (1, 1), 1) if part.dim() == 4 else None
+        layer = IntegerLayer(part, torch.ones(CHECKED_CHANNELS), None, unit, geometry)
+        try:
+            found = layer(q if geometry else q[..., 0, 0])
+        except RuntimeError as error:
+            raise CannotCompute(f"the integer operators of oneDNN fail here ({str(error).splitlines()[0]})") from None
+        if not (found == LARGEST_INPUT * LARGEST_PAIR * part[0].numel()).all():
+            raise CannotCompute("the integer operators of oneDNN add up wrongly on this CPU")
+
+
+def why_float(layer):
+    """Why integers cannot compute a quantized layer, or ''."""
+    why, acts = without_integers(layer).why_float, layer.quan_a_fn
+    if why:
+        return why
+    if not isinstance(layer.quan_w_fn, LsqQuan) or not (acts.step > 0 and acts.step.isfinite()):
+        return "the step size of its input is not positive"
+    if isinstance(layer, QuanConv2d) and _padding(layer) is None:
+        return "it pads with something else than zeros, or in a way of its own"
+    return ""
+
+
+def _padding(layer):
+    """The zeros that a convolution pads with on both sides, (rows, columns); None where that is not all."""
+    if layer.padding_mode != "zeros" or "_conv_forward" in vars(layer):
+        return None
+    if not isinstance(layer.padding, str):
+        return tuple(layer.padding)
+    if layer.padding == "valid":
+        return (0, 0)
+    reach = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    return None if any(part % 2 for part in reach) else tuple(part // 2 for part in reach)
+
+
+class InputRange:
+    """The integers from -qn to qp, in steps of `step`, that an input is rounded to; uint8 counts them from the lowest."""
+
+    def __init__(self, step, qn, qp):
+        self.step, self.qn, self.qp = step, qn, qp
+        self.tensor = torch.tensor([step])
+
+    @staticmethod
+    def of(quantizer):
+        return InputRange(quantizer.step.item(), *quantizer.quantization_range)
+
+    def __eq__(self, other):
+        return isinstance(other, InputRange) and (self.step, self.qn, self.qp) == (other.step, other.qn, other.qp)
+
+    __hash__ = None
+
+    @property
+    def limits(self):
+        """The smallest and the largest value."""
+        return -self.qn * self.step, self.qp * self.step
+
+    def integers(self, x):
+        return integers(x, self.tensor, self.qn, self.qp)
+
+
+class IntegerLayer(nn.Module):
+    """A convolution, or a linear layer, of integers, and what was fused into it.
+
+    y = activation(sum * step of the input * steps + bias + residual)
+
+    Args:
+        weight: int8, of the layer's shape. steps: float32 [out_channels], of the weight. bias: [out_channels] or None.
+        entering: the InputRange of the input.
+        geometry: (stride, padding, dilation, groups) of a convolution; None of a linear layer.
+
+    Attributes:
+        activation: "none", "relu", "hardtanh" (clipped to `limits`) or "gelu".
+        leaving: the InputRange of the layer that follows, whose integers are then the output; None where that is float32.
+    """
+
+    def __init__(self, weight, steps, bias, entering, geometry):
+        super().__init__()
+        self.weight, self.entering, self.geometry = weight, entering, geometry
+        self.steps, self.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (
+            steps, torch.zeros_like(steps) if bias is None else bias.clone()))
+        self.activation, self.limits, self.leaving, self.packed = "none", (-math.inf, math.inf), None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def of(layer, name):
+        """A quantized layer that why_float() has nothing against; the name is for messages."""
+        weight = torch.from_numpy(integer_weights(layer, name)).to(torch.int8)
+        steps = layer.quan_w_fn.step.detach()
+        if getattr(layer, "sat", False):
+            steps = steps * scale_adjustment(layer.quan_w_fn.quantize(layer.weight))
+        geometry = None
+        if isinstance(layer, QuanConv2d):
+            geometry = (tuple(layer.stride), _padding(layer), tuple(layer.dilation), layer.groups)
+        bias = None if layer.bias is None else layer.bias.detach()
+        return IntegerLayer(weight, steps.expand(len(weight)).clone(), bias, InputRange.of(layer.quan_a_fn), geometry)
+
+    def forward(self, x, residual=None):
+        """y of x, float32 or the integers of its range; `residual`, float32 of the shape of y, may be overwritten."""
+        if self.packed is None:
+            self._pack()
+        q = x if x.dtype == torch.uint8 else self.entering.integers(x)
+        y = self._convolve(q, residual) if self.geometry else self._multiply(q, residual)
+        if self.leaving is not None and self.activation == "gelu":  # other ranges are part of the activation
+            y = y.clamp_(max=self.leaving.qn + self.leaving.qp)
+        return y
+
+    def _pack(self):
+        """Lay the weight out as oneDNN wants it."""
+        zero_points = torch.zeros(len(self.steps), dtype=torch.int64)
+        if self.geometry is None:
+            packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+        else:
+            packed = torch.ops.onednn.qconv_prepack(self.weight, self.steps, self.entering.step, self.entering.qn,
+                                                    *self.geometry, None)
+        self.packed, self.weight = (packed, self.steps, zero_points), None
+
+    def _output(self):
+        """(scale, zero point, type) of the output."""
+        if self.leaving is None:
+            return 1.0, 0, torch.float32
+        return self.leaving.step, self.leaving.qn, torch.uint8
+
+    def _post_operation(self):
+        """(name, numbers, algorithm) of what follows the sum, where the output's range is part of it."""
+        low, high = self.limits
+        if self.leaving is not None and self.activation != "gelu":
+            low, high = max(low, self.leaving.limits[0]), min(high, self.leaving.limits[1])
+            return "hardtanh", [low, high], ""
+        return self.activation, [low, high] if self.activation == "hardtanh" else [], \
+            "none" if self.activation == "gelu" else ""
+
+    def _convolve(self, q, residual):
+        entering = (q.unsqueeze(0) if q.dim() == 3 else q, self.entering.step, self.entering.qn, *self.packed)
+        if residual is None:
+            y = torch.ops.onednn.qconv2d_pointwise(*entering, self.bias, *self.geometry, *self._output(),
+                                                   *self._post_operation())
+        else:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            y = torch.ops.onednn.qconv2d_pointwise.binary(*entering, residual, self.bias, *self.geometry, *self._output(),
+                                                          1.0, 0, "sum", 1.0, *self._post_operation())
+        return y.squeeze(0) if q.dim() == 3 else y
+
+    def _multiply(self, q, residual):
+        entering = (q.flatten(0, -2), self.entering.step, self.entering.qn, *self.packed)
+        if residual is None:
+            y = torch.ops.onednn.qlinear_pointwise(*entering, self.bias, *self._output(), *self._post_operation())
+        else:
+            y = torch.ops.onednn.qlinear_pointwise.binary(*entering, residual.flatten(0, -2), self.bias, *self._output(), 1.0,
+                                                          0, "sum", 1.0, *self._post_operation())
+        return y.view(*q.shape[:-1], len(self.steps))
+
+
+def frozen(layer):
+    """A copy of a quantized layer whose weight is quantized for good, computed in float32."""
+    twin = nn.Module.__new__(type(layer))
+    vars(twin).update({name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()})
+    with torch.no_grad():
+        weight = layer.quan_w_fn.quantize(layer.weight)
+        if getattr(layer, "sat", False):
+            weight = weight * scale_adjustment(weight)
+    del twin.weight
+    twin.register_buffer("weight", weight)
+    twin.quan_w_fn, twin.sat = nn.Identity(), False
+    return twin
+
+
+@torch.no_grad()
+def scale(layer, gain, shift):
+    """Multiply the output of an IntegerLayer, or of a frozen convolution, by `gain` and add `shift`, both [out_channels]."""
+    factor = layer.steps if isinstance(layer, IntegerLayer) else layer.weight
+    factor.copy_(factor.double() * gain.view(-1, *[1] * (factor.dim() - 1)))
+    bias = 0 if layer.bias is None else layer.bias.double() * gain
+    layer.bias = nn.Parameter((bias + shift).float(), requires_grad=False)

@@ -1,0 +1,277 @@
+"""Integer arithmetic: exact sums, each layer with what is fused into it beside float64, and whole networks beside float32."""
+
+import copy
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_export import CONFIG, FILE, PACKED, PER_CHANNEL, SIGNED, complaint, images, write_checkpoint
+
+import export
+import integer_layer
+import integer_network
+import main
+from integer_layer import CannotCompute, InputRange, IntegerLayer
+from packed_file import PackedLayer
+from packed_network import integer_weights
+from quan.func import QuantizedLayer
+from quan.quantizer import integer_range
+from util.datasets import read_digits
+from util.errors import UserError
+
+try:
+    integer_layer.check_operators()
+except CannotCompute as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+ODD = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Odd(nn.Module):
+    '''Sums that are needed later, of broadcast parts, of one tensor with itself; layers called twice; inputs of any sign.'''
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 7, 5, stride=2, padding=2)
+        self.bn = nn.BatchNorm2d(7)
+        self.a, self.b = nn.Conv2d(7, 7, (1, 3), padding=(0, 1)), nn.Conv2d(7, 7, 3, padding=2, dilation=2, bias=False)
+        self.bn_b = nn.BatchNorm2d(7, affine=False)
+        self.c, self.d = nn.Conv2d(7, 7, 1), nn.Conv2d(7, 5, 3, stride=(2, 1), padding="valid")
+        self.down = nn.Conv2d(7, 7, 1, bias=False)
+        self.head, self.last = nn.Linear(5, 9), nn.Linear(9, num_classes)
+        self.pool = nn.MaxPool2d(2, 1)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.bn(self.stem(x))))
+        y = self.bn_b(self.b(F.relu6(self.a(x))))
+        y += x
+        z = F.relu(self.c(y) + y)                # y is needed once more
+        y = self.a(z) + self.down(y)             # a for the second time
+        z = F.relu(self.c2(y)) if hasattr(self, "c2") else y + y.mean(1, keepdim=True)
+        x = self.down(z).add_(z).relu_()         # down, too
+        x = self.d(F.pad(x, (1, 1, 1, 1)))
+        return self.last(F.gelu(self.head(x.mean((2, 3)))))
+
+net = Odd
+"""
+CASES = {  # architecture, size of images, further arguments of write_checkpoint
+    "residuals": ("resnet20", 16, {}), "residuals, signed, per channel": ("resnet20", 11, {"quan": SIGNED}),
+    "pruned": ("resnet20", 9, {"sparsity": 0.7, "quan": PER_CHANNEL}),
+    "depthwise": ("mobilenet_v2_tiny", 32, {}), "attention": ("vit_tiny_patch4_32", 8, {}),
+    "odd": ("net.py:net", 13, {})}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("net.py").write_text(ODD)
+    return tmp_path
+
+
+@st.composite
+def layers(draw):
+    """(int8 weight, uint8 input, InputRange, geometry), often as large as a layer may have them."""
+    groups, bits = draw(st.sampled_from([1, 1, 2, 4])), draw(st.integers(1, 8))
+    act_bits = draw(st.integers(1, 15 - bits if bits > 7 else 8))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    inside, outside = draw(st.integers(1, 40)) * groups, draw(st.integers(1, 20)) * groups
+    groups, inside, outside = draw(st.sampled_from([(groups, inside, outside), (inside, inside, inside)]))
+    size = [draw(st.integers(1, 3)), draw(st.integers(1, 3))]
+    pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
+    geometry = (draw(pair), draw(st.tuples(st.integers(0, 2), st.integers(0, 2))), draw(pair), groups)
+    qn, qp = integer_range(act_bits, draw(st.booleans()) and act_bits > 1)
+    shape, entering = [outside, inside // groups, *size], [draw(st.integers(1, 3)), inside, draw(st.integers(5, 9)), 5]
+    if draw(st.booleans()):
+        geometry, shape, entering = None, shape[:2], [*entering[2:], inside // groups]
+    low, high = -2 ** (bits - 1), 2 ** (bits - 1) - 1
+    weight = torch.randint(low, high + 1, shape, generator=generator)
+    x = torch.randint(0, qn + qp + 1, entering, generator=generator)
+    if draw(st.booleans()):
+        weight, x = torch.where(weight < high / 2, low, high), torch.full_like(x, qn + qp)
+    return weight.to(torch.int8), x.to(torch.uint8), InputRange(0.37, qn, qp), geometry
+
+
+def sums(weight, x, entering, geometry):
+    """In int64."""
+    values = x.long() - entering.qn
+    if geometry is None:
+        return values @ weight.long().T
+    return F.conv2d(values.double(), weight.double(), None, *geometry).long()  # far below 2^53
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(layers())
+def test_sums_are_exact_for_all_integers_that_a_layer_may_have(case):
+    weight, x, entering, geometry = case
+    layer = IntegerLayer(weight, torch.full([len(weight)], 1 / 0.37), None, entering, geometry)
+    exact = sums(weight, x, entering, geometry)
+    torch.testing.assert_close(layer(x).double(), exact.double(), rtol=1e-6, atol=1e-6)
+    layer = IntegerLayer(weight, torch.ones(len(weight)), torch.ones(len(weight)), entering, geometry)
+    residual = torch.rand(exact.shape)
+    torch.testing.assert_close(layer(x, residual.clone()).double(), exact.double() * 0.37 + 1 + residual, rtol=1e-5, atol=1e-5)
+
+
+def test_what_may_exceed_16_or_32_bits_is_left_in_float():
+    for bits in range(1, 9):
+        for acts in range(1, 9):
+            worst = 2 * (2**acts - 1) * 2 ** (bits - 1)  # of two products
+            row = PackedLayer("linear", (4, 10), bits, True, acts, False, True, 0)
+            assert bool(row.why_float) == (worst > 2**15 - 1) == (bits + acts > 15)
+    for bits, acts, length in ((7, 8, 2**31 // (64 * 255)), (2, 2, 2**31 // 6), (1, 8, 2**31 // 255)):
+        fits, exceeds = (PackedLayer("linear", (1, count), bits, True, acts, True, True, 0) for count in (length, length + 1))
+        assert length * (2**acts - 1) * 2 ** (bits - 1) < 2**31
+        assert not fits.why_float and "32 bits" in exceeds.why_float
+    assert "not quantized" in PackedLayer("conv", (1, 1, 1, 1), 3, True, None, None, True, 0).why_float
+
+
+def made(case):
+    """(PolicyNetwork, its network of integers, size of images)"""
+    arch, size, options = CASES[case]
+    network = write_checkpoint(arch, size, **options)
+    return network, integer_network.computed(network, "integer", FILE)[0], size
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("shallow")
+def test_a_network_of_integers_gives_the_logits_of_float32_but_for_rounding_edges(case):
+    network, integer, size = made(case)
+    before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
+    for batch in (1, 9):
+        x = images(size, batch)
+        with torch.no_grad():
+            expected, found = network.model(x), integer(x)
+        same = ((found - expected).abs().amax(1) <= 1e-4 * expected.abs().max())
+        assert same.float().mean() > 0.85
+        assert export.is_rounding(export.difference(expected, found), expected, network.model, x)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.model.state_dict().items())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("shallow")
+def test_each_layer_with_what_is_fused_into_it_equals_float64_from_the_same_input(case):
+    network, integer, size = made(case)
+    calls, fused = [], 0
+    for name, module in integer.named_modules():
+        if isinstance(module, IntegerLayer):
+            module.register_forward_pre_hook(lambda module, inputs, name=name: calls.append(
+                [name, module, *[tensor.clone() for tensor in inputs]]))
+            module.register_forward_hook(lambda module, inputs, output: calls[-1].append(output.clone()))
+    with torch.no_grad():
+        integer(images(size, 3))
+    assert len({name for name, *_ in calls}) == sum(isinstance(module, QuantizedLayer) and not integer_layer.why_float(module)
+                                                   for module in network.model.modules())
+    for name, module, x, *residual, output in calls:
+        batchnorm = next((other for other, layer in network.graph.batchnorms.items() if layer == name), None)
+        is_folded = batchnorm is not None and batchnorm not in dict(integer.named_modules())
+        wanted = in_float64(network.model.get_submodule(name), x,
+                            network.model.get_submodule(batchnorm) if is_folded else None)
+        wanted = wanted + sum(part.double() for part in residual)
+        wanted = F.gelu(wanted) if module.activation == "gelu" else wanted.clamp(*module.limits)
+        compare(output, wanted, module.leaving)
+        fused += is_folded + (module.activation != "none") + len(residual) + (module.leaving is not None)
+    assert fused >= {"attention": 2 * 6, "odd": 3}.get(case, 12)
+
+
+@torch.no_grad()
+def in_float64(layer, x, batchnorm):
+    """What a quantized layer, and a BatchNorm, make of the integers of x, or of x."""
+    twin, quantizer = copy.deepcopy(layer).double(), layer.quan_a_fn
+    if x.dtype == torch.uint8:
+        values = (x.double() - quantizer.quantization_range[0]) * quantizer.step.double()
+    else:
+        values = quantizer.quantize(x).double()
+    step = layer.quan_w_fn.step.double()
+    weight = torch.from_numpy(integer_weights(layer, "")).double() * step.view(-1, *[1] * (layer.weight.dim() - 1))
+    y = twin._conv_forward(values, weight, twin.bias) if layer.weight.dim() == 4 else F.linear(values, weight, twin.bias)
+    return y if batchnorm is None else copy.deepcopy(batchnorm).double().eval()(y)
+
+
+def compare(found, wanted, leaving):
+    if leaving is None:
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        return
+    scaled = wanted / leaving.step
+    is_edge = ((scaled - scaled.floor() - 0.5).abs() < 1e-4) & (scaled > -leaving.qn - 1) & (scaled < leaving.qp + 1)
+    integers = scaled.clamp(-leaving.qn, leaving.qp).round() + leaving.qn
+    assert torch.equal(found[~is_edge].double(), integers[~is_edge]) and is_edge.float().mean() < 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands.
+
+
+@pytest.mark.usefixtures("shallow")
+def test_digits_are_classified_as_in_float_by_the_commands_and_from_python(capsys):
+    pathlib.Path("config.yaml").write_text(CONFIG)
+    main.main(["config.yaml"])
+    export.main(["results/run/run_checkpoint.pth.tar", "--output", PACKED])
+    capsys.readouterr()
+    said = {}
+    for arithmetic in integer_network.ARITHMETIC:
+        main.main(["config.yaml", "eval=true", f"resume.path={PACKED}", f"arithmetic={arithmetic}"])
+        said[arithmetic] = capsys.readouterr().out.splitlines()[-2:]
+    assert said["float"][0] == f"{PACKED}: a packed model, float arithmetic"
+    assert said["auto"] == said["integer"] and said["auto"][0] == (
+        f"{PACKED}: a packed model, integer arithmetic in 6 of 8 layers; in float: conv1 (its input is not quantized); fc (8 "
+        "by 8 bits: two products may exceed 16 bits)")
+    pixels = read_digits(16)[1].images
+    x = ((pixels.float() - pixels.float().mean()) / pixels.float().std()).expand(-1, 3, -1, -1).contiguous()
+    exact, integer = (integer_network.load(PACKED, arithmetic) for arithmetic in ("float", "auto"))
+    with torch.no_grad():
+        expected, found = exact(x), integer(x)
+    first, second = expected.topk(2).values.T
+    assert (found.argmax(1) == expected.argmax(1))[first - second > 1e-2].all()
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.99
+    Image.fromarray(pixels[0, 0].numpy()).save("a.png")
+    export.main(["--predict", PACKED, "a.png"])
+    integers = capsys.readouterr().out
+    export.main(["--predict", PACKED, "a.png", "--arithmetic", "float"])
+    assert capsys.readouterr().out.split(" (")[0] == integers.split(" (")[0]
+
+
+def test_where_integers_cannot_compute_auto_computes_in_float_and_integer_refuses(capsys, monkeypatch):
+    network = write_checkpoint("net.py:net", 13)
+    export.main([FILE, "--output", PACKED, "--arch", "net.py:net"])
+    x = images(13, 2)
+    with torch.no_grad():
+        expected = network.model(x)
+    eight = write_checkpoint("net.py:net", 13, path="eight", bits={"weight_bits": 8, "act_bits": 8})
+    assert "float arithmetic (no layer fits: stem (" in integer_network.computed(eight, "auto", "eight")[1]
+    with pytest.raises(UserError, match="arithmetic: found integers, allowed are auto, integer, float"):
+        integer_network.load(PACKED, "integers", "net.py:net")
+    for why in ("no integer operators", "fail here", "add up wrongly"):
+        with monkeypatch.context() as patch:
+            integer_layer.check_operators.cache_clear()
+            spoil(patch, why)
+            integer = integer_network.load(PACKED, "auto", "net.py:net")
+            with torch.no_grad():
+                assert torch.equal(integer(x), expected)
+            Image.new("L", (13, 13)).save("a.png")
+            said = complaint(capsys, export.main, "--predict", PACKED, "a.png", "--arithmetic", "integer", "--arch",
+                             "net.py:net")
+            assert "arithmetic: found integer, but " in said and why in said
+    integer_layer.check_operators.cache_clear()
+
+
+def spoil(patch, why):
+    """Let the operators be as they are on other machines."""
+    if why == "no integer operators":
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    elif why == "fail here":
+        patch.setattr(IntegerLayer, "_multiply", lambda *_: torch.zeros(2, 3) @ torch.zeros(4, 5))
+    else:
+        patch.setattr(IntegerLayer, "_convolve", lambda *_: torch.tensor([2.0**15 - 1]))
+
+
+def test_a_checkpoint_is_not_evaluated_with_integers(capsys):
+    write_checkpoint("net.py:net", 13)
+    pathlib.Path("config.yaml").write_text(CONFIG.replace("16", "13"))
+    assert "arithmetic: found integer, which takes a packed file" in complaint(
+        capsys, main.main, "config.yaml", "arch=net.py:net", "eval=true", f"resume.path={FILE}", "arithmetic=integer",
+        "weight_bits=", "act_bits=")

@@ -82,7 +82,7 @@ record: $(READY)
 	$(RUN) demo.py --record
 	$(RUN) demo.py --pruned --record
 	LIMPQP_RECORD=1 $(RUN) -m pytest -q tests/test_own_network.py
-	cd $(MASTER) && $(RUN) ../measurements/bench_training.py --more --output ../measurements/bench_training_2_cores.csv
+	cd $(MASTER) && $(RUN) ../measurements/bench_training.py --output ../measurements/bench_training_2_cores.csv
 	cd quantization_search && $(RUN) ../measurements/bench_search.py --output ../measurements/bench_search_2_cores.csv
 	cd $(MASTER) && $(RUN) ../measurements/bench_loader.py
 	$(RUN) -m measurements.pages

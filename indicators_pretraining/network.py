@@ -65,7 +65,7 @@ def build_dense(config, num_classes, input_size, found, device):
     model, graph, masks = create_dense(config.arch, num_classes, input_size, config.pre_trained, config.init_from, found)
     to_device(model, device, graph)
     distributed.broadcast_model(model)
-    return DenseNetwork(model, graph, Passes(model, config.precision, config.compile), PrunedParameters(model, masks))
+    return DenseNetwork(model, graph, Passes(model, config.precision, config.cuda_graphs), PrunedParameters(model, masks))
 
 
 def build_network(config, num_classes, input_size, found, device):
@@ -99,9 +99,7 @@ def build_network(config, num_classes, input_size, found, device):
     to_device(model, device, graph)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size())
-    if config.compile:
-        switch.keep_as_data(device)
-    passes = Passes(model, config.precision, config.compile)
+    passes = Passes(model, config.precision, config.cuda_graphs)
     remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
 

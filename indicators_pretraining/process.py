@@ -89,9 +89,10 @@ def pretrain(network, loaders, optimizer, config, monitor, folder, start, found=
     model, switch, last = network.model, network.switch, config.last_epoch
     criterion, layers = joint_criterion(config), list(network.switch.layers)
     log_start(monitor, start, network.remark)
+    network.passes.log_to(monitor.log)
 
     # A student learns from other targets in each pass, whose losses and gradients cannot be compared.
-    taylor = None if config.compile or config.in_place_distillation else TaylorSums(switch)
+    taylor = None if config.in_place_distillation else TaylorSums(switch)
     if taylor and found and start.inside:
         taylor.restore(found)
 

@@ -103,6 +103,7 @@ class Pruning:
         self.schedule, self.loaders, self.optimizer, self.config = schedule, loaders, optimizer, config
         self.monitor, self.folder, self.passes = monitor, folder, network.passes
         self.rows = []
+        network.passes.log_to(monitor.log)
 
     def run(self, found, start):
         """Train every level that is not finished, from the newest ResumeCheckpoint (or None), which is loaded already."""

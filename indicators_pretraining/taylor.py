@@ -132,7 +132,7 @@ def describe_factors(factors):
 def _sums_of(checkpoint, source):
     """(sums over all processes, layers, bits)."""
     if "taylor" not in checkpoint:
-        raise UserError(f"{source}: holds no sums of T; it was trained before they were kept, or with compile or "
+        raise UserError(f"{source}: holds no sums of T; it was trained before they were kept, or with "
                         "in_place_distillation. --of steps needs none, and sensitivity.py measures others")
     sums = torch.stack(checkpoint["taylor"]["sums"]).sum(0)
     names, bits = list(checkpoint["layers"]), checkpoint["bits"]

@@ -1,14 +1,13 @@
 """What quantization costs in time and memory, next to a reference implementation and to the network without quantizers.
 
-In indicators_pretraining: python ../measurements/bench_training.py [--output FILE.csv] [--more] [--only CASE ...] [--rounds N]
-[--tiny]
+In indicators_pretraining: python ../measurements/bench_training.py [--output FILE.csv] [--only CASE ...] [--rounds N] [--tiny]
 
 All sides of a comparison run in turn in one process, on buffers already touched; medians are printed, and ratios. The
 reference, `plain chain`, is what published LSQ code computes (divide, clamp, round with a straight-through gradient,
 multiply); the `floor` is the network without quantizers in the default memory layout, as many passes and one optimizer step.
-Memory is the peak of what tensors take during a step. On a GPU, in at most 5 minutes: bytes per second of
-the quantizers, the kernels that take the most, and steps of several networks beside their floor, in the same precision and
-channels last. A case that fails is named in its note, and the others go on.
+Memory is the peak of what tensors take during a step, on a GPU what the process has taken from it. On a GPU, in at most 5
+minutes: bytes per second of the quantizers, the kernels that take the most, and steps of several networks beside their floor,
+in the same precision and channels last. A case that fails is named in its note, and the others go on.
 """
 
 import gc
@@ -91,6 +90,15 @@ class Clock:
                 before(side)
                 times[side].append(self.milliseconds(work))
         return {side: statistics.median(values) for side, values in times.items()}
+
+    def forget_peak(self):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def taken(self):
+        """The most bytes that this process has taken from the GPU since forget_peak(), with what lies in them unused; 0 on a
+        CPU."""
+        return torch.cuda.max_memory_reserved() if self.device.type == "cuda" else 0
 
     def peak(self, work):
         """The most bytes that tensors made by a callable take at a time."""
@@ -188,10 +196,10 @@ class Workload:
     def optimizer(self, model):
         return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
-    def full_precision(self, passes, precision="fp32", channels_last=False, compiled=False):
+    def full_precision(self, passes, precision="fp32", channels_last=False):
         """Forward and backward passes of the network without quantizers, and one optimizer step."""
         model = self.on_device(self.model(), chain=not channels_last)
-        optimizer, computing = self.optimizer(model), Passes(model, precision, compiled)
+        optimizer, computing = self.optimizer(model), Passes(model, precision)
 
         def step():
             optimizer.zero_grad(set_to_none=True)
@@ -200,23 +208,26 @@ class Workload:
             optimizer.step()
         return step
 
-    def joint(self, bits=BITS, chain=False, precision="fp32", compiled=False):
+    def joint(self, bits=BITS, chain=False, precision="fp32", recorded=True):
         """A step of joint training."""
         model, graph = self.model(), self.graph
         replace_module_by_names(model, joint_modules(model, graph, self.config, bits))
         switch = BitSwitch(model, graph, self.config.excepts, bits)
         self.on_device(model, chain)
-        if compiled:
-            switch.keep_as_data(self.device)
-        optimizer, passes = self.optimizer(model), Passes(model, precision, compiled)
-        chosen = process.random_policy(list(switch.layers), bits, 0, 0, 0)
-        return lambda: process.joint_step(model, switch, self.images, self.target, nn.functional.cross_entropy, optimizer,
-                                          chosen, passes=passes)
+        optimizer, passes = self.optimizer(model), Passes(model, precision, recorded and not chain)
+        layers, steps = list(switch.layers), itertools.count()
 
-    def tuned(self, chain=False, precision="fp32", compiled=False):
+        def step():
+            chosen = process.random_policy(layers, bits, 0, 0, next(steps))
+            process.joint_step(model, switch, self.images, self.target, nn.functional.cross_entropy, optimizer, chosen,
+                               passes=passes)
+        return step
+
+    def tuned(self, chain=False, precision="fp32", recorded=True):
         """A step of fine-tuning at 4 bits."""
         model = self.on_device(self.tuned_model(), chain)
-        optimizer, passes, metrics = self.optimizer(model), Passes(model, precision, compiled), Metrics(self.device)
+        optimizer, metrics = self.optimizer(model), Metrics(self.device)
+        passes = Passes(model, precision, recorded and not chain)
 
         def criterion(logits, images, target):
             return nn.functional.cross_entropy(logits, target)
@@ -287,14 +298,6 @@ def joint(clock):
     work = Workload(clock.device, "resnet18", 16, 128)
     return table(clock, "joint step", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2",
                  sides_of(work, work.joint, len(BITS) + 1), work.kept())
-
-
-def joint_compiled(clock):
-    """The same with the whole network compiled."""
-    work = Workload(clock.device, "resnet18", 16, 128)
-    return table(clock, "joint step, compiled", "ResNet-18, batch 16 at 128x128, bits 6 5 4 3 2", {
-        FULL_PRECISION: work.full_precision(len(BITS) + 1), "float32, compile: true": work.joint(compiled=True),
-        "bfloat16, compile: true": work.joint(precision="bf16", compiled=True)}, work.kept())
 
 
 def finetuning(clock):
@@ -382,7 +385,8 @@ GPU_NETWORKS = (("resnet50", 128, 224), ("resnet18", 16, 32), ("mobilenet_v2", 1
 TINY_NETWORKS = (("resnet20", 2, 8),)
 GPU_SECONDS = 240  # of the table, whose last side may take a while
 REPEATS = 10  # of a kernel between two looks at the clock
-OURS, TENSOR_OPERATIONS = "ours", "ours, by tensor operations"
+STEPS_BEFORE = 2  # the third one is recorded as CUDA graphs
+OURS, ONE_BY_ONE = "ours", "ours, cuda_graphs: false"
 
 
 def gpu(clock, networks=GPU_NETWORKS):
@@ -394,7 +398,7 @@ def gpu(clock, networks=GPU_NETWORKS):
         for (kind, (step, passes)), precision in itertools.product(steps.items(), ("bf16", "fp32")):
             ours = partial(step, precision=precision)
             sides = {FULL_PRECISION: partial(work.full_precision, passes, precision, True), OURS: ours,
-                     TENSOR_OPERATIONS: ours, REFERENCE: partial(ours, chain=True)}
+                     ONE_BY_ONE: partial(ours, recorded=False), REFERENCE: partial(ours, chain=True)}
             found = {side: gpu_side(clock, side, make, work.kept(), end) for side, make in sides.items()}
             for side, row in found.items():
                 row.update(case=f"GPU, {kind}", what=f"{arch}, batch {batch} at {size}x{size}, {precision}", side=side)
@@ -412,14 +416,15 @@ def gpu_side(clock, side, make, kept, end):
     if time.monotonic() > end:
         return {"note": f"not measured: the {GPU_SECONDS} seconds are over"}
     try:
-        kernel.use("plain" if side == TENSOR_OPERATIONS else "auto", clock.device.type)
+        clock.forget_peak()
         step = make()
-        return {"ms": clock.in_turn({side: step})[side], "peak_mb": (clock.peak(step) + kept) / MB,
+        for _ in range(STEPS_BEFORE):
+            step()
+        return {"ms": clock.in_turn({side: step})[side], "peak_mb": (clock.taken() or clock.peak(step) + kept) / MB,
                 "note": kernel.describe() if side == OURS else ""}
     except Exception as error:  # such as a lack of memory, of which torch and drivers have many types
         return {"note": failure(error)}
     finally:
-        kernel.use("auto", clock.device.type)
         step = None
         gc.collect()  # modules and their hooks may hold each other
         torch.cuda.empty_cache()
@@ -468,7 +473,6 @@ def bandwidth(clock, shape=(128, 256, 56, 56)):
 
 CASES = {function.__name__: function for function in (quantizer, joint, finetuning, evaluation, augmentation, processes,
                                                       scaling)}
-MORE_CASES = {"joint_compiled": joint_compiled}  # minutes of compiling; only where asked for
 GPU_CASES = {function.__name__: function for function in (bandwidth, expensive, gpu)}
 TINY_CASES = {"bandwidth": partial(bandwidth, shape=(2, 4, 5, 5)), "expensive": partial(expensive, networks=TINY_NETWORKS),
               "gpu": partial(gpu, networks=TINY_NETWORKS)}
@@ -529,14 +533,12 @@ def rows_of(case, name, clock):
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--output", default="results/bench.csv", help="the table; the plot stands beside it")
-    parser.add_argument("--more", action="store_true", help=f"also {', '.join(MORE_CASES)}, on the CPU")
-    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *MORE_CASES, *GPU_CASES])}")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"some of {', '.join([*CASES, *GPU_CASES])}")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured")
     parser.add_argument("--tiny", action="store_true", help="the cases of a GPU, on any machine, on tiny networks")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = TINY_CASES if options.tiny else CASES | MORE_CASES if device.type == "cpu" else GPU_CASES
-    usual = CASES if cases.keys() > CASES.keys() and not options.more else cases
+    cases = TINY_CASES if options.tiny else CASES if device.type == "cpu" else GPU_CASES
     for name in options.only or ():
         if name not in cases:
             raise UserError(f"--only: found {name}, allowed on this machine is {', '.join(cases)}{nearest(name, cases)}")
@@ -547,7 +549,7 @@ def main(arguments=None):
     keep_freed_memory()
     clock = Clock(device, options.rounds)
     print(f"{distributed.describe_device(device)}, torch {torch.__version__}, quantizers by {kernel.describe()}")
-    rows = [row for name in options.only or usual for row in rows_of(cases[name], name, clock)]
+    rows = [row for name in options.only or cases for row in rows_of(cases[name], name, clock)]
     draw(os.path.splitext(options.output)[0] + ".png", rows)
     show(options.output, COLUMNS, rows, digits=2)
 

@@ -114,7 +114,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     to_device(model, device, graph)
     distributed.broadcast_model(model)
     set_batch_parts(model, distributed.world_size() * config.accumulation)
-    passes = Passes(model, config.precision, config.compile)
+    passes = Passes(model, config.precision, config.cuda_graphs)
     remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training,
                                      scaling]))
     return PolicyNetwork(model, graph, passes, PrunedParameters(model, masks), description, remark, config)

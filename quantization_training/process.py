@@ -60,6 +60,7 @@ def finetune(network, loaders, criterion, optimizer, config, monitor, folder, st
     """
     model, steps = network.model, len(loaders.train) // config.accumulation
     log_start(monitor, start, network.remark)
+    network.passes.log_to(monitor.log)
 
     def take_step(batches, epoch, step, metrics):
         training_step(model, batches, criterion, optimizer, metrics[None], network.passes)

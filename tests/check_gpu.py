@@ -106,7 +106,7 @@ class Checks:
         self.command(TRAINING, "main.py", f"finetune_{TUNED}.yaml", *self.small)
 
     def evaluation(self):
-        said = self.command(TRAINING, "main.py", f"eval_{TUNED}.yaml", *self.small[:2])
+        said = self.command(TRAINING, "main.py", f"eval_{TUNED}.yaml", *self.small[:2], *self.small[3:4])  # the same batches
         reached = yaml.safe_load((self.place / TRAINING / f"results/{TUNED}/summary.yaml").read_text())
         assert f"top-1 {reached['top1']:.3f}" in said, said
 

@@ -1,4 +1,4 @@
-"""How the passes of a training step are computed: in which numbers, in which memory layout, compiled or not."""
+"""How the passes of a training step are computed: in which numbers, in which memory layout, recorded or not."""
 
 import contextlib
 import ctypes
@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from model.layer_table import convolve_pixels, skips_pixels
-from quan.quantizer import LsqQuan, kernel
+from quan.quantizer import kernel
 from util import distributed
-from util.errors import UserError, reason
+from util.errors import UserError
+
+from .graphs import GraphedPasses
 
 # mallopt(3): M_TRIM_THRESHOLD off, M_TOP_PAD in bytes, M_MMAP_MAX none, as numbered in glibc's malloc.h
 GLIBC_KEEPS = {-1: -1, -2: 2**26, -4: 0}
@@ -57,30 +59,24 @@ def to_device(model, device, graph=None):
 
 
 class Passes:
-    """The forward passes of a network in training, in precision "fp32" or "bf16"; compiled: torch.compile makes one function
-    of the whole network."""
+    """The forward passes of a network in training, in precision "fp32" or "bf16"; recorded: on a GPU as CUDA graphs."""
 
-    def __init__(self, model, precision="fp32", compiled=False):
+    def __init__(self, model, precision="fp32", recorded=False):
         self.model, self.precision = model, precision
-        self._compiled = torch.compile(model, dynamic=False) if compiled else None
-        self._starting = compiled
+        on_gpu = any(parameter.is_cuda for parameter in model.parameters() if parameter.requires_grad)
+        self.graphed = GraphedPasses(model, self.compute) if recorded and on_gpu else None
 
     def logits(self, images):
         """The logits, [batch, classes], in the type of its loss: float32 where it computes in less."""
-        forward = self.model if self._is_starting() else self._compiled
-        try:
-            # bfloat16 holds the integers of every candidate; step sizes and their gradients stay in float32.
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                logits = forward(images)
-        except Exception as error:  # of the compiler, which has many types of them
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            raise UserError(f"compile: the network cannot be compiled ({reason(error)[:200]}); give compile: false") from None
+        return self.compute(images) if self.graphed is None else self.graphed.logits(images)
+
+    def compute(self, images):
+        # bfloat16 holds the integers of every candidate; step sizes and their gradients stay in float32.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits = self.model(images)
         return logits.float() if logits.dtype == torch.bfloat16 else logits
 
-    def _is_starting(self):
-        """Whether passes are not compiled: at all, or yet, because step sizes still take their values from the data."""
-        if self._starting:
-            quantizers = (module for module in self.model.modules() if isinstance(module, LsqQuan))
-            self._starting = not all(quantizer.is_initialized for quantizer in quantizers)
-        return self._compiled is None or self._starting
+    def log_to(self, log):
+        """Say by log(line) whether passes are recorded."""
+        if self.graphed is not None:
+            self.graphed.log = log

@@ -78,7 +78,9 @@ class RunConfig:
         None, low=1, help="CPU threads per process; blank: as many as the run began with, at first all cores, shared out.")
     precision: Literal["fp32", "bf16"] = option(
         "fp32", help="bf16: compute the passes in bfloat16 (autocast); step sizes, optimizer and evaluation stay in float32.")
-    compile: bool = option(False, help="Compile the network with torch.compile; meant for GPUs.")
+    cuda_graphs: bool = option(
+        True, help="On a GPU, record the passes of training and play them back; false for a network whose forward pass does "
+                   "not always do the same.")
     kernels: Literal["auto", "compiled", "plain"] = option(
         "auto", help="Quantizers: compiled (on a CPU loops, by a C++ compiler; on a GPU Triton kernels), or plain tensor "
                      "operations; auto: compiled where the compiler is there.")

@@ -9,7 +9,6 @@ from torch import nn
 
 from .fused import quantized_operation
 from .quantizer import LsqQuan
-from .quantizer.lsq import at_index
 
 
 def _take_over(layer, original, quan_w_fn, quan_a_fn):
@@ -68,9 +67,9 @@ class QuantizedLayer:
 
     @property
     def learns_both(self):
-        """Whether weight and input are quantized by learned steps, gradients are wanted, and no compiler sees to it all."""
+        """Whether weight and input are quantized by learned steps, gradients are wanted."""
         return (self.is_fused and isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan)
-                and torch.is_grad_enabled() and not torch.compiler.is_compiling())
+                and torch.is_grad_enabled())
 
 
 class QuanConv2d(QuantizedLayer, nn.Conv2d):
@@ -152,34 +151,12 @@ class SwitchableBatchNorm(_InPlaceOfBatchNorm):
         self.bits = tuple(bits)
         self.bns = nn.ModuleList(copy.deepcopy(bn) for _ in self.bits)
         self.index = 0
-        self.bit_index = None  # the index as a tensor [1], for a compiled network
 
     def in_use(self):
         return self.bns[self.index]
 
-    @property
-    def can_be_chosen_by_data(self):
-        return all(bn.affine and bn.track_running_stats and bn.momentum is not None for bn in self.bns)
-
     def select(self, bit):
         self.index = self.bits.index(bit)
-
-    def forward(self, x):
-        if torch.compiler.is_compiling() and self.bit_index is not None:
-            return self._forward_at_bit_index(x)
-        return super().forward(x)
-
-    def _forward_at_bit_index(self, x):
-        """The same in training, with the copy chosen by a tensor, so that one compiled function serves all of them."""
-        weight, bias, mean, var = (at_index(torch.stack([getattr(bn, name) for bn in self.bns]), self.bit_index)
-                                   for name in ("weight", "bias", "running_mean", "running_var"))
-        out = nn.functional.batch_norm(x, mean, var, weight, bias, True, self.bns[0].momentum, self.bns[0].eps)
-        for index, bn in enumerate(self.bns):
-            is_chosen = (self.bit_index == index)[0]
-            bn.running_mean.copy_(torch.where(is_chosen, mean, bn.running_mean))
-            bn.running_var.copy_(torch.where(is_chosen, var, bn.running_var))
-            bn.num_batches_tracked += is_chosen
-        return out
 
 
 class ExceptedBatchNorm(_InPlaceOfBatchNorm):

@@ -62,10 +62,6 @@ def test_a_table_and_a_plot_are_written(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "bench.csv", newline="") as file:
         assert [row["side"] for row in csv.DictReader(file)] == [bench.FULL_PRECISION, "ours"]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(bench, "MORE_CASES", {"joint_compiled": lambda clock: [{"case": "compiled"}]})
-    bench.main(["--more", "--output", str(tmp_path / "bench.csv")])
-    with open(tmp_path / "bench.csv", newline="") as file:
-        assert [row["case"] for row in csv.DictReader(file)] == ["joint step", "joint step", "compiled"]
     with pytest.raises(UserError, match="--only: found joints, .*; did you mean 'joint'"):
         bench.main(["--only", "joints"])
 

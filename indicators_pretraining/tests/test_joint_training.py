@@ -337,9 +337,10 @@ def test_candidates_are_validated_at_each_cycle_and_after_the_last_epoch(monkeyp
             assert self.scores == [None, (1.0, 2.0), None, (1.0, 2.0), (1.0, 2.0)]
 
     monkeypatch.setattr(process, "Training", Loop)
-    network = SimpleNamespace(model=None, switch=SimpleNamespace(layers={}, bits=(4, 2)), remark="")
-    process.pretrain(network, SimpleNamespace(train=None, val=None), None, IndicatorsConfig(epochs=5, val_cycle=2), None, None,
-                     None)
+    network = SimpleNamespace(model=None, switch=SimpleNamespace(layers={}, bits=(4, 2)), remark="",
+                              passes=SimpleNamespace(log_to=lambda log: None))
+    process.pretrain(network, SimpleNamespace(train=None, val=None), None, IndicatorsConfig(epochs=5, val_cycle=2),
+                     SimpleNamespace(log=None), None, None)
     assert validated == [2, 4, 5]
 
 

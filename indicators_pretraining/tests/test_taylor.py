@@ -34,7 +34,7 @@ def test_the_change_is_the_gradient_times_the_error_of_quantization(kernels, sha
         v, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         steps = torch.rand((shape[0], *[1] * (len(shape) - 1)) if channels else (), generator=generator) + 0.05
         steps, changes = steps.double() if dtype == torch.float64 else steps, []
-        gradients(grad.clone(), v, steps, 4, 3, needs_v, True, changes)
+        gradients(grad.clone(), v, steps, 4, 3, 1.0, needs_v, True, changes)
         errors = (v.double() / steps.double()).clamp(-4, 3).round() * steps.double() - v.double()
         wanted = (grad.double() * errors).sum()
         tolerance = (1e-12 if dtype == torch.float64 else 1e-5) * (grad.double() * errors).abs().sum() + 1e-12

@@ -51,7 +51,7 @@ def compile_for(monkeypatch, tmp_path):
         return compiled
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tiles = {name: getattr(lsq_triton, name) for name in ("quantize_tile", "differentiate_tile")}
+    tiles = {name: getattr(lsq_triton, name) for name in ("quantize_tile", "differentiate_tiles", "add_up")}
     return compile_for
 
 
@@ -80,8 +80,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(compile_for, gpu):
         v, steps = torch.ones(shape, dtype=v_type), torch.ones(steps, dtype=kernel.ARITHMETIC[v_type])
         rows, columns, grad_v = steps.numel(), v.numel() // steps.numel(), torch.empty_like(v) if needs_v else None
         lsq_triton.quantize(v, steps, rows, columns, 8, 7, v.to(type_))
-        lsq_triton.differentiate(v.to(type_), v, steps, rows, columns, 8, 7, grad_v, has_errors)
-    assert len(compiled) == (8 if gpu[1] == 90 else 4) and all(code.asm for code in compiled)
+        lsq_triton.differentiate(v.to(type_), v, steps, rows, columns, 8, 7, grad_v, 0.5, has_errors)
+    assert len(compiled) == (12 if gpu[1] == 90 else 6) and all(code.asm for code in compiled)
 
 
 def test_a_gpu_divides_and_rounds_as_a_cpu_does(compile_for):
@@ -89,9 +89,10 @@ def test_a_gpu_divides_and_rounds_as_a_cpu_does(compile_for):
     compiled, v = compile_for("cuda", 90, 32), torch.ones(8192)
     lsq_triton.quantize(v, torch.ones(()), 1, 8192, 8, 7, v.bfloat16())
     code, each = compiled[0].asm["ptx"], lsq_triton.TILE // (32 * lsq_triton.WARPS)  # values of a thread
-    assert code.count("div.rn.f32") == each  # IEEE's division, which keeps what is denormal
+    assert code.count("div.rn.f32") == 1  # of the inverse, by IEEE's division, which keeps what is denormal
+    assert code.count("fma.rn.f32") == 2 * each  # those that mend the product with it, and no other
     assert code.count("add.f32") + code.count("add.rn.f32") == 2 * each  # both of nearest(), neither left out nor fused
-    assert ".ftz" not in code and "fma" not in code
+    assert ".ftz" not in code
     assert "min.f32" not in code and "max.f32" not in code  # they would make a number of what is none
     assert "cvt.rn.bf16" in code and "ld.global.v4.b32" in code  # to the nearest; 16 bytes at once
 

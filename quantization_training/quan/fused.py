@@ -57,18 +57,17 @@ class _QuantizedOperation(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, x_step, weight_step, quantized_weight = ctx.saved_tensors
         operation = ctx.operation
-        (*x_range, x_scale), (*weight_range, weight_scale) = operation.x_range, operation.weight_range
-        q = quantized(x, x_step, *x_range, operation.dtype)
+        q = quantized(x, x_step, *operation.x_range[:2], operation.dtype)
         if quantized_weight is None:
-            quantized_weight = quantized(weight, weight_step, *weight_range, operation.dtype)
+            quantized_weight = quantized(weight, weight_step, *operation.weight_range[:2], operation.dtype)
         grad_q, grad_weight, grad_bias = operation.gradients(grad, q, quantized_weight, ctx.bias_type is not None)
         del q, quantized_weight
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        grad_x, grad_x_step = gradients(grad_q, x, x_step, *x_range, needs_x, True, operation.changes[0])
-        grad_weight, grad_weight_step = gradients(grad_weight, weight, weight_step, *weight_range, needs_weight,
+        grad_x, grad_x_step = gradients(grad_q, x, x_step, *operation.x_range, needs_x, True, operation.changes[0])
+        grad_weight, grad_weight_step = gradients(grad_weight, weight, weight_step, *operation.weight_range, needs_weight,
                                                   True, operation.changes[1])
-        return (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_type), grad_x_step * x_scale,
-                grad_weight_step * weight_scale, None)
+        return (grad_x, grad_weight, None if grad_bias is None else grad_bias.to(ctx.bias_type), grad_x_step,
+                grad_weight_step, None)
 
 
 def quantized_operation(x, weight, bias, quan_a_fn, quan_w_fn, geometry=None):

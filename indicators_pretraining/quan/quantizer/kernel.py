@@ -84,8 +84,7 @@ def takes(v, steps):
     """Whether compiled functions can quantize v with these steps: one for all, or one for each entry along the first axis."""
     return (is_compiled() and type(v) in (torch.Tensor, torch.nn.Parameter) and v.device.type == _device
             and steps.device == v.device and ARITHMETIC.get(v.dtype) == steps.dtype and v.layout == torch.strided
-            and (steps.numel() == 1 or (v.dim() == steps.dim() and steps.numel() == steps.shape[0] == v.shape[0]))
-            and not torch.compiler.is_compiling())
+            and (steps.numel() == 1 or (v.dim() == steps.dim() and steps.numel() == steps.shape[0] == v.shape[0])))
 
 
 def quantize(v, steps, qn, qp, dtype):
@@ -110,7 +109,7 @@ def integers(v, step, qn, qp):
     return q
 
 
-def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
+def differentiate(grad, v, steps, qn, qp, scale, needs_v, may_overwrite, changes=None):
     """The gradients of quantize(), as lsq.gradients() gives them, with the same arguments; None where there is no function for
     these types."""
     function = _differentiate.get((grad.dtype, v.dtype))
@@ -123,11 +122,11 @@ def differentiate(grad, v, steps, qn, qp, needs_v, may_overwrite, changes=None):
     grad_v = None
     if needs_v:
         grad_v = grad if may_overwrite and grad.dtype == v.dtype else torch.empty_like(v)
-    sums = function(grad, v, steps, steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp, grad_v, changes is not None)
+    grad_s, errors = function(grad, v, steps, steps.numel(), v.numel() // max(steps.numel(), 1), qn, qp, grad_v, scale,
+                              changes is not None)
     if changes is not None:
-        changed = steps * sums[1].view(steps.shape)
-        changes.append(changed.sum() if changed.dim() else changed)
-    return grad_v, sums[0].to(steps.dtype).view(steps.shape)
+        changes.append(errors.view(()) if errors.numel() == 1 else errors.sum())
+    return grad_v, grad_s.view(steps.shape)
 
 
 def _lies_as(one, other):
@@ -179,12 +178,12 @@ def _quantize_by_loops(function, v, steps, rows, columns, qn, qp, q):
     function(v.data_ptr(), steps.data_ptr(), rows, columns, qn, qp, torch.get_num_threads(), q.data_ptr())
 
 
-def _differentiate_by_loops(function, grad, v, steps, rows, columns, qn, qp, grad_v, has_errors):
+def _differentiate_by_loops(function, grad, v, steps, rows, columns, qn, qp, grad_v, scale, has_errors):
     """As lsq_triton.differentiate() says."""
     sums, clipped = torch.empty(2, rows, dtype=torch.float64)
     function(grad.data_ptr(), v.data_ptr(), steps.data_ptr(), rows, columns, qn, qp, torch.get_num_threads(),
              None if grad_v is None else grad_v.data_ptr(), sums.data_ptr(), clipped.data_ptr())
-    return (sums, sums - clipped) if has_errors else (sums,)
+    return sums.to(steps.dtype) * scale, (sums - clipped) * steps.flatten() if has_errors else None
 
 
 def _load():

@@ -28,8 +28,7 @@ class _Lsq(torch.autograd.Function):
     def backward(ctx, grad):
         v, s = ctx.saved_tensors
         qn, qp, scale = ctx.range
-        grad_v, grad_s = gradients(grad, v, s, qn, qp, ctx.needs_input_grad[0], changes=ctx.changes)
-        return grad_v, grad_s * scale, None, None, None, None
+        return *gradients(grad, v, s, qn, qp, scale, ctx.needs_input_grad[0], changes=ctx.changes), None, None, None, None
 
 
 def lsq(v, s, qn, qp, scale=1.0, changes=None):
@@ -55,14 +54,6 @@ def lsq(v, s, qn, qp, scale=1.0, changes=None):
     return _Lsq.apply(v, s, qn, qp, scale, changes)
 
 
-def traceable_lsq(v, s, qn, qp, scale):
-    """lsq() written for a compiler, with straight-through estimators; qn, qp and scale may be tensors too."""
-    s = s.detach() + (s * scale - (s * scale).detach())
-    scaled = v.to(s.dtype) / s
-    clipped = torch.where(scaled < -qn, -qn, torch.where(scaled > qp, qp, scaled))
-    return ((clipped.round().detach() + (clipped - clipped.detach())) * s).to(v.dtype)
-
-
 def quantized(v, s, qn, qp, dtype=None):
     """The values of lsq(), without gradients, in `dtype` (by default v's)."""
     dtype = dtype or v.dtype
@@ -80,8 +71,8 @@ def integers(v, s, qn, qp):
     return (v / s).clamp_(-qn, qp).round_().add_(qn).to(torch.uint8) if found is None else found
 
 
-def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False, changes=None):
-    """The gradients of lsq() from the gradient of its result, before `scale`.
+def gradients(grad, v, s, qn, qp, scale=1.0, needs_v=True, may_overwrite=False, changes=None):
+    """The gradients of lsq() from the gradient of its result.
 
     Args:
         grad: of v's shape; its memory may be taken for the result where `may_overwrite` is set.
@@ -92,7 +83,7 @@ def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False, changes=Non
     Returns:
         (gradient of v, in its type, or None; gradient of s, of its shape).
     """
-    found = kernel.differentiate(grad, v, s, qn, qp, needs_v, may_overwrite, changes) if kernel.takes(v, s) else None
+    found = kernel.differentiate(grad, v, s, qn, qp, scale, needs_v, may_overwrite, changes) if kernel.takes(v, s) else None
     if found is not None:
         return found
     scaled = v.to(s.dtype) / s
@@ -100,12 +91,7 @@ def gradients(grad, v, s, qn, qp, needs_v=True, may_overwrite=False, changes=Non
     if changes is not None:
         changes.append((integers * s).sub_(v).mul_(grad).sum(dtype=torch.float64))
     slope = integers.sub_(scaled.mul_(inside))
-    return (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape)
-
-
-def at_index(tensor, bit_index):
-    """tensor[bit_index], for an index in a tensor [1]: a compiler would ask for the value of one without dimensions."""
-    return tensor.index_select(0, bit_index)[0]
+    return (grad * inside).to(v.dtype) if needs_v else None, slope.mul_(grad).sum_to_size(s.shape) * scale
 
 
 def _statistics(values, kept):
@@ -150,9 +136,6 @@ class LsqQuan(Quantizer):
         self._initialized = [False] * len(self.bits)  # init_state, to be asked without reading from the device
         self.is_reached = False  # whether anything was to be quantized yet
         self.index = 0
-        # For a compiled network, which would be compiled anew for each bit-width if these were numbers of Python's.
-        self.bit_index = None  # the index as a tensor [1], where BitSwitch.keep_as_data asks for it
-        self.register_buffer("ranges", self._ranges(), persistent=False)
 
     def select(self, bit):
         self.index = self.bits.index(bit)
@@ -161,10 +144,6 @@ class LsqQuan(Quantizer):
     def quantization_range(self):
         """(Qn, Qp) of the selected bit-width."""
         return integer_range(self.bits[self.index], self.signed, self.symmetric)
-
-    def _ranges(self):
-        """(Qn, Qp) of every bit-width, [n_bits, 2]."""
-        return torch.tensor([integer_range(bit, self.signed, self.symmetric) for bit in self.bits], dtype=torch.float32)
 
     @property
     def step(self):
@@ -181,10 +160,8 @@ class LsqQuan(Quantizer):
         return self.signed is not None and all(self._initialized)
 
     def observe(self, x):
-        """Take sign and initial step size from x, where it is the first in training that is not all zero, over all ranks;
-        compiled passes come later."""
-        if torch.compiler.is_compiling():
-            return
+        """Take sign and initial step size from x, where it is the first in training that is not all zero, over all
+        ranks."""
         self.is_reached = True
         if not self.training:
             return
@@ -200,20 +177,14 @@ class LsqQuan(Quantizer):
         seen = largest_over_ranks(2 if (x < 0).any() else int(x.any()))
         if seen:
             self.signed = seen == 2
-            self.ranges.copy_(self._ranges())
 
     def quantize(self, v):
         """Quantize an activation, or a weight of shape [out_channels, ...], at the selected bit-width."""
-        if torch.compiler.is_compiling():
-            return traceable_lsq(v, *self.quantization_parameters(v))
         return lsq(v, *self.quantization_parameters(v), self.changes)
 
     def quantization_parameters(self, v):
         """What lsq() takes besides v: (s in a shape that broadcasts to v's, Qn, Qp, scale of the gradient of s)."""
-        if torch.compiler.is_compiling() and self.bit_index is not None:
-            step, (qn, qp) = at_index(self.s, self.bit_index), at_index(self.ranges, self.bit_index).unbind()
-        else:
-            step, (qn, qp) = self.step, self.quantization_range
+        step, (qn, qp) = self.step, self.quantization_range
         if step.dim():
             step = step.view(-1, *[1] * (v.dim() - 1))
         shared = max(v.numel(), 1) * self.batch_parts / step.numel()

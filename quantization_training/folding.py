@@ -42,7 +42,7 @@ def find_folds(model, images):
         pairs[names[module]].append(None if module.training or is_changed else before)
 
     for module, name in names.items():
-        if isinstance(module, QuanConv2d) and _is_plain(module) and all(
+        if isinstance(module, QuanConv2d) and is_plain(module) and all(
                 owners[id(own)] == 1 for own in (module.weight, module.bias) if own is not None):
             handles.append(module.register_forward_hook(after_convolution))
         elif can_vanish(module):
@@ -58,14 +58,14 @@ def find_folds(model, images):
             and all(uses.count[tensor] <= 1 for tensor in uses.count if tensor.rpartition(".")[0] == name)}
 
 
-def _is_plain(module):
+def is_plain(module):
     """Whether a module does what its class does, no more."""
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 
 
 def can_vanish(module):
     """Whether a module is a BatchNorm that multiplies and adds constants: one of a derived class may do more."""
-    return (type(module) is nn.BatchNorm2d and _is_plain(module) and module.running_mean is not None
+    return (type(module) is nn.BatchNorm2d and is_plain(module) and module.running_mean is not None
             and module.running_var is not None and bool(_gain(module).isfinite().all()))
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from folding import can_vanish, gain_and_shift
+from folding import can_vanish, gain_and_shift, is_plain
 from integer_layer import IntegerLayer, scale
 from model.attention import SelfAttention
 from quan.func import QuantizedLayer
@@ -38,6 +38,8 @@ def fused(model, images):
     Args:
         images: [batch, 3, height, width] that the network takes.
     """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules() if module is not model):
+        return model
     try:
         graph = _Tracer().trace(model)
         whole = fx.GraphModule(model, graph)
@@ -50,6 +52,7 @@ def fused(model, images):
     graph.lint()
     whole.recompile()
     whole.delete_all_unused_submodules()
+    vars(whole).update({name: value for name, value in vars(model).items() if name.startswith("_forward")})  # its hooks
     return whole
 
 
@@ -83,7 +86,7 @@ class Fusion:
         """Whether a node is the only call of a layer that may be changed."""
         module = self.module(node)
         return isinstance(module, (IntegerLayer, QuantizedLayer)) and self.calls[id(module)] == 1 and len(node.args) == 1 \
-            and not node.kwargs and not module._forward_hooks and not module._forward_pre_hooks
+            and not node.kwargs
 
     def only_user(self, node):
         """The node that alone uses another one, as its first argument; else None."""
@@ -107,9 +110,8 @@ class Fusion:
         """What a node does, as ACTIVATIONS has it; None where that is something else."""
         module = self.module(node)
         kind = ACTIVATIONS.get(node.target if module is None else type(module))
-        is_plain = len(node.args) == 1 and not (module is not None and (module._forward_hooks or module._forward_pre_hooks))
         is_exact = getattr(module, "approximate", node.kwargs.get("approximate", "none")) == "none"
-        return kind if is_plain and is_exact else None
+        return kind if is_exact and len(node.args) == 1 and (module is None or is_plain(module)) else None
 
     def take_activation(self, node):
         after, layer = self.only_user(node), self.module(node)

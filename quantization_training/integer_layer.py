@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from model.layer_table import convolve_pixels
 from packed_network import integer_weights, without_integers
 from quan.func import QuanConv2d, scale_adjustment
 from quan.quantizer import LsqQuan
@@ -55,7 +56,8 @@ def why_float(layer):
 
 def _padding(layer):
     """The zeros that a convolution pads with on both sides, (rows, columns); None where that is not all."""
-    if layer.padding_mode != "zeros" or "_conv_forward" in vars(layer):
+    own = vars(layer).get("_conv_forward")
+    if layer.padding_mode != "zeros" or (own is not None and getattr(own, "__func__", None) is not convolve_pixels):
         return None
     if not isinstance(layer.padding, str):
         return tuple(layer.padding)

@@ -202,6 +202,77 @@ def compare(found, wanted, leaving):
     assert torch.equal(found[~is_edge].double(), integers[~is_edge]) and is_edge.float().mean() < 0.01
 
 
+OTHERS = """
+import torch
+from torch import nn
+
+class Branching(nn.Sequential):
+    def forward(self, x):
+        x = super().forward(x)
+        return x + 1 if x.sum() > 0 else x
+
+class Noisy(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x + torch.rand(1, 1, 8, 8))
+
+class Two(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Names(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * self[2].weight.mean()
+
+def layers(num_classes):
+    return (nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1, stride=2), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(4, num_classes))
+
+def branching(num_classes):
+    return Branching(*layers(num_classes))
+
+def noisy(num_classes):
+    return Noisy(*layers(num_classes))
+
+def two(num_classes):
+    return Two(*layers(num_classes))
+
+def names(num_classes):
+    return Names(*layers(num_classes))
+
+def overwriting(num_classes):
+    return nn.Sequential(nn.ReLU(inplace=True), *layers(num_classes))
+"""
+
+
+@pytest.mark.parametrize("factory", ["branching", "noisy", "overwriting", "two"])
+def test_odd_networks_are_computed_with_integers_too(factory):
+    """Some as a graph, others, which no graph stands for, layer by layer."""
+    pathlib.Path("net.py").write_text(OTHERS)
+    network = write_checkpoint(f"net.py:{factory}", 8)
+    integer, how = integer_network.computed(network, "integer", FILE)
+    assert isinstance(integer, torch.fx.GraphModule) == (factory in ("overwriting", "two"))
+    assert how.startswith("integer arithmetic in 1 of 4 layers; in float: ") and "it pads with something else" in how
+    assert [name for name, module in integer.named_modules() if isinstance(module, IntegerLayer)] == [
+        "3" if factory == "overwriting" else "2"]
+    for batch in (1, 5):
+        x = images(8, batch)
+        before = x.clone()
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = network.model(x)
+            torch.manual_seed(0)
+            torch.testing.assert_close(integer(x), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(x, before)
+
+
+def test_a_network_that_asks_its_layers_for_weights_is_computed_in_float():
+    pathlib.Path("net.py").write_text(OTHERS)
+    network = write_checkpoint("net.py:names", 8)
+    assert "float arithmetic (the network fails once its layers are integer" in integer_network.computed(
+        network, "auto", FILE)[1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands.
 

@@ -1,11 +1,13 @@
-"""Write a fine-tuned network as a packed model or as ONNX, show a packed model, or classify images with one.
+"""Write a fine-tuned network as a packed model or as ONNX, show a packed model, classify images with one, or time it.
 
 python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx] [--report report.html]
 python export.py model.safetensors --onnx model.onnx [--qonnx quant_nodes.onnx]
 python export.py --inspect model.safetensors
 python export.py --predict model.safetensors IMAGE...
+python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--latency-table TABLE.csv]
 """
 
+import argparse
 import copy
 
 from packed_file import parse_packed, read_packed, serialize
@@ -26,6 +28,8 @@ def main(arguments=None):
         print(describe_layers(read_packed(options.inspect)))
     elif options.predict:
         predict(options.predict, options.files, options.arch, options.arithmetic)
+    elif options.benchmark:
+        time_network(options)
     else:
         export(options)
 
@@ -47,7 +51,9 @@ def parse(arguments):
     parser.add_argument("--config", metavar="FILE.yaml", help="the configuration of a checkpoint without, as LIMPQ's")
     parser.add_argument("--arch", metavar="FILE.py:FACTORY",
                         help="your own network's file, which is run; needed where the network is one of your own")
+    add_timing(parser)
     options = parser.parse_intermixed_args(arguments)
+    check_timing(parser, options)
     if options.inspect and (options.predict or options.files or options.output or options.onnx
                             or options.qonnx):
         parser.error("--inspect stands alone")
@@ -55,12 +61,51 @@ def parse(arguments):
         parser.error("--report: is about a packed model; give --output too")
     if options.predict and not options.files:
         parser.error("--predict: name the images to classify")
-    if not options.inspect and not options.predict:
+    if not options.inspect and not options.predict and not options.benchmark:
         if len(options.files) != 1:
             parser.error("give one checkpoint, or --inspect FILE, or --predict FILE IMAGE...")
         if not options.output and not options.onnx and not options.qonnx:
             parser.error("--output, --onnx or --qonnx: say where the model is to be written")
     return options
+
+
+def add_timing(parser):
+    """The flags that say what is timed."""
+    parser.add_argument("--benchmark", metavar="FILE", help="time a packed model beside its network without quantizers")
+    parser.add_argument("--batch", metavar="N", type=whole_number, nargs="+", help="batch sizes of --benchmark, by default 1")
+    parser.add_argument("--threads", metavar="N", type=whole_number, help="CPU threads of --benchmark, by default all cores")
+    parser.add_argument("--latency-table", metavar="TABLE.csv",
+                        help="write the times of each layer at every pair of bit-widths instead, which search.py --latency "
+                             "reads; FILE may then be a checkpoint of stage 1, too")
+
+
+def whole_number(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
+    return int(text)
+
+
+def check_timing(parser, options):
+    """Refuse flags of --benchmark without it, and others beside it."""
+    if options.benchmark and (options.inspect or options.predict or options.files or options.output or options.onnx
+                              or options.qonnx):
+        parser.error("--benchmark stands alone")
+    for flag in () if options.benchmark else ("batch", "threads", "latency_table"):
+        if getattr(options, flag):
+            parser.error(f"--{flag.replace('_', '-')}: belongs to --benchmark FILE")
+    if options.latency_table and len(options.batch or []) > 1:
+        parser.error("--batch: a latency table is of one batch size")
+
+
+def time_network(options):
+    """Time a network, or its layers."""
+    from benchmark import benchmark, write_latency_table
+
+    batches = options.batch or [1]
+    if options.latency_table:
+        write_latency_table(options.benchmark, options.latency_table, batches[0], options.threads, options.arch)
+    else:
+        benchmark(options.benchmark, batches, options.threads, options.arch)
 
 
 def export(options):

@@ -1,6 +1,7 @@
 """A quantized layer computed with integers: uint8 inputs times int8 weights, added up in int32, by the operators of oneDNN
 that torch ships for CPUs. The sums are exact; what follows them is float32."""
 
+import copy
 import functools
 import math
 
@@ -187,7 +188,7 @@ class IntegerLayer(nn.Module):
 def frozen(layer):
     """A copy of a quantized layer whose weight is quantized for good, computed in float32."""
     twin = nn.Module.__new__(type(layer))
-    vars(twin).update({name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()})
+    vars(twin).update({name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(layer).items()})
     with torch.no_grad():
         weight = layer.quan_w_fn.quantize(layer.weight)
         if getattr(layer, "sat", False):

@@ -52,7 +52,7 @@ def computed(network, arithmetic, source):
         if arithmetic == "integer":
             raise UserError(f"arithmetic: found integer, but {error}; auto or float computes in float") from None
         return model, f"float arithmetic ({error})"
-    layers = sum(isinstance(module, QuantizedLayer) for module in model.modules())
+    layers = len(layers_of(model))
     return integer, (f"integer arithmetic in {layers - len(floats)} of {layers} layers"
                      + ("; in float: " if floats else "") + "; ".join(f"{name} ({why})" for name, why in floats.items()))
 
@@ -63,18 +63,29 @@ def to_integers(model, size):
     Args:
         size: height and width of an image.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    layers = layers_of(model)
     floats = {name: why for name, why in ((name, why_float(layer)) for name, layer in layers.items()) if why}
     if len(floats) == len(layers):
         raise CannotCompute("no layer fits: " + "; ".join(f"{name} ({why})" for name, why in floats.items()))
+    return for_good(model, size, floats), floats
+
+
+def layers_of(model):
+    """{name: quantized layer}"""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+
+
+def for_good(model, size, floats):
+    """A quantized network whose weights are quantized once and for all, those named in `floats` as float32, others as
+    integers, with what follows a layer made part of it; errors are those of to_integers()."""
     images = torch.zeros(2, 3, size, size).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            integer = fused(_replaced(model, layers, floats), images)
-            integer(images)  # which also lays out the weights
+            whole = fused(_replaced(model, layers_of(model), floats), images)
+            whole(images)  # which also lays out the weights
     except Exception as error:  # of the user's own network, which may ask for what integer layers lack
         raise CannotCompute(f"the network fails once its layers are integer ({reason(error)})") from None
-    return integer.requires_grad_(False), floats
+    return whole.requires_grad_(False)
 
 
 def _replaced(model, layers, floats):

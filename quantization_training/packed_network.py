@@ -232,14 +232,19 @@ def recorded_config(content, path, arch=None):
         raise UserError(f"{path}: does not say how it was trained; give the YAML file that evaluates it as --config")
     if "weight_bits" not in content:
         raise UserError(f"{path}: holds a network in full precision; fine-tune it at a policy's bits first")
+    check_own(content, path, arch)
+    settings = {**content["config"], "arch": arch or content["arch"], "eval": True, "policy": None, "weight_bits": None,
+                "act_bits": None, "init_from": None, "pre_trained": False}
+    return build(FinetuneConfig, settings, {"": path})
+
+
+def check_own(content, path, arch):
+    """Refuse a network of the user's own unless `arch` lets it run, and an `arch` that is another network."""
     own = split_arch(content["arch"])
     if own and arch is None:
         raise UserError(f"{path}: holds {content['arch']}, a network of a file of your own, which is not run unasked; give "
                         f"--arch path/to/{own[0].rsplit('/', 1)[-1]}:{own[1]}")
     check_arch(content, arch or content["arch"], path)
-    settings = {**content["config"], "arch": arch or content["arch"], "eval": True, "policy": None, "weight_bits": None,
-                "act_bits": None, "init_from": None, "pre_trained": False}
-    return build(FinetuneConfig, settings, {"": path})
 
 
 def header_of(network, content, preprocessing, class_names, folds, shared):

@@ -43,6 +43,11 @@ TESTED = {
         "python -m torch.distributed.launch --nproc_per_node=2 main.py CONFIG.yaml",
         "torchrun --nproc_per_node=2 main.py CONFIG.yaml"],
     "quantization_training/tests/test_export.py::check_inspection": ["python export.py --inspect results/model.safetensors"],
+    "quantization_training/tests/test_benchmark.py::test_a_line_for_each_way_and_batch": [
+        "python export.py --benchmark results/model.safetensors --batch 1 16"],
+    "quantization_training/tests/test_benchmark.py::"
+    "test_a_latency_table_has_every_layer_at_every_pair_and_adds_up_to_the_network": [
+        "python export.py --benchmark results/model.safetensors --latency-table results/times.csv"],
     "quantization_training/tests/test_export.py::check_predictions": [
         "python export.py --predict results/model.safetensors IMAGE.png"],
     "quantization_training/tests/test_onnx.py::test_a_trained_network_gives_the_same_classes_and_each_layer_the_same_values": [

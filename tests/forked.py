@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,14 @@ def free_port():
 def torchrun(folder, *words, **options):
     """Start torchrun for two ranks, which are forks too; WORDS are its other options, the script and its arguments."""
     return Fork(folder, __file__, "--nproc_per_node=2", f"--master_port={free_port()}", *words, **options)
+
+
+def two_agents(folder, *words, **options):
+    """Start torchrun twice, for one rank each, as on two machines. Returns both, and what starts the second again."""
+    meeting = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
+    first, second = (partial(torchrun, folder, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", meeting,
+                             f"--rdzv_conf=is_host={is_host}", *words, **options) for is_host in (True, False))
+    return first(), second(), second
 
 
 def _fork_ranks(config, entrypoint):

@@ -1,11 +1,12 @@
 """One process of a run that meets an error: python rank_errors.py KIND, started by a launcher.
 
 KIND: alone (rank 1 meets it), alike (every rank meets the same one), loss (rank 1's loss is not finite), restart (rank 1 is
-lost at the first start).
+lost at the first start), machines (the same, and rank 0 does not notice).
 """
 
 import os
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def fail(kind):
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os._exit(1)
         os.write(1, f"entry {starts} of this start\n".encode())  # in one piece: print writes the end of the line apart
+    if kind == "machines":
+        counted = distributed.gather_objects(int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+        if counted == [0, 0]:
+            if distributed.rank() == 1:
+                os._exit(1)
+            time.sleep(60)  # until its agent, which finds the other one waiting, ends it, and does not count that
+        os.write(1, f"restarts {sorted(counted)}\n".encode())
     distributed.barrier()
 
 

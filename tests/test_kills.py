@@ -157,6 +157,29 @@ def test_a_launched_run_goes_on_after_sigterm_and_after_the_loss_of_a_worker(tit
     assert_equal_folders(*folders)
 
 
+@needs_proc
+@pytest.mark.skipif(KILLS <= 20, reason="in make soak alone: torchrun waits a quarter of a minute for a machine that is lost")
+def test_a_run_on_two_machines_equals_one_on_one_also_after_the_loss_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    config = write_configuration(tmp_path, "slow", COMMANDS["joint training"][2])
+    words = ["--max-restarts=3", "main.py", str(config), f"output_dir={tmp_path}", "epochs=2", "dataloader.data_fraction=0.4",
+             "threads=1"]
+    finish(forked.torchrun(PRETRAINING, *words, "name=one", is_merged=True))
+    *agents, _ = forked.two_agents(PRETRAINING, *words, "name=two", is_merged=True)
+    for agent in agents:
+        finish(agent)
+    assert_equal_folders(tmp_path / "one", tmp_path / "two")
+
+    first, second, start_again = forked.two_agents(PRETRAINING, *words, "name=killed", is_merged=True)
+    for _ in range(3):
+        wait_for_step(tmp_path / "killed" / "killed_checkpoint.pth.tar", first)
+    for number in [second.pid, *children_of(second)]:
+        os.kill(number, signal.SIGKILL)
+    finish(start_again())
+    assert "continuing after epoch" in finish(first)
+    assert_equal_folders(tmp_path / "one", tmp_path / "killed")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loader workers.
 

@@ -68,12 +68,22 @@ def process_group(training_device):
 def _meeting_place():
     """Where the processes of a launcher find each other: the arguments of init_process_group, anew for each restart.
 
-    torchrun keeps its store over restarts, with the addresses of processes that are gone; to wait for one of these takes half
-    an hour.
+    Where torchrun keeps its store over restarts, it holds addresses of processes that are gone; to wait for one of these takes
+    half an hour. Its agents on several machines count restarts differently, and one that is new does not find the others.
+
+    Raises:
+        UserError: where torchrun on several machines is to restart processes and keeps its store.
     """
+    environment = os.environ
+    keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if keeps_store and environment.get("GROUP_WORLD_SIZE", "1") != "1" and environment["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise UserError("--max-restarts: over several machines torchrun restarts processes only where "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 stands in its environment; set it on each machine, or leave "
+                        "--max-restarts out")
     store, own, processes = next(rendezvous("env://"))
-    start = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    return {"store": start, "rank": own, "world_size": processes}
+    if keeps_store:
+        store = dist.PrefixStore(f"start_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": own, "world_size": processes}
 
 
 @contextlib.contextmanager

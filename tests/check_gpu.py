@@ -84,6 +84,12 @@ class Checks:
         for bits, loss in self.losses(JOINT).items():
             assert abs(self.losses(name)[bits] - loss) < 0.05 * loss, f"loss at {bits} bits: {self.losses(name)[bits]}, {loss}"
 
+    def check_same(self, *names):
+        """That two joint trainings end in the same network."""
+        one, other = (torch.load(self.checkpoint(name), weights_only=True)["state_dict"] for name in names)
+        differing = [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+        assert not differing, f"{len(differing)} tensors differ, the first is {differing[0]}"
+
     def pretraining(self):
         self.command(TRAINING, "main.py", "config_resnet20_digits.yaml", *self.small, "warmup_epochs=0")
         self.joint(JOINT)
@@ -119,6 +125,14 @@ class Checks:
         self.joint("bf16", "precision=bf16")
         self.check_close("bf16")
 
+    def recorded_passes(self):
+        """Passes that are recorded end in the very bits of those that are not."""
+        self.joint("one_by_one", "cuda_graphs=false")
+        self.check_same(JOINT, "one_by_one")
+        if self.device == "cuda":
+            logs = [self.checkpoint(name).with_name(f"{name}.log").read_text() for name in (JOINT, "one_by_one")]
+            assert ["recorded as CUDA graphs" in log for log in logs] == [True, False]
+
     def one_launched_process(self):
         """Over nccl on a GPU, over gloo on a CPU."""
         self.joint("launched", launcher=("-m", "torch.distributed.run", "--nproc_per_node=1", "--standalone"))
@@ -135,9 +149,7 @@ class Checks:
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL and "inside" in torch.load(self.checkpoint("killed"), weights_only=True)
         self.command(PRETRAINING, *words)
-        one, other = (torch.load(self.checkpoint(name), weights_only=True) for name in (JOINT, "killed"))
-        differing = [name for name, tensor in one["state_dict"].items() if not torch.equal(tensor, other["state_dict"][name])]
-        assert not differing, f"{len(differing)} tensors differ, the first is {differing[0]}"
+        self.check_same(JOINT, "killed")
 
     def kernels(self):
         """Values equal to tensor operations, gradients near to float64."""
@@ -193,8 +205,8 @@ class Checks:
             raise NotRun("needs a GPU")
 
 
-CHECKS = ("pretraining", "extraction", "policy", "finetuning", "evaluation", "export", "one_launched_process", "bfloat16",
-          "resuming", "kernels", "side_stream", "lack_of_memory", "sanitizer")
+CHECKS = ("pretraining", "recorded_passes", "extraction", "policy", "finetuning", "evaluation", "export",
+          "one_launched_process", "bfloat16", "resuming", "kernels", "side_stream", "lack_of_memory", "sanitizer")
 
 
 def outcome(check, seconds_left):

@@ -8,7 +8,8 @@ are computed.
 A tile has no fewer values than a program has threads (WARPS warps of 32, on ROCm 64): each value is read and written by one
 thread only, so that a gradient may be written over the one that was read. Triton sees numbers below 2^31 as 32-bit integers,
 so places are computed from numbers made 64-bit ones first. The numbers of a tile's rows, rows, columns and tiles say all
-about where it is read and written, which is therefore right for every tensor when it is right for these.
+about where it is read and written, which is therefore right for every tensor when it is right for these. Triton compiles a
+kernel anew where a number is one, or divisible by 16: for rows and columns, which it makes faster, and for no others.
 """
 
 import torch
@@ -17,6 +18,7 @@ import triton.language as tl
 
 TILE, WARPS = 2048, 4
 PARTS = 2048  # about so many programs share the tiles backward: enough for a GPU, and few sums
+WIDTHS = (1, 64, PARTS)  # of what is added up: few, since each of them is compiled
 LARGEST = 2**22  # up to there nearest() is right in float32
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # the arithmetic of all of them is float32's
 QUANTIZE = [(torch.float64, torch.float64), *((v, q) for v in FLOATS for q in FLOATS)]  # (type of v, type of the result)
@@ -52,7 +54,7 @@ def differentiate(grad, v, steps, rows, columns, qn, qp, grad_v, scale, has_erro
     with torch.cuda.device_of(v):
         differentiate_tiles[(blocks * parts,)](grad, v, steps, grad_v, sums, rows, columns, tiles, parts, -float(qn),
                                                float(qp), HAS_ERRORS=has_errors, ROWS=height, COLUMNS=width, num_warps=WARPS)
-        width = triton.next_power_of_2(parts)
+        width = next(width for width in WIDTHS if width >= parts)
         height = max(1, TILE // width)
         add_up[(-(-rows // height),)](sums, steps, grad_s, errors, rows, parts, scale if steps.dtype == torch.float32 else 1.0,
                                       ROWS=height, COLUMNS=width, num_warps=WARPS)
@@ -130,7 +132,7 @@ def nearest(x, v):
     return bits.to(x.dtype, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def quantize_tile(v, steps, q, rows, columns, tiles, low, high, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     row, place, exists = places(program // tiles, program % tiles, rows, columns, ROWS, COLUMNS)
@@ -139,7 +141,7 @@ def quantize_tile(v, steps, q, rows, columns, tiles, low, high, ROWS: tl.constex
     tl.store(q + place, (nearest(clip(divided(value, step), low, high), value) * step).to(q.dtype.element_ty), exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "parts"])
 def differentiate_tiles(grad, v, steps, grad_v, sums, rows, columns, tiles, parts, low, high, HAS_ERRORS: tl.constexpr,
                         ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
@@ -166,7 +168,7 @@ def differentiate_tiles(grad, v, steps, grad_v, sums, rows, columns, tiles, part
         tl.store(sums + (rows + row) * parts + part, tl.sum(errors, 1), row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def add_up(sums, steps, grad_s, errors, rows, parts, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, place, exists = places(tl.program_id(0).to(tl.int64), 0, rows, parts, ROWS, COLUMNS)
     slope = tl.sum(tl.load(sums + place, exists, 0.0).to(tl.float64), 1)

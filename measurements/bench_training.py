@@ -490,7 +490,8 @@ def draw(path, rows):
              if (found := [row for row in rows if row["case"] == f"scaling, {kind}"])}
     if not rows:
         return
-    figure = new_figure("time and memory over the network without quantizers", (12, 7 if grown and bars else 4))
+    height = max(4, 0.25 * len(bars)) + 3 * bool(grown and bars)
+    figure = new_figure("time and memory over the network without quantizers", (12, height))
     parts = figure.subfigures(bool(bars) + bool(grown), 1, squeeze=False).flatten()
     if bars:
         draw_bars(parts[0].subplots(1, 2, sharey=True), bars)
@@ -501,9 +502,11 @@ def draw(path, rows):
 
 
 def draw_bars(panels, rows):
+    has_one = len({(row["case"], row["side"]) for row in rows}) == len(rows)
+    names = [f"{row['case'] if has_one else row['case'] + ', ' + row['what']}: {row['side']}" for row in rows]
     for axes, key, title in zip(panels, ("time_over_floor", "memory_over_floor"), ("time", "peak memory"), strict=True):
         colours = ["0.6" if row["side"].startswith((REFERENCE, FULL_PRECISION)) else "tab:blue" for row in rows]
-        bars = axes.barh([f"{row['case']}: {row['side']}" for row in rows], [row[key] for row in rows], color=colours)
+        bars = axes.barh(names, [row[key] for row in rows], color=colours)
         axes.bar_label(bars, fmt=" {:.2f}", fontsize=8)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_title(title, fontsize=10)

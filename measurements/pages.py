@@ -96,6 +96,29 @@ def training_table(found):
                      "memory over full precision"], lines)
 
 
+def gpu_table(found):
+    """measurements/bench_training.py on a GPU"""
+    lines, steps = [], [line for line in found if line["case"].startswith("GPU, ")]
+    for case, what in dict.fromkeys((line["case"], line["what"].rpartition(", ")[0]) for line in steps):
+        cells = []
+        for precision, shown in (("bf16", {"ours": ("time", "memory"), "ours, cuda_graphs: false": ("time",),
+                                           "plain chain": ("time", "memory")}), ("fp32", {"ours": ("time", "memory")})):
+            for side, keys in shown.items():
+                measured = [line for line in steps if (line["case"], line["what"], line["side"]) == (
+                    case, f"{what}, {precision}", side)]
+                cells += [number(measured[0], f"{key}_over_floor") if measured else "" for key in keys]
+        lines.append([f"{case.removeprefix('GPU, ')}, {what}", *cells])
+    return markdown(["step on a GPU", "bfloat16, time", "memory", "one by one, time", "reference, time", "memory",
+                     "float32, time", "memory"], lines)
+
+
+def share_of_a_copy(side, dtype):
+    """The bytes per second of the quantizers forward or backward, in percent of those of a copy."""
+    copy, ours = (row("measurements/bench_training_h200.csv", case="quantizer kernels", what=f"128x256x56x56, {dtype}",
+                      side=each) for each in ("copy", side))
+    return f"{100 * float(copy['ms']) / float(ours['ms']) * {'forward': 1, 'backward': 1.5}[side]:.0f}"
+
+
 def cores_table(found):
     """measurements/bench_loader.py, for GPUs that take so many images per second"""
     rate = next(float(line["images_per_s"]) for line in found if line["side"] == "ours")
@@ -211,6 +234,7 @@ def tables():
             costs_table(rows("measurements/indicator_costs.csv")),
             search_table(rows("measurements/bench_search_2_cores.csv")),
             training_table(rows("measurements/bench_training_2_cores.csv")),
+            gpu_table(rows("measurements/bench_training_h200.csv")),
             cores_table(rows("measurements/loader.csv")),
             pruning_table(rows("measurements/pruning_on_fashion_mnist.csv")),
             digits_table(rows("measurements/networks_on_digits.csv")),
@@ -249,6 +273,9 @@ def figures():
          read["largest_difference"]),
         ("images of 2000x1500 would be read {} times as fast, but their pixels change by {} levels on average",
          f"{float(half['images_per_s']) / float(large['images_per_s']):.2f}", number(half, "mean_difference")),
+        ("move at {} % (forward) and {} % (backward) of the bytes per second of a copy in bfloat16, and at {} % and {} % in "
+         "float32", *(share_of_a_copy(side, dtype) for dtype in ("bfloat16", "float32")
+                              for side in ("forward", "backward"))),
         ("jointly trained ones costs {} points",
          spread(row("experiments/parts.csv", choice="from_dense_weights"), "difference", -1)),
     ]

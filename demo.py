@@ -6,6 +6,7 @@ with --record              also write it into measurements/, for the README; pyt
 """
 
 import csv
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ NAME = "mobilenet_digits"
 POLICY, PLOT = f"results/policy_{NAME}_w3a3.yaml", f"results/policy_{NAME}_w3a3.png"
 TUNED = f"results/{NAME}_w3a3/{NAME}_w3a3_checkpoint.pth.tar"
 PACKED = f"results/{NAME}_w3a3.safetensors"
+SPEED_BATCH = 64
 ACCURACY = f"{TRAINING}/results/{NAME}.png"
 ROWS = {"dense, 32 bits": f"{NAME}_dense", "uniform W3A3": f"{NAME}_uniform_w3a3", "searched at W3A3": f"{NAME}_w3a3"}
 LEVELS = {0: "dense", 1: "50 % sparse", 2: "80 % sparse"}
@@ -190,6 +192,13 @@ def packed_bytes():
     return (ROOT / TRAINING / PACKED).stat().st_size
 
 
+def packed_speed():
+    """How many times faster the packed network is than the dense one, both in batches of SPEED_BATCH."""
+    code = f"import benchmark; print(benchmark.speed({PACKED!r}, {SPEED_BATCH}))"
+    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT / TRAINING, capture_output=True, text=True,
+                                check=True).stdout)
+
+
 def main():
     is_pruned = "--pruned" in sys.argv
     if not {*sys.argv[1:]} <= {"--pruned", "--record"}:
@@ -207,7 +216,8 @@ def main():
         size = packed_bytes()
         save_plot(found, ROOT / ACCURACY)
         print(f"accuracy against BitOPs: {ACCURACY}")
-        print(f"the bit-packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB)")
+        print(f"the bit-packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB), computed "
+              f"{packed_speed():.1f} times as fast as the dense one (export.py --benchmark)")
         print(f"the policy: {SEARCH}/{POLICY}\nits plot: {SEARCH}/{PLOT}")
     print("training curves: */results/*/curves.png\nmake clean removes all of it")
 

@@ -17,6 +17,7 @@ from quan.quantizer.lsq import integers
 OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 LARGEST_INPUT, LARGEST_PAIR = 255, 64  # the most that two products may add up to, 2 * 255 * 64, in CPUs that add them in int16
 CHECKED_CHANNELS = 64
+CACHED_VALUES = 2**20  # of a residual, at once: the operator adds to it and returns a copy, which then stays in cache
 
 
 class CannotCompute(Exception):
@@ -164,16 +165,19 @@ class IntegerLayer(nn.Module):
         return self.activation, [low, high] if self.activation == "hardtanh" else [], \
             "none" if self.activation == "gelu" else ""
 
-    def _convolve(self, q, residual):
-        entering = (q.unsqueeze(0) if q.dim() == 3 else q, self.entering.step, self.entering.qn, *self.packed)
+    def _convolve(self, x, residual):
+        q, entering = x, (self.entering.step, self.entering.qn, *self.packed)
+        q = q.unsqueeze(0) if q.dim() == 3 else q
         if residual is None:
-            y = torch.ops.onednn.qconv2d_pointwise(*entering, self.bias, *self.geometry, *self._output(),
+            y = torch.ops.onednn.qconv2d_pointwise(q, *entering, self.bias, *self.geometry, *self._output(),
                                                    *self._post_operation())
-        else:
-            residual = residual.contiguous(memory_format=torch.channels_last)
-            y = torch.ops.onednn.qconv2d_pointwise.binary(*entering, residual, self.bias, *self.geometry, *self._output(),
-                                                          1.0, 0, "sum", 1.0, *self._post_operation())
-        return y.squeeze(0) if q.dim() == 3 else y
+            return y.squeeze(0) if x.dim() == 3 else y
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        count = max(CACHED_VALUES // residual[0].numel(), 1)
+        for some, sums in zip(q.split(count), residual.split(count), strict=True):
+            torch.ops.onednn.qconv2d_pointwise.binary(some, *entering, sums, self.bias, *self.geometry, *self._output(), 1.0,
+                                                      0, "sum", 1.0, *self._post_operation())
+        return residual
 
     def _multiply(self, q, residual):
         entering = (q.flatten(0, -2), self.entering.step, self.entering.qn, *self.packed)

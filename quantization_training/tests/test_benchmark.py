@@ -54,6 +54,14 @@ def test_medians_and_ratios_are_of_calls_in_turn_after_one_that_does_not_count()
         ("float32", 4, 20, 1), ("integer", 4, 5, 4)]
 
 
+def test_the_demo_says_how_many_times_faster_the_packed_model_is(monkeypatch):
+    write_checkpoint("mobilenet_v2_tiny", 32)
+    export.main([FILE, "--output", PACKED])
+    monkeypatch.setattr(benchmark, "measure", lambda ways, images: [
+        {"way": way, "ratio": len(images) + index} for index, way in enumerate(ways)])
+    assert benchmark.speed(PACKED, 3) == 4
+
+
 @pytest.mark.usefixtures("shallow")
 def test_a_line_for_each_way_and_batch(capsys, monkeypatch):
     write_checkpoint("resnet20", 16)

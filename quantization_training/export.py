@@ -1,7 +1,7 @@
 """Write a fine-tuned network as a packed model or as ONNX, show a packed model, classify images with one, or time it.
 
 python export.py CHECKPOINT --output model.safetensors [--fold-bn] [--onnx model.onnx] [--report report.html]
-python export.py model.safetensors --onnx model.onnx [--qonnx quant_nodes.onnx]
+python export.py model.safetensors --onnx model.onnx [--profile integer] [--qonnx quant_nodes.onnx]
 python export.py --inspect model.safetensors
 python export.py --predict model.safetensors IMAGE...
 python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--latency-table TABLE.csv]
@@ -40,6 +40,8 @@ def parse(arguments):
     parser.add_argument("files", nargs="*", metavar="CHECKPOINT | IMAGE", help="a checkpoint of main.py; images to classify")
     parser.add_argument("--output", metavar="FILE.safetensors", help="the packed model to write")
     parser.add_argument("--onnx", metavar="FILE.onnx", help="the ONNX model to write; needs requirements-export.txt")
+    parser.add_argument("--profile", choices=("qdq", "integer"), default="qdq",
+                        help="what --onnx multiplies: qdq, dequantized values; integer, integers, in onnxruntime")
     parser.add_argument("--qonnx", metavar="FILE.onnx", help="the QONNX model to write; needs requirements-export.txt")
     parser.add_argument("--report", metavar="FILE.html", help="a page about the packed model; needs --output")
     parser.add_argument("--fold-bn", action="store_true", help="fold each BatchNorm into the convolution before it")
@@ -57,6 +59,8 @@ def parse(arguments):
     if options.inspect and (options.predict or options.files or options.output or options.onnx
                             or options.qonnx):
         parser.error("--inspect stands alone")
+    if options.profile == "integer" and not options.onnx:
+        parser.error("--profile: is about an ONNX model; give --onnx too")
     if options.report and not options.output:
         parser.error("--report: is about a packed model; give --output too")
     if options.predict and not options.files:
@@ -140,9 +144,9 @@ def export(options):
             write_atomically(options.report, page.encode())
             print(f"report: {options.report}")
     elif options.fold_bn:
-        fold(network, images)
+        fold(network.model, images)
     if options.onnx:
-        write_onnx(network, options.onnx, images)
+        (write_integer_onnx if options.profile == "integer" else write_onnx)(network.model, options.onnx, images)
     if options.qonnx:
         write_qonnx(network, options.qonnx, images)
 
@@ -155,32 +159,52 @@ def check_installed(options):
         onnx_export.check_installed("--qonnx" if options.qonnx else "--onnx")
 
 
-def fold(network, images):
+def fold(model, images):
     """Fold the BatchNorms of a network, in place; return {BatchNorm: convolution}."""
     from folding import check_folds, find_folds, fold_batchnorms
 
-    folds, before = find_folds(network.model, images), copy.deepcopy(network.model)
-    fold_batchnorms(network.model, folds)
-    check_folds(before, network.model, folds, images)
+    folds, before = find_folds(model, images), copy.deepcopy(model)
+    fold_batchnorms(model, folds)
+    check_folds(before, model, folds, images)
     try:
-        logits_of(network.model, images)
+        logits_of(model, images)
     except Exception as error:  # of a forward of the user's own, which looks for what is gone
         raise UserError(f"--fold-bn: the network does not compute without its BatchNorms ({reason(error)}); export without "
                         "--fold-bn") from None
     return folds
 
 
-def write_onnx(network, path, images):
+def write_onnx(model, path, images):
     """Write a network as ONNX, with weights as narrow as onnxruntime takes them, and say what came of it."""
     from onnx_export import checked, logits_of_onnxruntime, narrowest_that_loads, to_onnx
 
-    model, counts = narrowest_that_loads(to_onnx(network.model, images.shape[-1]))
-    data = checked(model)
-    change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), network.model, images)
+    graph, counts = narrowest_that_loads(to_onnx(model, images.shape[-1]))
+    data = checked(graph)
+    change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), model, images)
     write_atomically(path, data)
     types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
     print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
           f"to {change:.1e}")
+
+
+def write_integer_onnx(model, path, images):
+    """Write a network as ONNX that multiplies integers, BatchNorms folded where they can be, and say what came of it."""
+    from onnx_export import checked, logits_of_onnxruntime, to_onnx
+    from onnx_integer import with_integers
+
+    folded = copy.deepcopy(model)
+    try:
+        fold(folded, images)
+    except UserError:  # a network that looks for its BatchNorms keeps them
+        folded = model
+    graph = to_onnx(folded, images.shape[-1])
+    counts, error = with_integers(graph)
+    data = checked(graph)
+    change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), model, images, error)
+    write_atomically(path, data)
+    layers = ", ".join(f"{count} in {operator}" for operator, count in counts.items() if count)
+    print(f"{path}: {len(data):,} bytes; layers: {layers}; biases rounded by at most {error:.4f} of a quantizer's step; "
+          f"logits of {len(images)} random images in onnxruntime: PyTorch's to {change:.1e}")
 
 
 def write_qonnx(network, path, images):
@@ -196,11 +220,12 @@ def write_qonnx(network, path, images):
           f"qonnx {gbitops_of_qonnx(model):.3f} G, of the search by the exact count {network.cost['gbitops_exact']:.3f} G")
 
 
-def change_of(who, found, model, images):
-    """By how much logits that something else computed differ from a network's; a UserError where by more than rounding."""
+def change_of(who, found, model, images, shift=0):
+    """By how much logits that something else computed differ from a network's; a UserError where by more than rounding, of
+    is_rounding's `shift`."""
     before = logits_of(model, images)
     change = difference(before, found)
-    if not is_rounding(change, before, model, images):
+    if not is_rounding(change, before, model, images, shift):
         raise UserError(f"{who} gives other outputs than PyTorch (by up to {change:g}); nothing was written")
     return change
 
@@ -210,7 +235,7 @@ def pack(network, content, path, images):
     from packed_network import header_of, pack_network, recorded_config
     from preprocessing import describe_preprocessing, find_class_names
 
-    folds = {} if images is None else fold(network, images)
+    folds = {} if images is None else fold(network.model, images)
     layers, tensors, shared = pack_network(network, path)
     data = recorded_config(content, path, network.config.arch).dataloader
     header = header_of(network, content, describe_preprocessing(data, content["input_size"]),
@@ -251,11 +276,11 @@ def difference(before, after):
     return (before - after).abs().nan_to_num(float("inf")).where(~same, 0).max().item()
 
 
-def is_rounding(change, before, model, images):
+def is_rounding(change, before, model, images, shift=0):
     """Whether rounding explains that logits differ by `change` from those of `model`, `before`.
 
     An activation beside a threshold may be rounded to the other integer, and change all that comes after it. So logits may
-    differ as they do where the input of each layer is off by a little more than rounding.
+    differ as they do where the input of each layer is off by a little more than rounding, and by up to `shift` of its step.
     """
     import torch
 
@@ -265,7 +290,10 @@ def is_rounding(change, before, model, images):
 
     def disturb(module, inputs):
         noise = torch.randn(inputs[0].shape, generator=generator)
-        return (inputs[0] * (1 + DISTURBANCE * noise), *inputs[1:])
+        moved = inputs[0] * (1 + DISTURBANCE * noise)
+        if shift and hasattr(module.quan_a_fn, "step"):
+            moved += shift * module.quan_a_fn.step * (2 * torch.rand(moved.shape, generator=generator) - 1)
+        return (moved, *inputs[1:])
 
     handles = [module.register_forward_pre_hook(disturb) for module in model.modules() if hasattr(module, "quan_w_fn")]
     usual = max(difference(before, logits_of(model, images)) for _ in range(DRAWS))

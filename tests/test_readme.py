@@ -52,6 +52,8 @@ TESTED = {
         "python export.py --predict results/model.safetensors IMAGE.png"],
     "quantization_training/tests/test_onnx.py::test_a_trained_network_gives_the_same_classes_and_each_layer_the_same_values": [
         "python export.py results/model.safetensors --onnx results/model.onnx"],
+    "quantization_training/tests/test_onnx_integer.py::test_a_trained_network_in_integers_gives_the_same_classes": [
+        "python export.py results/model.safetensors --onnx results/integer.onnx --profile integer"],
     "quantization_training/tests/test_qonnx.py::"
     "test_the_package_qonnx_gives_the_outputs_of_pytorch_on_digits_and_the_bitops_of_the_search": [
         "python export.py results/model.safetensors --qonnx results/quant_nodes.onnx"],

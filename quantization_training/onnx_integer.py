@@ -1,0 +1,330 @@
+"""An ONNX model with DequantizeLinear, as onnx_export writes it, made one that multiplies integers, for onnxruntime.
+
+Inputs of layers become uint8, q + Qn with zero point Qn, from 0 to Qn + Qp. Then
+
+- a convolution whose output goes, past its bias and a ReLU, into one quantizer is a QLinearConv, whose output scale is that
+  quantizer's step; it saturates at 0, and Min clips to the largest integer that is left;
+- another convolution without groups, and a linear layer, is a MatMulIntegerToFloat, an operator of onnxruntime's own that adds
+  the bias in float32;
+- what is left stays as it is, in float32.
+
+QLinearConv rounds a bias to a multiple of both step sizes. So the weights of a channel are multiplied, and their step is
+divided, by that integer which leaves the smallest error, of those with which weights fit into 8 bits and sums of two products
+into 16. Kernels for x86 without VNNI saturate these sums where weights are int8. Where they do not fit, weights are uint8,
+whose kernels need no such bound.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PAIR = 2**15 - 1  # what a sum of two products may reach
+SUM = 2**31 - 1  # what the sum of all may
+MOST = 127  # times a weight may be multiplied
+UNSIGNED_ZERO = 128  # the zero point of weights that are uint8
+FEWEST = 16  # channels of a group; with fewer, float32 is faster, but for depthwise convolutions
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Entering:
+    """A quantized input. raw: the name of a uint8 tensor, (raw - zero) * step its values. largest: what raw may be."""
+
+    raw: str
+    step: float
+    zero: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose weight and input are quantized.
+
+    node: its Conv, Gemm or MatMul. weight: int32 [out, ...]. step, bias: float32 [out]; steps are positive. end: the node that
+    adds the bias, where there is one, else `node`.
+    """
+
+    node: object
+    weight: np.ndarray
+    step: np.ndarray
+    bias: np.ndarray
+    entering: Entering
+    end: object
+
+
+class Graph:
+    """The graph of an ONNX model, its nodes and constants found by names, and changed."""
+
+    def __init__(self, model):
+        import onnx
+
+        self.onnx, self.proto, self.nodes = onnx, model.graph, list(model.graph.node)
+        self.values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self.outputs = {value.name for value in model.graph.output}
+        self.maker = {name: node for node in self.nodes for name in node.output}
+        self.users = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+        self.replacements = {}  # by the output of the node whose place they take
+
+    def made_by(self, name, *kinds):
+        """The node of one of these kinds that makes a tensor; else None."""
+        node = self.maker.get(name)
+        return node if node is not None and node.op_type in kinds else None
+
+    def only_user(self, name):
+        """The node that alone uses a tensor; None where there are others, or where it is an output of the graph."""
+        users = self.users.get(name, [])
+        return users[0] if len(users) == 1 and name not in self.outputs else None
+
+    def constant(self, name, value):
+        if name not in self.values:
+            self.values[name] = np.asarray(value, order="C")
+            self.proto.initializer.append(self.onnx.numpy_helper.from_array(self.values[name], name))
+        return name
+
+    def replace(self, node, *new):
+        """Put nodes in the place of one: (operator, inputs, output, attributes)."""
+        for operator, inputs, output, attributes in new:
+            domain = {"domain": MICROSOFT} if operator == "MatMulIntegerToFloat" else {}
+            made = self.onnx.helper.make_node(operator, inputs, [output], f"{output}/{operator}", **domain, **attributes)
+            self.replacements.setdefault(node.output[0], []).append(made)
+
+    def finish(self):
+        """Write the nodes back, without those, and the constants, that nothing uses now."""
+        nodes = [new for node in self.nodes for new in self.replacements.get(node.output[0], [node])]
+        needed, kept = set(self.outputs), []
+        for node in reversed(nodes):
+            if needed & set(node.output):
+                kept.append(node)
+                needed |= set(node.input)
+        del self.proto.node[:]
+        self.proto.node.extend(reversed(kept))
+        made = {name for node in kept for name in node.output}
+        for entries, names in ((self.proto.initializer, needed), (self.proto.value_info, needed & made)):
+            for entry in [entry for entry in entries if entry.name not in names]:
+                entries.remove(entry)
+
+
+def attribute(node, name, default=None):
+    for entry in node.attribute:
+        if entry.name == name:
+            return list(entry.ints) or entry.i
+    return default
+
+
+def with_integers(model):
+    """The same model computing with integers where onnxruntime is the faster for it, in place.
+
+    Returns:
+        ({operator: how many layers it computes}, the largest error of a rounded bias, in steps of the quantizer it reaches).
+    """
+    graph, counts, worst = Graph(model), {"QLinearConv": 0, "MatMulIntegerToFloat": 0, "float32": 0}, 0.0
+    entering = {}  # by the output of the QuantizeLinear, or of the Clip after it
+    for node in graph.nodes:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        layer = find_layer(graph, node, entering)
+        error = None if layer is None else put_convolution(graph, layer, entering)
+        if error is not None:
+            counts["QLinearConv"], worst = counts["QLinearConv"] + 1, max(worst, error)
+        elif layer is not None and put_product(graph, layer):
+            counts["MatMulIntegerToFloat"] += 1
+        elif dequantized_weight(graph, node) is not None:
+            counts["float32"] += 1
+    graph.finish()
+    if counts["MatMulIntegerToFloat"]:
+        model.opset_import.append(graph.onnx.helper.make_opsetid(MICROSOFT, 1))
+    return counts, worst
+
+
+def find_layer(graph, node, entering):
+    """The Layer that a Conv, Gemm or MatMul computes; None where weight or input is not quantized."""
+    dequantize = dequantized_weight(graph, node)
+    x = None if dequantize is None else find_entering(graph, node.input[0], entering)
+    if x is None:
+        return None
+    weight = graph.values[dequantize.input[0]].astype(np.int32)
+    step = np.broadcast_to(graph.values[dequantize.input[1]].astype(np.float32), weight.shape[:1])
+    sign = np.where(step < 0, -1, 1).astype(np.int32)  # a folded BatchNorm may turn a channel round
+    weight = weight * sign.reshape(-1, *[1] * (weight.ndim - 1))
+    end, bias, add = node, np.zeros(len(weight), np.float32), graph.only_user(node.output[0])
+    if add is not None and add.op_type == "Add" and add.input[1] in graph.values:
+        added = graph.values[add.input[1]]
+        if added.shape == (len(weight), *[1] * (weight.ndim - 2)):
+            end, bias = add, added.reshape(-1)
+    return Layer(node, weight, np.abs(step), bias, x, end)
+
+
+def dequantized_weight(graph, node):
+    """The DequantizeLinear of the weight [out, ...] of a Conv, Gemm or MatMul; None where its second input is none."""
+    transpose = graph.made_by(node.input[1], "Transpose")
+    found = graph.made_by(node.input[1] if transpose is None else transpose.input[0], "DequantizeLinear")
+    is_transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB"))
+    return found if found is not None and found.input[0] in graph.values and (transpose is not None) == is_transposed else None
+
+
+def find_entering(graph, name, entering):
+    """The Entering whose values a tensor in float32 has, its uint8 tensor put into the graph; None where it has none."""
+    last = graph.made_by(name, "DequantizeLinear")
+    clip = None if last is None else graph.made_by(last.input[0], "Clip")
+    first = None if last is None else graph.made_by(clip.input[0] if clip is not None else last.input[0], "QuantizeLinear")
+    if first is None or last.input[0] in entering:
+        return entering[last.input[0]] if first is not None else None
+    step, low, high = quantizer_of(graph, first)
+    raw, zero, largest = f"{last.input[0]}/uint8", graph.constant(f"zero/{-low}", np.uint8(-low)), high - low
+    wide = f"{raw}/wide" if largest < 255 else raw
+    graph.replace(first, ("QuantizeLinear", [first.input[0], first.input[1], zero], wide, {}),
+                  ("QuantizeLinear", list(first.input), first.output[0], {}))
+    if largest < 255:
+        graph.replace(first, ("Min", [wide, graph.constant(f"largest/{largest}", np.uint8(largest))], raw, {}))
+    entering[last.input[0]] = Entering(raw, step, -low, largest)
+    return entering[last.input[0]]
+
+
+def quantizer_of(graph, quantize):
+    """(step, -Qn, Qp) of a quantizer, whose QuantizeLinear is given."""
+    clip, limits = graph.only_user(quantize.output[0]), np.iinfo(graph.values[quantize.input[2]].dtype)
+    low, high = limits.min, limits.max
+    if clip is not None and clip.op_type == "Clip":
+        low, high = (int(graph.values[bound]) for bound in clip.input[1:])
+    return np.float32(graph.values[quantize.input[1]]), low, high
+
+
+def put_convolution(graph, layer, entering):
+    """Put a QLinearConv in the place of a convolution, where it goes into one quantizer and its integers fit.
+
+    Returns:
+        the largest error of a rounded bias, in steps of that quantizer; None where nothing was put.
+    """
+    target = find_target(graph, layer) if is_plain_convolution(layer) and groups_are_fast(layer) else None
+    integers = None if target is None else scaled_integers(layer)
+    if integers is None:
+        return None
+    (quantize, low, high), (weight, weight_step, bias, error) = target, integers
+    step, name, x = np.float32(graph.values[quantize.input[1]]), layer.end.output[0], layer.entering
+    weight_zero = weight.dtype.type(0 if weight.dtype == np.int8 else UNSIGNED_ZERO)
+    inputs = [x.raw, *(graph.constant(key, value) for key, value in (
+        (f"{name}/x_scale", x.step), (f"zero/{x.zero}", np.uint8(x.zero)), (f"{name}/weight", weight),
+        (f"{name}/weight_scale", weight_step), (f"{name}/weight_zero", weight_zero), (f"{name}/y_scale", step),
+        (f"zero/{-low}", np.uint8(-low)), (f"{name}/bias", bias)))]
+    geometry = {key: attribute(layer.node, key) for key in ("dilations", "group", "kernel_shape", "pads", "strides")}
+    raw, largest = f"{name}/uint8", high - low
+    wide = f"{raw}/wide" if largest < 255 else raw
+    graph.replace(layer.end, ("QLinearConv", inputs, wide, geometry))
+    if largest < 255:
+        graph.replace(layer.end, ("Min", [wide, graph.constant(f"largest/{largest}", np.uint8(largest))], raw, {}))
+    clip = graph.only_user(quantize.output[0])
+    quantized = (clip if clip is not None and clip.op_type == "Clip" else quantize).output[0]
+    entering[quantized] = Entering(raw, step, -low, largest)
+    for last in graph.users[quantized]:  # layers that stay in float32 read it, too
+        graph.replace(last, ("DequantizeLinear", [raw, inputs[6], inputs[7]], last.output[0], {}))
+    return float((error * x.step / step).max())
+
+
+def is_plain_convolution(layer):
+    """Whether a layer is a convolution of two dimensions that says its padding in numbers."""
+    return layer.node.op_type == "Conv" and layer.weight.ndim == 4 and all(
+        entry.s in (b"", b"NOTSET") for entry in layer.node.attribute if entry.name == "auto_pad")
+
+
+def groups_are_fast(layer):
+    """Whether QLinearConv is fast for the groups of a convolution: one, groups of many channels, or one channel in and out."""
+    groups, (outputs, inputs) = attribute(layer.node, "group", 1), layer.weight.shape[:2]
+    return groups == 1 or inputs >= FEWEST or (inputs == 1 and outputs == groups)
+
+
+def find_target(graph, layer):
+    """(QuantizeLinear, lowest, highest integer) of the one quantizer that the output of a layer goes into; else None.
+
+    A ReLU, or what else clips, on the way narrows the range: rounding keeps order, so that it may come first.
+    """
+    low, high, after = -np.inf, np.inf, graph.only_user(layer.end.output[0])
+    while after is not None and after.op_type in ("Relu", "Clip"):
+        bounds = [0] if after.op_type == "Relu" else [graph.values.get(name) for name in after.input[1:]]
+        if any(bound is None for bound in bounds):
+            return None
+        low, high = max(low, float(bounds[0])), min(high, *map(float, bounds[1:])) if bounds[1:] else high
+        after = graph.only_user(after.output[0])
+    if after is None or after.op_type != "QuantizeLinear":
+        return None
+    step, lowest, highest = quantizer_of(graph, after)
+    low, high = (int(np.clip(np.round(np.float32(bound) / step), lowest, highest)) for bound in (low, high))
+    return (after, low, high) if low <= 0 < high else None
+
+
+def scaled_integers(layer):
+    """What QLinearConv takes for a layer; None where it does not fit.
+
+    Returns:
+        (weight int8, or uint8 with UNSIGNED_ZERO, [out, ...]; its step [out]; bias int32 [out], in units of both steps; the
+        errors of the biases [out], in units of the step of the input).
+    """
+    rows = layer.weight.reshape(len(layer.weight), -1).astype(np.int64)
+    largest, unit = layer.entering.largest, np.float64(layer.entering.step)
+    top, bottom, total = rows.max(1), -rows.min(1), np.abs(rows).sum(1, dtype=np.int64)
+    if bottom.max() > 128 or top.max() > 127 or not np.isfinite(layer.bias).all():
+        return None
+    bias, factors = layer.bias / (unit * layer.step), np.arange(1, MOST + 1)[:, None]
+    reach = 2.0 * largest * total + np.abs(bias)
+    fits = ((top * factors <= 127) & (bottom * factors <= 128) & (2 * largest * np.maximum(top, bottom) * factors <= PAIR)
+            & (reach * factors <= SUM))
+    if fits[0].all():
+        errors = np.where(fits, np.abs(np.round(bias * factors) - bias * factors) / factors, np.inf)
+        factor = factors[errors.argmin(0), 0]
+        weight = (rows * factor[:, None]).astype(np.int8)
+    else:
+        factor, weight = 1, (rows + UNSIGNED_ZERO).astype(np.uint8)
+        if (reach + 2.0 * largest * UNSIGNED_ZERO * rows.shape[1] > SUM).any():
+            return None
+    step, rounded = (layer.step / factor).astype(np.float32), np.round(bias * factor)
+    return weight.reshape(layer.weight.shape), step, rounded.astype(np.int32), np.abs(rounded / factor - bias) * layer.step
+
+
+def put_product(graph, layer):
+    """Put a MatMulIntegerToFloat in the place of a linear layer or of a convolution; return whether that could be."""
+    x, name, weight = layer.entering, layer.end.output[0], layer.weight
+    is_convolution = layer.node.op_type == "Conv"
+    if is_convolution and not (is_plain_convolution(layer) and attribute(layer.node, "group", 1) == 1):
+        return False
+    rows = (weight.transpose(0, 2, 3, 1) if is_convolution else weight).reshape(len(weight), -1)  # channels are read last
+    fits_16_bits = 2 * x.largest * int(np.abs(rows).max()) <= PAIR
+    if rows.min() < -128 or rows.max() > 127 or 2 * x.largest * 255 * rows.shape[1] > SUM:
+        return False
+    zero, kind = (0, np.int8) if fits_16_bits else (UNSIGNED_ZERO, np.uint8)
+    inputs = [patches(graph, layer) if is_convolution else x.raw, *(graph.constant(key, value) for key, value in (
+        (f"{name}/weight", (rows + zero).T.astype(kind)), (f"{name}/x_scale", x.step), (f"{name}/weight_scale", layer.step),
+        (f"zero/{x.zero}", np.uint8(x.zero)), (f"{name}/weight_zero", kind(zero)), (f"{name}/bias", layer.bias)))]
+    product = f"{name}/product" if is_convolution else name
+    graph.replace(layer.end, ("MatMulIntegerToFloat", inputs, product, {}))
+    if is_convolution:
+        graph.replace(layer.end, ("Transpose", [product], name, {"perm": [0, 3, 1, 2]}))
+    return True
+
+
+def patches(graph, layer):
+    """Put what gathers the inputs of each output of a convolution: [batch, height, width, kernel's size * channels]."""
+    name, last, x = layer.end.output[0], layer.end, layer.entering
+    before = f"{name}/channels_last"
+    graph.replace(last, ("Transpose", [x.raw], before, {"perm": [0, 2, 3, 1]}))
+    top, left, bottom, right = attribute(layer.node, "pads", [0] * 4)
+    if top or left or bottom or right:
+        pads = graph.constant(f"{name}/pads", np.array([0, top, left, 0, 0, bottom, right, 0]))
+        graph.replace(last, ("Pad", [before, pads, graph.constant(f"zero/{x.zero}", np.uint8(x.zero))], f"{name}/padded", {}))
+        before = f"{name}/padded"
+    for axis in (2, 1):
+        size, stride, dilation = (layer.weight.shape[axis + 1], *(attribute(layer.node, key, [1, 1])[axis - 1]
+                                                                  for key in ("strides", "dilations")))
+        if (size, stride) == (1, 1):
+            continue
+        parts = [f"{name}/axis{axis}/{index}" for index in range(size)]
+        for index, part in enumerate(parts):
+            end = -(size - 1 - index) * dilation or 2**62
+            where = [graph.constant(f"integer/{value}", np.array([value])) for value in (index * dilation, end, axis, stride)]
+            graph.replace(last, ("Slice", [before, *where], part, {}))
+        before = parts[0]
+        if size > 1:
+            before = f"{name}/axis{axis}"
+            graph.replace(last, ("Concat", parts, before, {"axis": 3}))
+    return before

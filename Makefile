@@ -85,6 +85,7 @@ record: $(READY)
 	cd $(MASTER) && $(RUN) ../measurements/bench_training.py --output ../measurements/bench_training_2_cores.csv
 	cd quantization_search && $(RUN) ../measurements/bench_search.py --output ../measurements/bench_search_2_cores.csv
 	cd $(MASTER) && $(RUN) ../measurements/bench_loader.py
+	cd $(MASTER) && $(RUN) ../measurements/bench_ranks.py
 	$(RUN) -m measurements.pages
 
 sync:

@@ -276,6 +276,9 @@ def figures():
         ("move at {} % (forward) and {} % (backward) of the bytes per second of a copy in bfloat16, and at {} % and {} % in "
          "float32", *(share_of_a_copy(side, dtype) for dtype in ("bfloat16", "float32")
                               for side in ("forward", "backward"))),
+        ("took {} times as long in fine-tuning and {} times in joint training, for the same gradients", *(
+            number(row("measurements/ranks.csv", work=work, side="DistributedDataParallel"), "over_flat")
+            for work in ("fine-tuning", "joint training"))),
         ("jointly trained ones costs {} points",
          spread(row("experiments/parts.csv", choice="from_dense_weights"), "difference", -1)),
     ]

@@ -234,7 +234,7 @@ def average_tensors(tensors):
         return
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = mean_over_ranks(torch.cat([tensor.reshape(-1) for tensor in group]))
+        flat = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in group])).div_(world_size())
         for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 

@@ -210,3 +210,15 @@ def test_choices_that_never_come_again_are_forgotten(monkeypatch):
 
 def test_on_a_cpu_nothing_is_recorded():
     assert Passes(nn.Linear(1, 1), recorded=True).graphed is None
+
+
+def test_a_torch_without_pools_of_memory_computes_one_by_one(monkeypatch):
+    def fail():
+        raise RuntimeError("cudaMallocAsync does not support pools\nand more")
+
+    monkeypatch.setattr(graphs, "Gpu", fail)
+    passes, lines = Passes(nn.Linear(1, 1)), []
+    passes.begin_recording()
+    passes.log_to(lines.append)
+    assert lines == ["passes are not recorded as CUDA graphs: cudaMallocAsync does not support pools"]
+    assert passes.logits(torch.ones(1, 1)).requires_grad

@@ -10,7 +10,7 @@ from torch import nn
 from model.layer_table import convolve_pixels, skips_pixels
 from quan.quantizer import kernel
 from util import distributed
-from util.errors import UserError
+from util.errors import UserError, reason
 
 from .graphs import GraphedPasses
 
@@ -63,8 +63,15 @@ class Passes:
 
     def __init__(self, model, precision="fp32", recorded=False):
         self.model, self.precision = model, precision
-        on_gpu = any(parameter.is_cuda for parameter in model.parameters() if parameter.requires_grad)
-        self.graphed = GraphedPasses(model, self.compute) if recorded and on_gpu else None
+        self.graphed, self.remark = None, ""
+        if recorded and any(parameter.is_cuda for parameter in model.parameters() if parameter.requires_grad):
+            self.begin_recording()
+
+    def begin_recording(self):
+        try:
+            self.graphed = GraphedPasses(self.model, self.compute)
+        except Exception as error:  # of torch, some of whose builds and allocators have no pools of memory
+            self.remark = f"passes are not recorded as CUDA graphs: {reason(error)[:160]}"
 
     def logits(self, images):
         """The logits, [batch, classes], in the type of its loss: float32 where it computes in less."""
@@ -80,3 +87,5 @@ class Passes:
         """Say by log(line) whether passes are recorded."""
         if self.graphed is not None:
             self.graphed.log = log
+        elif self.remark:
+            log(self.remark)

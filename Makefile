@@ -1,7 +1,7 @@
 # make demo: the whole way on UCI digits, in minutes       make demo-pruned: the same, dense and pruned
 # make test: all tests       make lint: the linter       make soak: 200 kills, 300 epochs, 20,000 changed files
 # make networks: what works, of torchvision's and timm's networks and odd ones, in hours; `FLAGS=--resume` goes on
-# make mutants: which changed lines no test notices, in hours     make bench: times of training and of the search
+# make mutants: which changed lines no test notices, in hours     make bench: times of training, of the search and of packed networks
 # make check-gpu: what no test sees without a GPU, on one, in at most 4 minutes
 # make record: measure anew what README.md and docs/ show, on a quiet machine after make clean, but for what takes hours
 # make sync: copy what the stages share     make clean: remove all results
@@ -74,6 +74,7 @@ lint: $(READY)
 bench: $(READY)
 	cd $(MASTER) && $(RUN) ../measurements/bench_training.py
 	cd quantization_search && $(RUN) ../measurements/bench_search.py
+	cd quantization_training && $(RUN) ../measurements/bench_inference.py
 
 check-gpu: $(READY)
 	$(RUN) tests/check_gpu.py
@@ -86,6 +87,7 @@ record: $(READY)
 	cd quantization_search && $(RUN) ../measurements/bench_search.py --output ../measurements/bench_search_2_cores.csv
 	cd $(MASTER) && $(RUN) ../measurements/bench_loader.py
 	cd $(MASTER) && $(RUN) ../measurements/bench_ranks.py
+	cd quantization_training && $(RUN) ../measurements/bench_inference.py --output ../measurements/bench_inference.csv
 	$(RUN) -m measurements.pages
 
 sync:

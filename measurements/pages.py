@@ -126,6 +126,18 @@ def cores_table(found):
                     [[f"{images:,}", *(str(math.ceil(images * gpus / rate)) for gpus in (1, 8))] for images in GPUS_TAKE])
 
 
+def inference_table(found):
+    """measurements/bench_inference.py"""
+    ways, lines = list(dict.fromkeys(line["way"] for line in found)), []
+    for network, batch in dict.fromkeys((line["network"], line["batch"]) for line in found):
+        of = {line["way"]: line for line in found if (line["network"], line["batch"]) == (network, batch)}
+        dense, integer = of["float32"], of["packed, integer"]
+        ratios = [number(of[way], "ratio") if way in of else "" for way in ways[1:]]
+        share = float(integer["peak_mb"]) / float(dense["peak_mb"])
+        lines.append([network, batch, number(dense, "ms", 1), *ratios, f"{share:.2f}"])
+    return markdown(["network", "batch", "float32, ms", *ways[1:], "memory, integer over float32"], lines)
+
+
 def policies_table(found):
     """experiments/policies.yaml"""
     budgets, policies = (list(dict.fromkeys(line[key] for line in found)) for key in ("budget", "policy"))
@@ -235,6 +247,7 @@ def tables():
             search_table(rows("measurements/bench_search_2_cores.csv")),
             training_table(rows("measurements/bench_training_2_cores.csv")),
             gpu_table(rows("measurements/bench_training_h200.csv")),
+            inference_table(rows("measurements/bench_inference.csv")),
             cores_table(rows("measurements/loader.csv")),
             pruning_table(rows("measurements/pruning_on_fashion_mnist.csv")),
             digits_table(rows("measurements/networks_on_digits.csv")),

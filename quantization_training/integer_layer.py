@@ -4,6 +4,7 @@ that torch ships for CPUs. The sums are exact; what follows them is float32."""
 import copy
 import functools
 import math
+import platform
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from quan.quantizer.lsq import integers
 OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_pointwise")
 LARGEST_INPUT, LARGEST_PAIR = 255, 64  # the most that two products may add up to, 2 * 255 * 64, in CPUs that add them in int16
 CHECKED_CHANNELS = 64
+GROUP_BLOCK = 4  # the number of channels in a group has to be a multiple, but for depthwise convolutions
 CACHED_VALUES = 2**20  # of a residual, at once: the operator adds to it and returns a copy, which then stays in cache
 
 
@@ -27,6 +29,8 @@ class CannotCompute(Exception):
 @functools.cache
 def check_operators():
     """Raise CannotCompute where torch lacks the operators, or where their sums are not exact at the largest integers."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        raise CannotCompute(f"oneDNN has fast integer operators for x86 CPUs, this one is {platform.machine()}")
     operators = getattr(torch.ops, "onednn", None)
     if not torch.backends.mkldnn.is_available() or not all(hasattr(operators, name) for name in OPERATORS):
         raise CannotCompute("this build of torch has no integer operators of oneDNN")
@@ -51,9 +55,19 @@ def why_float(layer):
         return why
     if not isinstance(layer.quan_w_fn, LsqQuan) or not (acts.step > 0 and acts.step.isfinite()):
         return "the step size of its input is not positive"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has hooks"
     if isinstance(layer, QuanConv2d) and _padding(layer) is None:
         return "it pads with something else than zeros, or in a way of its own"
+    if isinstance(layer, QuanConv2d) and not _has_kernel(layer):
+        return "oneDNN has no fast kernel for groups of so many channels"
     return ""
+
+
+def _has_kernel(layer):
+    """Whether oneDNN computes a convolution otherwise than by its reference loops, which take a hundred times as long."""
+    channels = (layer.in_channels // layer.groups, layer.out_channels // layer.groups)
+    return layer.groups == 1 or channels == (1, 1) or all(count % GROUP_BLOCK == 0 for count in channels)
 
 
 def _padding(layer):

@@ -113,9 +113,11 @@ def test_sums_are_exact_for_all_integers_that_a_layer_may_have(case):
     layer = IntegerLayer(weight, torch.full([len(weight)], 1 / 0.37), None, entering, geometry)
     exact = sums(weight, x, entering, geometry)
     torch.testing.assert_close(layer(x).double(), exact.double(), rtol=1e-6, atol=1e-6)
-    layer = IntegerLayer(weight, torch.ones(len(weight)), torch.ones(len(weight)), entering, geometry)
-    residual = torch.rand(exact.shape)
-    torch.testing.assert_close(layer(x, residual.clone()).double(), exact.double() * 0.37 + 1 + residual, rtol=1e-5, atol=1e-5)
+    column = [1, -1, *[1] * (exact.dim() - 2)] if geometry else [-1]
+    steps, residual = 1 - 2.0 * (torch.arange(len(weight)) % 2), torch.rand(exact.shape)  # that of a BatchNorm may be negative
+    layer = IntegerLayer(weight, steps, torch.ones(len(weight)), entering, geometry)
+    wanted = exact.double() * 0.37 * steps.view(column) + 1 + residual
+    torch.testing.assert_close(layer(x, residual.clone()).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_what_may_exceed_16_or_32_bits_is_left_in_float():
@@ -274,6 +276,14 @@ def two(num_classes):
 
 sums = Sums
 
+def hooked(num_classes):
+    network = nn.Sequential(*layers(num_classes)[:3], nn.Conv2d(4, 4, 1), *layers(num_classes)[3:])
+    network[3].register_forward_hook(lambda module, inputs, output: output.abs())
+    return network
+
+def grouped(num_classes):
+    return nn.Sequential(*layers(num_classes)[:3], nn.Conv2d(4, 4, 3, groups=2), *layers(num_classes)[3:])
+
 def names(num_classes):
     return Names(*layers(num_classes))
 
@@ -288,14 +298,16 @@ def compare_logits(found, expected):
     assert ((found - expected).abs() <= 0.01 * expected.abs().amax(0)).all()
 
 
-@pytest.mark.parametrize("factory", ["branching", "noisy", "overwriting", "two"])
+@pytest.mark.parametrize("factory", ["branching", "noisy", "overwriting", "two", "hooked", "grouped"])
 def test_odd_networks_are_computed_with_integers_too(factory):
     """Some as a graph, others, which no graph stands for, layer by layer."""
     pathlib.Path("net.py").write_text(OTHERS)
     network = alive(write_checkpoint(f"net.py:{factory}", 8, bits=FINE), 8)
     integer, how = integer_network.computed(network, "integer", FILE)
-    assert isinstance(integer, torch.fx.GraphModule) == (factory in ("overwriting", "two"))
-    assert how.startswith("integer arithmetic in 1 of 4 layers; in float: ") and "it pads with something else" in how
+    assert isinstance(integer, torch.fx.GraphModule) == (factory in ("overwriting", "two", "grouped"))
+    assert "3 (it has hooks)" in how or factory != "hooked"
+    assert "3 (oneDNN has no fast kernel for groups of so many channels)" in how or factory != "grouped"
+    assert how.startswith("integer arithmetic in 1 of") and "it pads with something else" in how
     assert [name for name, module in integer.named_modules() if isinstance(module, IntegerLayer)] == [
         "3" if factory == "overwriting" else "2"]
     for batch in (1, 5):
@@ -371,7 +383,7 @@ def test_where_integers_cannot_compute_auto_computes_in_float_and_integer_refuse
     assert "float arithmetic (no layer fits: stem (" in integer_network.computed(eight, "auto", "eight")[1]
     with pytest.raises(UserError, match="arithmetic: found integers, allowed are auto, integer, float"):
         integer_network.load(PACKED, "integers", "net.py:net")
-    for why in ("no integer operators", "fail here", "add up wrongly"):
+    for why in ("for x86 CPUs", "no integer operators", "fail here", "add up wrongly"):
         with monkeypatch.context() as patch:
             integer_layer.check_operators.cache_clear()
             spoil(patch, why)
@@ -387,7 +399,9 @@ def test_where_integers_cannot_compute_auto_computes_in_float_and_integer_refuse
 
 def spoil(patch, why):
     """Let the operators be as they are on other machines."""
-    if why == "no integer operators":
+    if why == "for x86 CPUs":
+        patch.setattr(integer_layer.platform, "machine", lambda: "aarch64")
+    elif why == "no integer operators":
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     elif why == "fail here":
         patch.setattr(IntegerLayer, "_multiply", lambda *_: torch.zeros(2, 3) @ torch.zeros(4, 5))

@@ -161,6 +161,6 @@ class Fusion:
         """Give out integers where all that follows are layers which round their input to the same ones."""
         layer, users = self.module(node), [self.module(user) for user in node.users]
         if len(node.args) == 1 and users and all(isinstance(user, IntegerLayer) for user in users) \
-                and all(user.args == (node,) for user in node.users) \
+                and all(user.args[0] is node and node not in user.args[1:] for user in node.users) \
                 and all(user.entering == users[0].entering for user in users):
             layer.leaving = users[0].entering

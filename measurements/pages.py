@@ -206,6 +206,20 @@ def pruning_table(found):
     return markdown(["weights that are zero", "compression at 32 bits", *METHODS.values()], lines)
 
 
+def onnx_table(found):
+    """measurements/bench_onnx.py"""
+    return markdown(["network, on one thread", "batch", "float32, ms", "`qdq`", "`integer`"],
+                    [[f"{line['network']}, {line['pixels']} pixels", line["batch"], number(line, "float32_ms", 1),
+                      number(line, "qdq_over_float32"), number(line, "integer_over_float32")] for line in found])
+
+
+def onnx_classes_table(found):
+    """measurements/bench_onnx.py --classes"""
+    return markdown(["run on digits", "same class", "right in PyTorch", "right in onnxruntime", "largest error of a bias"],
+                    [[f"`{line['run']}`", f"{line['same_class']} of {line['images']}", line["right_in_pytorch"],
+                      line["right_in_onnxruntime"], number(line, "largest_bias_error", 4)] for line in found])
+
+
 def digits_table(found):
     """measurements/networks_on_digits.sh"""
     lines = []
@@ -250,6 +264,7 @@ def tables():
             inference_table(rows("measurements/bench_inference.csv")),
             cores_table(rows("measurements/loader.csv")),
             pruning_table(rows("measurements/pruning_on_fashion_mnist.csv")),
+            onnx_table(rows("measurements/onnx_times.csv")), onnx_classes_table(rows("measurements/onnx_classes.csv")),
             digits_table(rows("measurements/networks_on_digits.csv")),
             shipped_table(rows("measurements/shipped_indicators.csv"))]
 

@@ -30,7 +30,7 @@ from util.exchange import write_atomically
 from util.tables import aligned, csv_text
 
 DENSE, FOLDED, FLOAT, INTEGER = "float32", "float32, BatchNorm folded", "packed, float", "packed, integer"
-ONNX_DENSE, ONNX_PACKED = "onnxruntime, float32", "onnxruntime, qdq"
+ONNX_DENSE, ONNX_PACKED, ONNX_INTEGER = "onnxruntime, float32", "onnxruntime, qdq", "onnxruntime, integer"
 ROUNDS = 11
 WHOLE = None  # stands for the whole network among names of layers
 BITS = range(2, 9)  # that a policy may give
@@ -112,9 +112,11 @@ def folded(network, dense):
 def in_onnxruntime(network, dense):
     """{way: function of images} of the exported networks."""
     from onnx_export import narrowest_that_loads, to_onnx
+    from onnx_integer import to_integer_onnx
 
     size = size_of(network)
-    models = {ONNX_DENSE: to_onnx(dense, size), ONNX_PACKED: narrowest_that_loads(to_onnx(network.model, size))[0]}
+    models = {ONNX_DENSE: to_onnx(dense, size), ONNX_PACKED: narrowest_that_loads(to_onnx(network.model, size))[0],
+              ONNX_INTEGER: to_integer_onnx(network.model, images_for(network, 1).contiguous())[0]}
     return {way: _runner(model.SerializeToString()) for way, model in models.items()}
 
 

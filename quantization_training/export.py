@@ -8,11 +8,10 @@ python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--
 """
 
 import argparse
-import copy
 
 from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
-from util.errors import UserError, reason, user_errors_on_one_line
+from util.errors import UserError, user_errors_on_one_line
 from util.exchange import write_atomically
 
 SHOWN_CLASSES = 3
@@ -144,6 +143,8 @@ def export(options):
             write_atomically(options.report, page.encode())
             print(f"report: {options.report}")
     elif options.fold_bn:
+        from folding import fold
+
         fold(network.model, images)
     if options.onnx:
         (write_integer_onnx if options.profile == "integer" else write_onnx)(network.model, options.onnx, images)
@@ -157,21 +158,6 @@ def check_installed(options):
         import onnx_export
 
         onnx_export.check_installed("--qonnx" if options.qonnx else "--onnx")
-
-
-def fold(model, images):
-    """Fold the BatchNorms of a network, in place; return {BatchNorm: convolution}."""
-    from folding import check_folds, find_folds, fold_batchnorms
-
-    folds, before = find_folds(model, images), copy.deepcopy(model)
-    fold_batchnorms(model, folds)
-    check_folds(before, model, folds, images)
-    try:
-        logits_of(model, images)
-    except Exception as error:  # of a forward of the user's own, which looks for what is gone
-        raise UserError(f"--fold-bn: the network does not compute without its BatchNorms ({reason(error)}); export without "
-                        "--fold-bn") from None
-    return folds
 
 
 def write_onnx(model, path, images):
@@ -189,16 +175,10 @@ def write_onnx(model, path, images):
 
 def write_integer_onnx(model, path, images):
     """Write a network as ONNX that multiplies integers, BatchNorms folded where they can be, and say what came of it."""
-    from onnx_export import checked, logits_of_onnxruntime, to_onnx
-    from onnx_integer import with_integers
+    from onnx_export import checked, logits_of_onnxruntime
+    from onnx_integer import to_integer_onnx
 
-    folded = copy.deepcopy(model)
-    try:
-        fold(folded, images)
-    except UserError:  # a network that looks for its BatchNorms keeps them
-        folded = model
-    graph = to_onnx(folded, images.shape[-1])
-    counts, error = with_integers(graph)
+    graph, counts, error = to_integer_onnx(model, images)
     data = checked(graph)
     change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), model, images, error)
     write_atomically(path, data)
@@ -232,6 +212,7 @@ def change_of(who, found, model, images, shift=0):
 
 def pack(network, content, path, images):
     """(the bytes of a packed model, the BatchNorms that were folded); images to fold with, None where BatchNorms stay."""
+    from folding import fold
     from packed_network import header_of, pack_network, recorded_config
     from preprocessing import describe_preprocessing, find_class_names
 

@@ -4,6 +4,7 @@ A BatchNorm computes y * g + (beta - mean * g) with g = gamma / sqrt(var + eps) 
 size of each output channel is multiplied by g, whose sign it takes, and the rest becomes the bias.
 """
 
+import copy
 from collections import Counter, defaultdict
 
 import torch
@@ -14,9 +15,27 @@ from model.layer_table import tensors_in
 from model.names import put_modules
 from quan.func import QuanConv2d
 from quan.quantizer import LsqQuan
-from util.errors import UserError
+from util.errors import UserError, reason
 
 ROUNDING = 1e-5  # of what the terms of a channel may add up to
+
+
+def fold(model, images):
+    """Fold the BatchNorms of a network, in place, and check what comes of it; return {BatchNorm: convolution}.
+
+    Args:
+        model: a network at a policy's bits, on the CPU. images: [batch, 3, height, width] that it is run on.
+    """
+    folds, before = find_folds(model, images), copy.deepcopy(model)
+    fold_batchnorms(model, folds)
+    check_folds(before, model, folds, images)
+    try:
+        with torch.no_grad():
+            model(images.clone())
+    except Exception as error:  # of a forward of the user's own, which looks for what is gone
+        raise UserError(f"--fold-bn: the network does not compute without its BatchNorms ({reason(error)}); export without "
+                        "--fold-bn") from None
+    return folds
 
 
 def find_folds(model, images):

@@ -192,8 +192,15 @@ def _session(data):
 
 
 def logits_of_onnxruntime(data, images):
-    """What onnxruntime computes from images [batch, 3, S, S] with the bytes of an ONNX model: logits [batch, classes]."""
-    return torch.from_numpy(_session(data).run(None, {"images": images.numpy()})[0])
+    """What onnxruntime computes from images [batch, 3, S, S] with the bytes of an ONNX model: logits [batch, classes].
+
+    Raises:
+        UserError: where it does not load or compute the model.
+    """
+    try:
+        return torch.from_numpy(_session(data).run(None, {"images": images.numpy()})[0])
+    except Exception as error:  # of its own classes
+        raise UserError(f"--onnx: the installed onnxruntime does not compute this network ({reason(error)[:200]})") from None
 
 
 @contextlib.contextmanager

@@ -14,15 +14,21 @@ into 16. Kernels for x86 without VNNI saturate these sums where weights are int8
 whose kernels need no such bound.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
+
+from folding import fold
+from onnx_export import to_onnx
+from util.errors import UserError
 
 PAIR = 2**15 - 1  # what a sum of two products may reach
 SUM = 2**31 - 1  # what the sum of all may
 MOST = 127  # times a weight may be multiplied
 UNSIGNED_ZERO = 128  # the zero point of weights that are uint8
 FEWEST = 16  # channels of a group; with fewer, float32 is faster, but for depthwise convolutions
+MOST_ERROR = 0.1  # of a rounded bias, in steps of the quantizer that it reaches; with more, QLinearConv is not taken
 MICROSOFT = "com.microsoft"
 
 
@@ -112,6 +118,21 @@ def attribute(node, name, default=None):
         if entry.name == name:
             return list(entry.ints) or entry.i
     return default
+
+
+def to_integer_onnx(model, images):
+    """The ONNX model, computing with integers, of a network on the CPU, and what with_integers returns.
+
+    Args:
+        images: [batch, 3, S, S], to fold BatchNorms with, where they can be.
+    """
+    folded = copy.deepcopy(model)
+    try:
+        fold(folded, images)
+    except UserError:  # the network looks for its BatchNorms
+        folded = model
+    graph = to_onnx(folded, images.shape[-1])
+    return graph, *with_integers(graph)
 
 
 def with_integers(model):
@@ -204,6 +225,9 @@ def put_convolution(graph, layer, entering):
         return None
     (quantize, low, high), (weight, weight_step, bias, error) = target, integers
     step, name, x = np.float32(graph.values[quantize.input[1]]), layer.end.output[0], layer.entering
+    error = float((error * x.step / step).max())
+    if error > MOST_ERROR:
+        return None
     weight_zero = weight.dtype.type(0 if weight.dtype == np.int8 else UNSIGNED_ZERO)
     inputs = [x.raw, *(graph.constant(key, value) for key, value in (
         (f"{name}/x_scale", x.step), (f"zero/{x.zero}", np.uint8(x.zero)), (f"{name}/weight", weight),
@@ -220,7 +244,7 @@ def put_convolution(graph, layer, entering):
     entering[quantized] = Entering(raw, step, -low, largest)
     for last in graph.users[quantized]:  # layers that stay in float32 read it, too
         graph.replace(last, ("DequantizeLinear", [raw, inputs[6], inputs[7]], last.output[0], {}))
-    return float((error * x.step / step).max())
+    return error
 
 
 def is_plain_convolution(layer):

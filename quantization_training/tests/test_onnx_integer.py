@@ -15,6 +15,7 @@ import export
 import main
 import onnx_export
 import onnx_integer
+from folding import fold
 from packed_network import load_any, rebuild
 from util.datasets import read_digits
 
@@ -99,7 +100,7 @@ def made(arch, size, sparsity=None, **changes):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.data[::2] *= -1
-    export.fold(model, images(size))
+    fold(model, images(size))
     graph = onnx_export.to_onnx(model, size)
     counts, error = onnx_integer.with_integers(graph)
     onnx_export.checked(graph)
@@ -203,7 +204,7 @@ def test_no_kernel_saturates_where_all_products_are_large(bits):
     """Kernels for x86 without VNNI add two products in 16 bits, where weights are int8."""
     model = write_checkpoint("nets.py:residual", 16, bits={"weight_bits": [bits] * 3, "act_bits": [8] * 3}).model.eval()
     ones = torch.ones(1, 3, 16, 16)
-    export.fold(model, ones)
+    fold(model, ones)
     with torch.no_grad():
         for layer in [module for module in model.modules() if hasattr(module, "quan_w_fn")]:
             layer.weight.fill_(1)
@@ -228,9 +229,17 @@ def test_sums_that_32_bits_may_not_hold_stay_in_float32_and_a_bias_that_they_do_
     assert made("nets.py:vast", 73, bits={"weight_bits": [8], "act_bits": [8]})[2] == (0, 1, 2)
     model = write_checkpoint("nets.py:residual", 16).model.eval()
     model.first[1].bias.data.fill_(1e12)
-    export.fold(model, images(16))
+    fold(model, images(16))
     graph = onnx_export.to_onnx(model, 16)
     assert onnx_integer.with_integers(graph)[0]["QLinearConv"] == 0
+    with torch.no_grad():
+        assert agree(onnx_export.logits_of_onnxruntime(graph.SerializeToString(), images(16)), model(images(16)), 0.8)
+
+
+def test_a_convolution_whose_bias_would_be_off_by_too_much_is_no_qlinearconv(monkeypatch):
+    monkeypatch.setattr(onnx_integer, "MOST_ERROR", 1e-9)
+    model, graph, counts, error = made("nets.py:depthwise", 16)
+    assert counts == (0, 3, 2) and error == 0
     with torch.no_grad():
         assert agree(onnx_export.logits_of_onnxruntime(graph.SerializeToString(), images(16)), model(images(16)), 0.8)
 
@@ -271,3 +280,12 @@ def test_a_profile_without_onnx_and_other_outputs_are_refused_in_one_line(monkey
     said = complaint(capsys, export.main, "run.pth.tar", "--onnx", "model.onnx", "--profile", "integer", "--arch",
                      "nets.py:depthwise")
     assert "onnxruntime gives other outputs than PyTorch" in said and not pathlib.Path("model.onnx").exists()
+
+
+def test_a_model_that_onnxruntime_does_not_load_is_one_line_and_no_file(monkeypatch, capsys):
+    write_checkpoint("nets.py:depthwise", 16)
+    monkeypatch.setattr(onnx_integer, "MICROSOFT", "unknown.operators")
+    said = complaint(capsys, export.main, "run.pth.tar", "--onnx", "model.onnx", "--profile", "integer", "--arch",
+                     "nets.py:depthwise", "--fold-bn")
+    assert "--onnx: the installed onnxruntime does not compute this network" in said
+    assert not pathlib.Path("model.onnx").exists()

@@ -373,6 +373,7 @@ BITS = "target_bits, or a policy, says the bits"
     ("warmup_lr: 0.1", "warmup_lr (no warmup_epochs)"), ("warmup_lr: 0.1\nwarmup_epochs: 1", ""),
     ("opt: adamw\nmomentum: 0.5", "momentum (opt: adamw)"), ("momentum: 0.5", ""),
     ("prune: {levels: 2}", "prune (pruning.py reads it)"),
+    ("compile: true", "compile (kernels and cuda_graphs do more)"),
 ])
 def test_keys_that_nothing_reads_are_named(tmp_path, text, line):
     assert describe_idle(read(tmp_path, text)) == (f"without effect here: {line}" if line else "")

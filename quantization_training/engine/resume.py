@@ -17,7 +17,7 @@ from .training_state import ResumeState, load_training_state
 
 HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "eval_calibration", "final_test", "threads",
                  "kernels", "cuda_graphs", "compile", "keep_freed_memory", "arithmetic", "dataloader.workers",
-                 "dataloader.path", "dataloader.serialized")  # "compile" was a key of earlier versions
+                 "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
 MODEL_KEYS = ("sat", "quan.")

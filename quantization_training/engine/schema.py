@@ -81,6 +81,7 @@ class RunConfig:
     cuda_graphs: bool = option(
         True, help="On a GPU, record the passes of training and play them back; false for a network whose forward pass does "
                    "not always do the same.")
+    compile: bool | None = option(None, help="Read from configurations of earlier versions and without effect.")
     kernels: Literal["auto", "compiled", "plain"] = option(
         "auto", help="Quantizers: compiled (on a CPU loops, by a C++ compiler; on a GPU Triton kernels), or plain tensor "
                      "operations; auto: compiled where the compiler is there.")
@@ -154,7 +155,7 @@ class RunConfig:
     def idle(self):
         """{key: why} of the keys, and sections, that nothing reads in such a run."""
         bits = dict.fromkeys(("quan.weight.bit", "quan.act.bit"), "target_bits, or a policy, says the bits")
-        idle = {"gpu": "a note", "dataloader.serialized": "a note", **bits,
+        idle = {"gpu": "a note", "dataloader.serialized": "a note", "compile": "kernels and cuda_graphs do more", **bits,
                 "quan.act.init": "activations start from their first batch"}
         if self.sched not in ("step", "multistep"):
             idle.update(dict.fromkeys(("decay_rate", "decay_epochs"), f"sched: {self.sched}"))

@@ -101,7 +101,7 @@ class Fusion:
     def take_batchnorm(self, node):
         after, layer = self.only_user(node), self.module(node)
         batchnorm = after and self.module(after)
-        if batchnorm is None or not can_vanish(batchnorm) or self.calls[id(batchnorm)] != 1:
+        if batchnorm is None or not can_vanish(batchnorm):
             return
         scale(layer, *gain_and_shift(batchnorm))
         self.absorb(after, node)

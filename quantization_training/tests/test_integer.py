@@ -244,6 +244,7 @@ class Sums(nn.Module):
         super().__init__()
         self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, num_classes)
         self.a, self.b, self.c, self.d, self.g, self.h, self.i, self.c2, self.d2 = (nn.Conv2d(4, 4, 1) for _ in range(9))
+        self.bn = nn.BatchNorm2d(4)
         self.e, self.f = nn.Conv2d(4, 3, 1), nn.Conv2d(3, 4, 3, padding=1)
 
     def forward(self, image):
@@ -257,7 +258,7 @@ class Sums(nn.Module):
         x = self.i(v) + v + x                           # the first sum is one with what has another name
         x = self.c2(x) + x, self.d2(x)                  # which another layer needs later
         x = self.f(self.e(x[0] + x[1]) + image)         # the image is the caller's
-        x = self.g(x) + self.h(x)                       # of two layers, the later one can add the earlier one's
+        x = self.bn(self.g(x)) + self.bn(self.h(x))     # of two layers, the later one can add the earlier one's
         x = 0.5 + self.d(x)
         return self.head(nn.functional.relu(x, inplace=True).mean((2, 3)) - x.amax((2, 3)))
 
@@ -329,6 +330,8 @@ def test_odd_networks_are_computed_with_integers_too(factory):
 def test_sums_that_something_else_needs_are_not_overwritten():
     pathlib.Path("net.py").write_text(OTHERS)
     network = alive(write_checkpoint("net.py:sums", 8, bits=FINE), 8)
+    with torch.no_grad():
+        network.model.h.quan_a_fn.s.mul_(0.6)  # of one input, g and h take different integers
     integer, _ = integer_network.computed(network, "integer", FILE)
     assert [node.target for node in integer.graph.nodes if len(node.args) == 2 and node.op == "call_module"] == ["d2", "h"]
     x = images(8, 5)

@@ -7,6 +7,7 @@ overwrites what the one before has left. A recorded pass computes the same numbe
 """
 
 import contextlib
+import operator
 import random
 import warnings
 
@@ -35,8 +36,9 @@ class GraphedPasses:
 
     def __init__(self, model, compute):
         self.compute, self.log = compute, lambda line: None
-        self.quantizers = [module for module in model.modules() if isinstance(module, LsqQuan)]
-        self.batchnorms = [module for module in model.modules() if isinstance(module, SwitchableBatchNorm)]
+        self.modules = list(model.modules())
+        self.quantizers = [module for module in self.modules if isinstance(module, LsqQuan)]
+        self.batchnorms = [module for module in self.modules if isinstance(module, SwitchableBatchNorm)]
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums = {}  # {parameter: the tensor in which its gradients are added up}
         self.met, self.recorded, self.is_refused = {}, {}, False
@@ -157,7 +159,7 @@ class _WatchedPass(_PlainPass):
         self.watch(super().finish, grad)
 
     def watch(self, function, argument):
-        before = _states_of_generators()
+        generators, numbers, buffers = _states_of_generators(), _numbers(self.passes.modules), _buffers(self.passes.modules)
         with warnings.catch_warnings(record=True) as caught, self.passes.gpu.warns_of_waiting():
             warnings.simplefilter("always")
             function(argument)
@@ -166,8 +168,12 @@ class _WatchedPass(_PlainPass):
                 self.passes.refuse("the network waits for numbers from the GPU in its passes")
             else:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        if _states_of_generators() != before:
+        if _states_of_generators() != generators:
             self.passes.refuse("the network draws random numbers on the CPU in its passes")
+        if _numbers(self.passes.modules) != numbers:
+            self.passes.refuse("the network changes numbers of its modules in its passes")
+        if not all(map(operator.is_, _buffers(self.passes.modules), buffers)):
+            self.passes.refuse("the network replaces buffers in its passes, which are to be changed in place")
 
 
 class _RecordedPass:
@@ -217,6 +223,15 @@ class _RecordedPass:
 def _states_of_generators():
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+
+def _numbers(modules):
+    """What modules may count in Python, and compute with in the next pass."""
+    return [{name: value for name, value in vars(module).items() if isinstance(value, (int, float))} for module in modules]
+
+
+def _buffers(modules):
+    return [buffer for module in modules for buffer in module._buffers.values()]
 
 
 class Gpu:

@@ -385,7 +385,7 @@ GPU_NETWORKS = (("resnet50", 128, 224), ("resnet18", 16, 32), ("mobilenet_v2", 1
 TINY_NETWORKS = (("resnet20", 2, 8),)
 GPU_SECONDS = 240  # of the table, whose last side may take a while
 REPEATS = 10  # of a kernel between two looks at the clock
-STEPS_BEFORE = 2  # the third one is recorded as CUDA graphs
+STEPS_BEFORE = 2  # and two of in_turn(): by then passes are recorded as CUDA graphs
 OURS, ONE_BY_ONE = "ours", "ours, cuda_graphs: false"
 
 

@@ -282,3 +282,19 @@ def test_extraction_from_a_checkpoint_of_another_stage(folder, capsys):
         assert "holds no step sizes" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
     save_checkpoint("c", {"state_dict": {"x.quan_w_fn.s": torch.ones(3)}})
     assert "--b" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+
+
+@pytest.mark.parametrize(("variables", "message"), [
+    ({}, "RANK is missing, WORLD_SIZE 2"),
+    ({"RANK": "2"}, "RANK is 2, WORLD_SIZE 2"),
+    ({"RANK": "0"}, "MASTER_PORT expected"),
+    ({"RANK": "0", "WORLD_SIZE": "two"}, "'two'"),
+    ({"RANK": "0", "MASTER_PORT": "99999"}, "99999"),
+    ({"RANK": "0", "MASTER_PORT": "99999", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2"}, "99999"),
+])
+def test_an_environment_that_names_no_processes_to_meet(folder, capsys, monkeypatch, variables, message):
+    for name in ("RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert message in complaint(capsys, main.main, "config.yaml", "training_device=cpu")

@@ -72,17 +72,26 @@ def _meeting_place():
     half an hour. Its agents on several machines count restarts differently, and one that is new does not find the others.
 
     Raises:
-        UserError: where torchrun on several machines is to restart processes and keeps its store.
+        UserError: where torchrun on several machines is to restart processes and keeps its store, and where no launcher set
+            the environment.
     """
     environment = os.environ
     keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if keeps_store and environment.get("GROUP_WORLD_SIZE", "1") != "1" and environment["TORCHELASTIC_MAX_RESTARTS"] != "0":
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if keeps_store and environment.get("GROUP_WORLD_SIZE", "1") != "1" and restarts:
         raise UserError("--max-restarts: over several machines torchrun restarts processes only where "
                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 stands in its environment; set it on each machine, or leave "
                         "--max-restarts out")
-    store, own, processes = next(rendezvous("env://"))
+    try:
+        own, processes = int(environment.get("RANK", -1)), int(environment["WORLD_SIZE"])
+        if not 0 <= own < processes:  # it would wait for half an hour
+            raise ValueError(f"RANK is {environment.get('RANK', 'missing')}, WORLD_SIZE {processes}")
+        store, *_ = next(rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:  # of numbers, or of the connection
+        raise UserError(f"WORLD_SIZE and MASTER_ADDR are set in the environment, but other processes cannot be met "
+                        f"({reason(error)[:120]}); start with torchrun, or unset both to compute in one process") from None
     if keeps_store:
-        store = dist.PrefixStore(f"start_{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"start_{environment.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return {"store": store, "rank": own, "world_size": processes}
 
 

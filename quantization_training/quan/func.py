@@ -67,7 +67,7 @@ class QuantizedLayer:
 
     @property
     def learns_both(self):
-        """Whether weight and input are quantized by learned steps, gradients are wanted."""
+        """Whether weight and input are quantized by learned steps, and gradients are wanted."""
         return (self.is_fused and isinstance(self.quan_w_fn, LsqQuan) and isinstance(self.quan_a_fn, LsqQuan)
                 and torch.is_grad_enabled())
 

@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from folding import can_vanish, gain_and_shift, is_plain
 from integer_layer import IntegerLayer, scale
 from model.attention import SelfAttention
-from quan.func import QuantizedLayer
+from quan.func import QuanConv2d, QuantizedLayer
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # of an activation: what it is called in IntegerLayer, and the range of its values where that is all of it
@@ -43,6 +43,9 @@ def fused(model, images):
     try:
         graph = _Tracer().trace(model)
         whole = fx.GraphModule(model, graph)
+        owners = {node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+        if any(isinstance(model.get_submodule(name), QuantizedLayer) for name in owners):
+            return model  # it asks a layer for its weight, which is not to be folded
         if any(node.op == "get_attr" and node.target.startswith("_tensor_constant") for node in graph.nodes):
             return model  # made by the forward pass, perhaps at random, or for one batch size
         ShapeProp(whole).propagate(images)
@@ -54,6 +57,16 @@ def fused(model, images):
     whole.delete_all_unused_submodules()
     vars(whole).update({name: value for name, value in vars(model).items() if name.startswith("_forward")})  # its hooks
     return whole
+
+
+def called(node):
+    """The function, or the name of the method, that a node calls; None where it calls a module, or nothing, of any name."""
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def is_convolution(layer):
+    """Whether channels are the second dimension of a layer's output, as a BatchNorm2d takes them."""
+    return layer.geometry is not None if isinstance(layer, IntegerLayer) else isinstance(layer, QuanConv2d)
 
 
 class Fusion:
@@ -101,7 +114,7 @@ class Fusion:
     def take_batchnorm(self, node):
         after, layer = self.only_user(node), self.module(node)
         batchnorm = after and self.module(after)
-        if batchnorm is None or not can_vanish(batchnorm):
+        if batchnorm is None or not can_vanish(batchnorm) or not is_convolution(layer):
             return
         scale(layer, *gain_and_shift(batchnorm))
         self.absorb(after, node)
@@ -109,7 +122,7 @@ class Fusion:
     def activation(self, node):
         """What a node does, as ACTIVATIONS has it; None where that is something else."""
         module = self.module(node)
-        kind = ACTIVATIONS.get(node.target if module is None else type(module))
+        kind = ACTIVATIONS.get(called(node) if module is None else type(module))
         is_exact = getattr(module, "approximate", node.kwargs.get("approximate", "none")) == "none"
         return kind if is_exact and len(node.args) == 1 and (module is None or is_plain(module)) else None
 
@@ -126,7 +139,7 @@ class Fusion:
     def take_residual(self, node):
         """An addition to the output, and a ReLU after it; what is added is overwritten, so nothing may need it later."""
         users, layer = list(node.users), self.module(node)
-        if len(users) != 1 or users[0].target not in ADDITIONS or len(users[0].args) != 2 or users[0].kwargs \
+        if len(users) != 1 or called(users[0]) not in ADDITIONS or len(users[0].args) != 2 or users[0].kwargs \
                 or layer.activation != "none":
             return
         addition = users[0]
@@ -155,7 +168,7 @@ class Fusion:
         if self.activation(node):  # it may be computed in place
             return isinstance(node.args[0], fx.Node) and self.is_new(node.args[0]) and len(node.args[0].users) == 1
         return isinstance(module, (IntegerLayer, QuantizedLayer)) or type(module) in NEW \
-            or node.target in (operator.add, torch.add, "add")
+            or called(node) in (operator.add, torch.add, "add")
 
     def take_rounding(self, node):
         """Give out integers where all that follows are layers which round their input to the same ones."""

@@ -111,10 +111,13 @@ class InputRange:
 class IntegerLayer(nn.Module):
     """A convolution, or a linear layer, of integers, and what was fused into it.
 
-    y = activation(sum * step of the input * steps + bias + residual)
+    y = activation(sum * step of the input * steps + shift + residual)
+
+    It has no `weight` and no `bias`: a network that asks its layers for them, which may be folded, fails at once.
 
     Args:
-        weight: int8, of the layer's shape. steps: float32 [out_channels], of the weight. bias: [out_channels] or None.
+        weight: int8, of the layer's shape. steps: float32 [out_channels], of the weight. shift: its bias, [out_channels] or
+            None.
         entering: the InputRange of the input.
         geometry: (stride, padding, dilation, groups) of a convolution; None of a linear layer.
 
@@ -123,11 +126,11 @@ class IntegerLayer(nn.Module):
         leaving: the InputRange of the layer that follows, whose integers are then the output; None where that is float32.
     """
 
-    def __init__(self, weight, steps, bias, entering, geometry):
+    def __init__(self, weight, steps, shift, entering, geometry):
         super().__init__()
-        self.weight, self.entering, self.geometry = weight, entering, geometry
-        self.steps, self.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (
-            steps, torch.zeros_like(steps) if bias is None else bias.clone()))
+        self.integers, self.entering, self.geometry = weight, entering, geometry
+        self.steps, self.shift = (nn.Parameter(tensor, requires_grad=False) for tensor in (
+            steps, torch.zeros_like(steps) if shift is None else shift.clone()))
         self.activation, self.limits, self.leaving, self.packed = "none", (-math.inf, math.inf), None, None
 
     @staticmethod
@@ -148,6 +151,8 @@ class IntegerLayer(nn.Module):
         """y of x, float32 or the integers of its range; `residual`, float32 of the shape of y, may be overwritten."""
         if self.packed is None:
             self._pack()
+        if x.dim() == (3 if self.geometry else 1):  # no batch
+            return self(x[None], None if residual is None else residual[None])[0]
         q = x if x.dtype == torch.uint8 else self.entering.integers(x)
         y = self._convolve(q, residual) if self.geometry else self._multiply(q, residual)
         if self.leaving is not None and self.activation == "gelu":  # other ranges are part of the activation
@@ -158,11 +163,11 @@ class IntegerLayer(nn.Module):
         """Lay the weight out as oneDNN wants it."""
         zero_points = torch.zeros(len(self.steps), dtype=torch.int64)
         if self.geometry is None:
-            packed = torch.ops.onednn.qlinear_prepack(self.weight, None)
+            packed = torch.ops.onednn.qlinear_prepack(self.integers, None)
         else:
-            packed = torch.ops.onednn.qconv_prepack(self.weight, self.steps, self.entering.step, self.entering.qn,
+            packed = torch.ops.onednn.qconv_prepack(self.integers, self.steps, self.entering.step, self.entering.qn,
                                                     *self.geometry, None)
-        self.packed, self.weight = (packed, self.steps, zero_points), None
+        self.packed, self.integers = (packed, self.steps, zero_points), None
 
     def _output(self):
         """(scale, zero point, type) of the output."""
@@ -179,26 +184,24 @@ class IntegerLayer(nn.Module):
         return self.activation, [low, high] if self.activation == "hardtanh" else [], \
             "none" if self.activation == "gelu" else ""
 
-    def _convolve(self, x, residual):
-        q, entering = x, (self.entering.step, self.entering.qn, *self.packed)
-        q = q.unsqueeze(0) if q.dim() == 3 else q
+    def _convolve(self, q, residual):
+        entering = self.entering.step, self.entering.qn, *self.packed
         if residual is None:
-            y = torch.ops.onednn.qconv2d_pointwise(q, *entering, self.bias, *self.geometry, *self._output(),
-                                                   *self._post_operation())
-            return y.squeeze(0) if x.dim() == 3 else y
+            return torch.ops.onednn.qconv2d_pointwise(q, *entering, self.shift, *self.geometry, *self._output(),
+                                                      *self._post_operation())
         residual = residual.contiguous(memory_format=torch.channels_last)
         count = max(CACHED_VALUES // residual[0].numel(), 1)
         for some, sums in zip(q.split(count), residual.split(count), strict=True):
-            torch.ops.onednn.qconv2d_pointwise.binary(some, *entering, sums, self.bias, *self.geometry, *self._output(), 1.0,
+            torch.ops.onednn.qconv2d_pointwise.binary(some, *entering, sums, self.shift, *self.geometry, *self._output(), 1.0,
                                                       0, "sum", 1.0, *self._post_operation())
         return residual
 
     def _multiply(self, q, residual):
         entering = (q.flatten(0, -2), self.entering.step, self.entering.qn, *self.packed)
         if residual is None:
-            y = torch.ops.onednn.qlinear_pointwise(*entering, self.bias, *self._output(), *self._post_operation())
+            y = torch.ops.onednn.qlinear_pointwise(*entering, self.shift, *self._output(), *self._post_operation())
         else:
-            y = torch.ops.onednn.qlinear_pointwise.binary(*entering, residual.flatten(0, -2), self.bias, *self._output(), 1.0,
+            y = torch.ops.onednn.qlinear_pointwise.binary(*entering, residual.flatten(0, -2), self.shift, *self._output(), 1.0,
                                                           0, "sum", 1.0, *self._post_operation())
         return y.view(*q.shape[:-1], len(self.steps))
 
@@ -220,7 +223,8 @@ def frozen(layer):
 @torch.no_grad()
 def scale(layer, gain, shift):
     """Multiply the output of an IntegerLayer, or of a frozen convolution, by `gain` and add `shift`, both [out_channels]."""
-    factor = layer.steps if isinstance(layer, IntegerLayer) else layer.weight
+    scaled, shifted = ("steps", "shift") if isinstance(layer, IntegerLayer) else ("weight", "bias")
+    factor, before = getattr(layer, scaled), getattr(layer, shifted)
     factor.copy_(factor.double() * gain.view(-1, *[1] * (factor.dim() - 1)))
-    bias = 0 if layer.bias is None else layer.bias.double() * gain
-    layer.bias = nn.Parameter((bias + shift).float(), requires_grad=False)
+    total = shift if before is None else before.double() * gain + shift
+    setattr(layer, shifted, nn.Parameter(total.float(), requires_grad=False))

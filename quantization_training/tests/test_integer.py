@@ -18,7 +18,7 @@ import main
 from integer_layer import CannotCompute, InputRange, IntegerLayer
 from packed_file import PackedLayer
 from packed_network import integer_weights
-from quan.config import ExceptedQuantizerConfig, ExceptionConfig, QuanConfig
+from quan.config import ActQuantizerConfig, ExceptedQuantizerConfig, ExceptionConfig, QuanConfig
 from quan.func import QuantizedLayer
 from quan.quantizer import integer_range
 from util.datasets import read_digits
@@ -295,6 +295,50 @@ def names(num_classes):
 
 def overwriting(num_classes):
     return nn.Sequential(nn.ReLU(inplace=True), *layers(num_classes))
+
+class Through(nn.Module):
+    def __init__(self, forward, num_classes, **layers):
+        super().__init__()
+        self.steps, self.stem, self.head = forward, nn.Conv2d(3, 8, 1), nn.Linear(8, num_classes)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.head(self.steps(self, x))
+
+def mixing(num_classes):
+    return Through(lambda net, x: net.bn(net.mix(net.stem(x))).mean((2, 3)), num_classes, mix=nn.Linear(8, 8),
+                   bn=nn.BatchNorm2d(8))
+
+def single(num_classes):
+    def steps(net, x):
+        y = net.a(net.stem(x)[0])
+        return net.c(net.stem(x)).mean((2, 3)) + net.v((net.b(y) + y).mean((1, 2)))
+    return Through(steps, num_classes, **{name: nn.Conv2d(8, 8, 1) for name in "abc"}, v=nn.Linear(8, 8))
+
+def asking(num_classes):
+    def steps(net, x):
+        total = net.a.weight.sum()
+        return net.bn(net.a(net.stem(x))).mean((2, 3)) * total
+    return Through(steps, num_classes, a=nn.Conv2d(8, 8, 1), bn=nn.BatchNorm2d(8))
+
+def biased(num_classes):
+    return Through(lambda net, x: net.bn(net.a(net.stem(x))).mean((2, 3)) + net.a.bias, num_classes, a=nn.Conv2d(8, 8, 1),
+                   bn=nn.BatchNorm2d(8))
+
+def biased_stem(num_classes):
+    return Through(lambda net, x: net.a(net.bn(net.stem(x))).mean((2, 3)) + net.stem.bias, num_classes,
+                   a=nn.Conv2d(8, 8, 1), bn=nn.BatchNorm2d(8))
+
+class Add(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 3, 1), nn.Linear(3, num_classes)
+
+    def forward(self, add):
+        return self.head((self.a(add) + add).mean((2, 3)))
+
+add = Add
 """
 
 
@@ -339,6 +383,32 @@ def test_sums_that_something_else_needs_are_not_overwritten():
     with torch.no_grad():
         compare_logits(integer(x), network.model(x))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("factory", "layers"), [
+    ("mixing", 1), ("single", 4), ("asking", 0), ("biased", 0), ("biased_stem", 1), ("add", 1)])
+def test_what_goes_into_the_last_layer_is_right_where_dimensions_or_names_are_unusual(factory, layers):
+    """A linear layer before a BatchNorm2d; inputs without a batch; weights and biases that the network asks for; an image
+    called as additions are."""
+    pathlib.Path("net.py").write_text(OTHERS)
+    names = {"add": ("head",)}.get(factory, ("stem", "head"))
+    quan = QuanConfig(act=ActQuantizerConfig(all_positive=False), excepts={name: ExceptionConfig() for name in names})
+    network = alive(write_checkpoint(f"net.py:{factory}", 8, bits=FINE, quan=quan), 8)
+    integer, _ = integer_network.computed(network, "auto", FILE)
+    assert sum(isinstance(module, IntegerLayer) for module in integer.modules()) == layers
+    entering = []
+    for model in {network.model, integer}:
+        model.get_submodule("head").register_forward_pre_hook(lambda _, inputs, model=model: entering.append(
+            (model is integer, inputs[0].clone())))
+    for batch in (1, 4):
+        x, entering[:] = images(8, batch).to(memory_format=torch.channels_last), []
+        before = x.clone()
+        with torch.no_grad():
+            network.model(x), integer(x)
+        found, expected = (next(value for is_integer, value in entering if is_integer == side or layers == 0)
+                           for side in (True, False))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+        assert torch.equal(x, before)
 
 
 def test_a_network_that_asks_its_layers_for_weights_is_computed_in_float():

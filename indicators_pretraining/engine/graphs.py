@@ -163,11 +163,12 @@ class _WatchedPass(_PlainPass):
         with warnings.catch_warnings(record=True) as caught, self.passes.gpu.warns_of_waiting():
             warnings.simplefilter("always")
             function(argument)
+        shown = {}  # so that Python leaves out, as ever, what comes again from other layers
         for warning in caught:
             if SYNCHRONIZES in str(warning.message):
                 self.passes.refuse("the network waits for numbers from the GPU in its passes")
             else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno, registry=shown)
         if _states_of_generators() != generators:
             self.passes.refuse("the network draws random numbers on the CPU in its passes")
         if _numbers(self.passes.modules) != numbers:

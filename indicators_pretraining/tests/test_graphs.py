@@ -172,6 +172,22 @@ def test_what_cannot_be_played_back_is_not_recorded(monkeypatch, kind, why):
     assert line.startswith(f"passes are not recorded as CUDA graphs: the network {why} in its passes")
 
 
+def test_a_warning_of_several_layers_is_shown_once_in_a_pass(monkeypatch):
+    class Warns(nn.Module):
+        def forward(self, x):
+            warnings.warn("not deterministic", UserWarning, stacklevel=1)
+            return x
+
+    passes, _ = graphed(monkeypatch, nn.Sequential(nn.Flatten(), Warns(), nn.Linear(27, 3), Warns()))
+    passes.graphed.is_refused = True
+    for is_watched in (False, True):
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("default")
+            started = graphs._WatchedPass(passes.graphed) if is_watched else graphs._PlainPass(passes.graphed)
+            started.start(torch.randn(4, 3, 3, 3))
+        assert len(shown) == 1
+
+
 def test_other_images_bits_and_weights_are_other_passes(monkeypatch):
     model, switch = jointly_quantized()
     passes, _ = graphed(monkeypatch, model)

@@ -1,9 +1,9 @@
 """LSQ on GPUs, of CUDA or ROCm, in one pass forward and one pass backward, in Triton; what lsq.cpp computes on the CPU.
 
 A tensor is seen as `rows` rows of `columns` values that lie one after the other; each row has a step size. Programs compute
-tiles of TILE values: a part of one row, or several short rows. Backward, a program takes every so manieth tile of its rows;
-the sums that programs leave lie side by side, and are added in order, so that results are the same to the bit whenever they
-are computed.
+tiles of TILE values: a part of one row, or several short rows. Backward, n programs share the tiles of the same rows, of
+which each takes every n-th; the sums that they leave lie side by side and are added in a fixed order, so that results are the
+same to the bit in every run.
 
 A tile has no fewer values than a program has threads (WARPS warps of 32, on ROCm 64): each value is read and written by one
 thread only, so that a gradient may be written over the one that was read. Triton sees numbers below 2^31 as 32-bit integers,
@@ -92,9 +92,9 @@ def places(block, tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 def divided(v, step):
     """v / step, rounded as IEEE 754 has it.
 
-    Division by GPUs leaves its quick way for zeros, half of what a ReLU gives, and takes twice the time of the whole kernel.
-    In float32 the product with the inverse is mended instead: of an inverse that is rounded to nearest, one correction gives
-    the quotient that is (Markstein, IBM Journal of Research and Development 34, 1990), where no number is infinite.
+    Division on GPUs takes a slow way for zeros, half of what a ReLU gives, and twice the time of the whole kernel. In float32
+    the product with the inverse is corrected instead: from an inverse that is rounded to nearest, one correction gives the
+    quotient rounded to nearest (Markstein, IBM Journal of Research and Development 34, 1990), where no number is infinite.
     """
     if step.dtype == tl.float64:
         quotient = v.to(tl.float64) / step
@@ -119,7 +119,8 @@ def nearest(x, v):
     the CPU.
 
     Adding a number so large that no digit is left behind the point rounds, as every addition does. Compilers must keep the
-    addition and the subtraction apart: to rearrange floating-point operations they need a leave that Triton does not give.
+    addition and the subtraction apart: to rearrange floating-point operations they need a permission that Triton does not
+    give.
     """
     if x.dtype == tl.float64:
         rounded = x + 6755399441055744.0  # 1.5 * 2^52

@@ -22,7 +22,9 @@ from onnx_integer import to_integer_onnx
 from packed_network import CPU, load_any, rebuild, recorded_config
 from schema import FinetuneConfig
 from timing import show
+from util.command import Parser
 from util.data_loader import create_loaders
+from util.errors import user_errors_on_one_line
 
 NETWORKS = {"resnet50": 224, "resnet18": 224, "mobilenet_v2": 224, "resnet20": 32, "vit_tiny_patch4_32": 32}
 BATCHES = 1, 16
@@ -54,13 +56,17 @@ def classes(path):
             "right_in_onnxruntime": (found == labels).sum().item(), "largest_bias_error": error}
 
 
-def main():
+def main(arguments=None):
+    parser = Parser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--classes", nargs="+", metavar="CHECKPOINT")
+    options = parser.parse_args(arguments)
     prepare(threads=1)
-    if "--classes" in sys.argv:
-        rows = [classes(path) for path in sys.argv[2:]]
+    if options.classes:
+        rows = [classes(path) for path in options.classes]
         show(Path(__file__).with_name("onnx_classes.csv"), list(rows[0]), rows, 4)
         return
-    if "--tiny" in sys.argv:
+    if options.tiny:
         print(*times("resnet20", 16, [1, 2]), sep="\n")
         return
     rows = [row for arch, size in NETWORKS.items() for row in times(arch, size, BATCHES)]
@@ -68,4 +74,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors_on_one_line():
+        main()

@@ -8,6 +8,7 @@ python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--
 """
 
 import argparse
+import os
 
 from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
@@ -18,6 +19,9 @@ SHOWN_CLASSES = 3
 CHECKED_IMAGES = 4
 SLIGHT = 1e-3  # of the largest logit
 DISTURBANCE, DRAWS, MARGIN = 1e-5, 8, 2  # relative, of the inputs of layers; how often; and how much more is rounding still
+COMMANDS = {"benchmark": ("batch", "threads", "latency_table", "arch"), "predict": ("files", "arithmetic", "arch"),
+            "inspect": ()}  # and what may stand beside them
+LARGEST_NUMBER = 2**16  # of images, or threads
 PARTS = ("packed weights", "BatchNorm", "biases", "step sizes", "other tensors", "header")
 
 
@@ -54,10 +58,7 @@ def parse(arguments):
                         help="your own network's file, which is run; needed where the network is one of your own")
     add_timing(parser)
     options = parser.parse_intermixed_args(arguments)
-    check_timing(parser, options)
-    if options.inspect and (options.predict or options.files or options.output or options.onnx
-                            or options.qonnx):
-        parser.error("--inspect stands alone")
+    check_together(parser, options)
     if options.profile == "integer" and not options.onnx:
         parser.error("--profile: is about an ONNX model; give --onnx too")
     if options.report and not options.output:
@@ -85,19 +86,32 @@ def add_timing(parser):
 def whole_number(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text}, expected a whole number of at least 1")
+    if int(text) > LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"found {text}, expected at most {LARGEST_NUMBER}")
     return int(text)
 
 
-def check_timing(parser, options):
-    """Refuse flags of --benchmark without it, and others beside it."""
-    if options.benchmark and (options.inspect or options.predict or options.files or options.output or options.onnx
-                              or options.qonnx):
-        parser.error("--benchmark stands alone")
-    for flag in () if options.benchmark else ("batch", "threads", "latency_table"):
-        if getattr(options, flag):
-            parser.error(f"--{flag.replace('_', '-')}: belongs to --benchmark FILE")
+def check_together(parser, options):
+    """Refuse flags without the command that they belong to, or beside one that they do not, and files named twice."""
+    command = next((flag for flag in COMMANDS if getattr(options, flag)), None)
+    for name, value in vars(options).items():
+        if name == command or not value or value == parser.get_default(name) or name in COMMANDS.get(command, ()):
+            continue
+        flag = value[0] if name == "files" else f"--{name.replace('_', '-')}"
+        for owner, flags in COMMANDS.items():
+            if name in flags and name not in ("files", "arch"):
+                parser.error(f"{flag}: belongs to --{owner} FILE")
+        if command:
+            parser.error(f"--{command} stands alone; leave out {flag}")
     if options.latency_table and len(options.batch or []) > 1:
         parser.error("--batch: a latency table is of one batch size")
+    if (options.threads or 0) > (os.cpu_count() or options.threads):
+        parser.error(f"--threads: found {options.threads}, this machine has {os.cpu_count()}")
+    named = [options.benchmark, *(options.files if not command else ()), options.latency_table, options.output, options.onnx,
+             options.qonnx, options.report]
+    paths = [os.path.realpath(path) for path in named if path]
+    for path in (path for path in named[1:] if path and paths.count(os.path.realpath(path)) > 1):
+        parser.error(f"{path}: is named twice, and would be overwritten; give another name for what is written")
 
 
 def time_network(options):
@@ -106,6 +120,8 @@ def time_network(options):
 
     batches = options.batch or [1]
     if options.latency_table:
+        if os.path.isdir(options.latency_table):
+            raise UserError(f"--latency-table: {options.latency_table} is a folder; name a file, such as times.csv")
         write_latency_table(options.benchmark, options.latency_table, batches[0], options.threads, options.arch)
     else:
         benchmark(options.benchmark, batches, options.threads, options.arch)

@@ -20,6 +20,7 @@ from util.errors import UserError, naming, reason
 
 VERSION = 1
 KEY = "limpqp"
+ARCHIVE = b"PK\x03\x04"  # how a checkpoint begins
 NO_CHECKSUM = "0" * 64
 MAP = ".map"
 MOST_PIXELS = 4096
@@ -150,6 +151,9 @@ def parse_packed(data, path):
 
 def _read_header(data):
     """The header in the bytes of a file, of this version, its checksum compared."""
+    if data.startswith(ARCHIVE):
+        raise UserError("not a packed model, but perhaps a checkpoint; python export.py CHECKPOINT --output FILE.safetensors "
+                        "packs one")
     if len(data) < formats.SAFETENSORS_LENGTH + 2 or data[formats.SAFETENSORS_LENGTH:formats.SAFETENSORS_LENGTH + 1] != b"{":
         raise UserError("damaged or not a packed model (it does not begin like safetensors)")
     if formats.SAFETENSORS_LENGTH + int.from_bytes(data[:formats.SAFETENSORS_LENGTH], "little") > len(data):

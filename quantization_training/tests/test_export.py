@@ -756,7 +756,12 @@ def test_what_cannot_be_packed_is_said_in_one_line(capsys):
         assert message in said and said.startswith("error: changed")
     for arguments, message in (([], "give one checkpoint"), ([FILE], "--output, --onnx or --qonnx"),
                                (["--predict", PACKED], "name the images"),
-                               (["--inspect", PACKED, "--output", "a"], "--inspect stands alone"),
+                               (["--inspect", PACKED, "--output", "a"], "--inspect stands alone; leave out --output"),
+                               (["--inspect", PACKED, "--arithmetic", "float"], "--arithmetic: belongs to --predict FILE"),
+                               (["--predict", PACKED, "a.png", "--onnx", "a"], "--predict stands alone; leave out --onnx"),
+                               ([FILE, "--output", PACKED, "--arithmetic", "integer"], "--arithmetic: belongs to --predict"),
+                               ([FILE, "--output", "a", "--onnx", "./a"], "./a: is named twice, and would be overwritten"),
+                               ([FILE, "--onnx", FILE], f"{FILE}: is named twice, and would be overwritten"),
                                (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):
         assert message in complaint(capsys, export.main, *arguments)
     assert not os.path.exists(PACKED)

@@ -83,11 +83,8 @@ def all_ways(network, path):
     remarks = [f"{INTEGER}: {how}"]
     if ways[FOLDED] is None:
         del ways[FOLDED]
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnxscript"):
-        ways |= in_onnxruntime(network, dense)
-    else:
-        remarks.append("onnxruntime: not measured; pip install -r requirements-export.txt")
-    return ways, remarks
+    found, why = in_onnxruntime(network, dense)
+    return ways | found, remarks + why
 
 
 def unquantized(network):
@@ -110,24 +107,31 @@ def folded(network, dense):
 
 
 def in_onnxruntime(network, dense):
-    """{way: function of images} of the exported networks."""
-    from onnx_export import narrowest_that_loads, to_onnx
+    """({way: function of images} of the exported networks, lines that say why there are not all of them)."""
+    from onnx_export import NEEDED, narrowest_that_loads, to_onnx
     from onnx_integer import to_integer_onnx
 
-    size = size_of(network)
-    models = {ONNX_DENSE: to_onnx(dense, size), ONNX_PACKED: narrowest_that_loads(to_onnx(network.model, size))[0],
-              ONNX_INTEGER: to_integer_onnx(network.model, images_for(network, 1).contiguous())[0]}
-    return {way: _runner(model.SerializeToString()) for way, model in models.items()}
+    size, ways, remarks = size_of(network), {}, []
+    models = {ONNX_DENSE: lambda: to_onnx(dense, size),
+              ONNX_PACKED: lambda: narrowest_that_loads(to_onnx(network.model, size))[0],
+              ONNX_INTEGER: lambda: to_integer_onnx(network.model, images_for(network, 1).contiguous())[0]}
+    if any(importlib.util.find_spec(package) is None for package in NEEDED["--onnx"]):
+        return {}, ["onnxruntime: not measured; pip install -r requirements-export.txt"]
+    for way, export in models.items():
+        try:
+            ways[way] = _runner(export().SerializeToString(), images_for(network, 1))
+        except UserError as error:
+            remarks.append(f"{way}: not measured; {error}")
+    return ways, remarks
 
 
-def _runner(data):
-    import onnxruntime
+def _runner(data, images):
+    """A function of images that onnxruntime computes; a UserError where it does not compute these."""
+    from onnx_export import logits_of_onnxruntime, session
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images.contiguous().numpy()})
+    logits_of_onnxruntime(data, images.contiguous())
+    loaded = session(data)
+    return lambda images: loaded.run(None, {"images": images.contiguous().numpy()})
 
 
 @torch.inference_mode()
@@ -177,8 +181,9 @@ def write_latency_table(path, table, batch, threads, arch=None):
         rows[fixed, *FIXED_PAIR] += max(whole - sum(fast.values()), 0)
     lines = [dict(zip(COLUMNS, (*key, f"{ms:.4f}"), strict=True)) for key, ms in rows.items()]
     write_atomically(table, csv_text(COLUMNS, lines).encode())
+    rest = "in no row, as no layer is fixed" if fixed is None else f"in the row of {fixed}"
     print(f"{table}: {len(searched)} searched layers at {len(BITS) ** 2} pairs of bit-widths, batch {batch}, "
-          f"{torch.get_num_threads()} threads; what is no layer is in the row of {fixed}")
+          f"{torch.get_num_threads()} threads; what is no layer is {rest}")
     if "weight_bits" in content:
         print(compare_with_prediction(content, path, arch, rows, images))
 

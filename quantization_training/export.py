@@ -12,7 +12,7 @@ import os
 
 from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
-from util.errors import UserError, user_errors_on_one_line
+from util.errors import UserError, naming, user_errors_on_one_line
 from util.exchange import write_atomically
 
 SHOWN_CLASSES = 3
@@ -163,9 +163,11 @@ def export(options):
 
         fold(network.model, images)
     if options.onnx:
-        (write_integer_onnx if options.profile == "integer" else write_onnx)(network.model, options.onnx, images)
+        with naming("--onnx"):
+            (write_integer_onnx if options.profile == "integer" else write_onnx)(network.model, options.onnx, images)
     if options.qonnx:
-        write_qonnx(network, options.qonnx, images)
+        with naming("--qonnx"):
+            write_qonnx(network, options.qonnx, images)
 
 
 def check_installed(options):
@@ -182,7 +184,7 @@ def write_onnx(model, path, images):
 
     graph, counts = narrowest_that_loads(to_onnx(model, images.shape[-1]))
     data = checked(graph)
-    change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), model, images)
+    change = change_of("onnxruntime", logits_of_onnxruntime(data, images), model, images)
     write_atomically(path, data)
     types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
     print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
@@ -196,7 +198,7 @@ def write_integer_onnx(model, path, images):
 
     graph, counts, error = to_integer_onnx(model, images)
     data = checked(graph)
-    change = change_of("--onnx: onnxruntime", logits_of_onnxruntime(data, images), model, images, error)
+    change = change_of("onnxruntime", logits_of_onnxruntime(data, images), model, images, error)
     write_atomically(path, data)
     layers = ", ".join(f"{count} in {operator}" for operator, count in counts.items() if count)
     print(f"{path}: {len(data):,} bytes; layers: {layers}; biases rounded by at most {error:.4f} of a quantizer's step; "
@@ -210,10 +212,11 @@ def write_qonnx(network, path, images):
 
     model = to_qonnx(network.model, images.shape[-1])
     data = checked(model)
-    change = change_of("--qonnx: the package qonnx", logits_of_qonnx(model, images), network.model, images)
+    change = change_of("the package qonnx", logits_of_qonnx(model, images), network.model, images)
+    gbitops = gbitops_of_qonnx(model)
     write_atomically(path, data)
     print(f"{path}: {len(data):,} bytes; logits of {len(images)} random images in qonnx: PyTorch's to {change:.1e}; BitOPs of "
-          f"qonnx {gbitops_of_qonnx(model):.3f} G, of the search by the exact count {network.cost['gbitops_exact']:.3f} G")
+          f"qonnx {gbitops:.3f} G, of the search by the exact count {network.cost['gbitops_exact']:.3f} G")
 
 
 def change_of(who, found, model, images, shift=0):

@@ -110,7 +110,7 @@ def to_onnx(model, input_size, layer=OnnxLayer, batch=None):
             program = torch.onnx.export(twin.requires_grad_(False), (images,), dynamo=True, dynamic_shapes=shapes,
                                         opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False)
     except Exception as error:  # of the tracing of any network: many types
-        raise UserError(f"--onnx: PyTorch cannot write this network as ONNX ({reason(error)[:200]})") from None
+        raise UserError(f"PyTorch cannot write this network as ONNX ({reason(error)[:200]})") from None
     return program.model_proto
 
 
@@ -138,11 +138,11 @@ def narrowest_that_loads(model):
     for types in (NARROW, NARROW[1:], ()):
         candidate, counts = with_narrow_weights(model, types)
         try:
-            _session(candidate.SerializeToString())
+            session(candidate.SerializeToString())
             return candidate, counts
         except Exception as error:  # of its own classes, for what it does not know
             failure = reason(error)
-    raise UserError(f"--onnx: the installed onnxruntime does not load what PyTorch wrote ({failure[:200]})")
+    raise UserError(f"the installed onnxruntime does not load what PyTorch wrote ({failure[:200]})")
 
 
 def with_narrow_weights(model, types):
@@ -181,7 +181,7 @@ def _declare(model, opset):
         model.graph.value_info.remove(value)
 
 
-def _session(data):
+def session(data):
     """The bytes of an ONNX model, loaded into onnxruntime on the CPU."""
     import onnxruntime
 
@@ -198,9 +198,9 @@ def logits_of_onnxruntime(data, images):
         UserError: where it does not load or compute the model.
     """
     try:
-        return torch.from_numpy(_session(data).run(None, {"images": images.numpy()})[0])
+        return torch.from_numpy(session(data).run(None, {"images": images.numpy()})[0])
     except Exception as error:  # of its own classes
-        raise UserError(f"--onnx: the installed onnxruntime does not compute this network ({reason(error)[:200]})") from None
+        raise UserError(f"the installed onnxruntime does not compute this network ({reason(error)[:200]})") from None
 
 
 @contextlib.contextmanager

@@ -161,8 +161,8 @@ def with_integers(model):
 
 
 def find_layer(graph, node, entering):
-    """The Layer that a Conv, Gemm or MatMul computes; None where weight or input is not quantized."""
-    dequantize = dequantized_weight(graph, node)
+    """The Layer that a Conv, Gemm or MatMul computes; None where weight or input is not quantized, or it adds a bias."""
+    dequantize = dequantized_weight(graph, node) if len(node.input) == 2 else None
     x = None if dequantize is None else find_entering(graph, node.input[0], entering)
     if x is None:
         return None

@@ -61,7 +61,7 @@ def logits_of_qonnx(model, images):
         whole = wrapped(model)
         rows = [execute_onnx(whole, {"images": image[None].numpy()})["logits"] for image in images]
     except Exception as error:  # of any operator of the network
-        raise UserError(f"--qonnx: the package qonnx cannot compute this network ({reason(error)[:200]}); nothing was "
+        raise UserError(f"the package qonnx cannot compute this network ({reason(error)[:200]}); nothing was "
                         "written") from None
     return torch.from_numpy(np.concatenate(rows))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_export import FILE, OWN, PACKED, complaint, write_checkpoint
 from test_integer import ODD
+from test_onnx import needs_onnxruntime
 from torch import nn
 
 import benchmark
@@ -82,6 +83,20 @@ def test_a_line_for_each_way_and_batch(capsys, monkeypatch):
     for *_, ms, ratio in rows:
         assert float(ms) > 0 and float(ratio) > 0
     assert {row[3] for row in rows if row[0] == "float32"} == {"1.00"}
+
+
+@pytest.mark.usefixtures("shallow")
+@needs_onnxruntime
+def test_what_onnxruntime_does_not_compute_is_said_and_the_rest_is_timed(monkeypatch):
+    import onnx_integer
+
+    network = write_checkpoint("resnet20", 16)
+    graphs = onnx_integer.to_integer_onnx(network.model, torch.zeros(1, 3, 16, 16))
+    graphs[0].graph.node[-1].op_type = "NoSuchOperator"
+    monkeypatch.setattr(onnx_integer, "to_integer_onnx", lambda *_: graphs)
+    ways, [remark] = benchmark.in_onnxruntime(network, benchmark.unquantized(network))
+    assert list(ways) == ["onnxruntime, float32", "onnxruntime, qdq"]
+    assert remark.startswith("onnxruntime, integer: not measured; the installed onnxruntime does not compute this network (")
 
 
 def test_the_rivals_are_the_network_without_quantizers_as_it_is_and_folded():

@@ -289,3 +289,25 @@ def test_a_model_that_onnxruntime_does_not_load_is_one_line_and_no_file(monkeypa
                      "nets.py:depthwise", "--fold-bn")
     assert "--onnx: the installed onnxruntime does not compute this network" in said
     assert not pathlib.Path("model.onnx").exists()
+
+
+def test_a_convolution_that_adds_its_bias_itself_stays_as_it_is():
+    """The exporter of a later PyTorch may write it so."""
+    import onnx
+
+    model = write_checkpoint("nets.py:residual", 16).model.eval()
+    nn.init.constant_(model.second.bias, 3.0)
+    graph, x = onnx_export.to_onnx(model, 16), images(16)
+    expected = onnx_export.logits_of_onnxruntime(graph.SerializeToString(), x)
+    users = {name: node for node in graph.graph.node for name in node.input}
+    conv = next(node for node in graph.graph.node if node.op_type == "Conv" and users[node.output[0]].op_type == "Add"
+                and (constants(graph).get(users[node.output[0]].input[1], np.zeros(1)) == 3).all())
+    add = users[conv.output[0]]
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(constants(graph)[add.input[1]].reshape(-1), "bias"))
+    conv.input.append("bias")
+    conv.output[0] = add.output[0]
+    graph.graph.node.remove(add)
+    counts, _ = onnx_integer.with_integers(graph)
+    found = onnx_export.logits_of_onnxruntime(onnx_export.checked(graph), x)
+    assert counts["float32"] == 2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())

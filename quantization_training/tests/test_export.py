@@ -760,7 +760,7 @@ def test_what_cannot_be_packed_is_said_in_one_line(capsys):
                                (["--inspect", PACKED, "--arithmetic", "float"], "--arithmetic: belongs to --predict FILE"),
                                (["--predict", PACKED, "a.png", "--onnx", "a"], "--predict stands alone; leave out --onnx"),
                                ([FILE, "--output", PACKED, "--arithmetic", "integer"], "--arithmetic: belongs to --predict"),
-                               ([FILE, "--output", "a", "--onnx", "./a"], "./a: is named twice, and would be overwritten"),
+                               ([FILE, "--output", "a", "--onnx", "./a"], ": a: is named twice, and would be overwritten"),
                                ([FILE, "--onnx", FILE], f"{FILE}: is named twice, and would be overwritten"),
                                (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):
         assert message in complaint(capsys, export.main, *arguments)

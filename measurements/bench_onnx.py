@@ -24,7 +24,7 @@ from schema import FinetuneConfig
 from timing import show
 from util.command import Parser
 from util.data_loader import create_loaders
-from util.errors import user_errors_on_one_line
+from util.errors import UserError, user_errors_on_one_line
 
 NETWORKS = {"resnet50": 224, "resnet18": 224, "mobilenet_v2": 224, "resnet20": 32, "vit_tiny_patch4_32": 32}
 BATCHES = 1, 16
@@ -35,7 +35,9 @@ def times(arch, size, batches):
     network = build_network(FinetuneConfig(arch=arch, weight_bits=4, act_bits=4), 1000, size, None, CPU)
     network.model.train()(images_for(network, 4))  # step sizes and statistics
     network.model.eval()
-    ways = in_onnxruntime(network, unquantized(network))
+    ways, missing = in_onnxruntime(network, unquantized(network))
+    if missing:
+        raise UserError("; ".join(missing))
     for batch in batches:
         ms = {row["way"]: row["ms"] for row in measure(ways, images_for(network, batch))}
         yield {"network": arch, "pixels": size, "batch": batch, "float32_ms": ms[ONNX_DENSE],

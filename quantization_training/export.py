@@ -198,7 +198,10 @@ def write_integer_onnx(model, path, images):
 
     graph, counts, error = to_integer_onnx(model, images)
     data = checked(graph)
-    change = change_of("onnxruntime", logits_of_onnxruntime(data, images), model, images, error)
+    try:
+        change = change_of("onnxruntime", logits_of_onnxruntime(data, images), model, images, error)
+    except UserError as complaint:
+        raise UserError(f"{complaint}; --profile qdq may do") from None
     write_atomically(path, data)
     layers = ", ".join(f"{count} in {operator}" for operator, count in counts.items() if count)
     print(f"{path}: {len(data):,} bytes; layers: {layers}; biases rounded by at most {error:.4f} of a quantizer's step; "

@@ -188,6 +188,7 @@ def session(data):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # threads that wait leave the cores to others
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 

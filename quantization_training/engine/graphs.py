@@ -84,12 +84,12 @@ class GraphedPasses:
         self.is_refused = True
 
     def gradients(self, logits, grad):
-        """The gradients of all parameters from that of the logits; None for those that had no part."""
-        return torch.autograd.grad(logits, self.parameters, grad, allow_unused=True)
+        """[(parameter, its gradient)] from the gradient of the logits, of the parameters that had a part in them."""
+        gradients = torch.autograd.grad(logits, self.parameters, grad, allow_unused=True)
+        return [(parameter, new) for parameter, new in zip(self.parameters, gradients, strict=True) if new is not None]
 
-    def add(self, gradients):
-        """Add gradients to those of passes before."""
-        found = [(parameter, new) for parameter, new in zip(self.parameters, gradients, strict=True) if new is not None]
+    def add(self, found):
+        """Add gradients, [(parameter, gradient)], to those of passes before."""
         for parameter, new in found:
             if parameter not in self.sums:
                 self.sums[parameter] = torch.zeros_like(new)
@@ -144,8 +144,8 @@ class _PlainPass:
 
     def finish(self, grad):
         with self.passes.gpu.within():
-            gradients = self.passes.gradients(self.outputs, grad)
-        self.passes.add(gradients)
+            found = self.passes.gradients(self.outputs, grad)
+        self.passes.add(found)
         self.outputs = self.logits = None
 
 
@@ -201,8 +201,7 @@ class _RecordedPass:
     def backward(self):
         quantizers = [quantizer for quantizer in self.passes.quantizers if quantizer.changes is not None]
         before = [len(quantizer.changes) for quantizer in quantizers]
-        gradients = self.passes.gradients(self.outputs, self.grad)
-        found = [(parameter, new) for parameter, new in zip(self.passes.parameters, gradients, strict=True) if new is not None]
+        found = self.passes.gradients(self.outputs, self.grad)
         self.parameters = [parameter for parameter, _ in found]
         self.passes.add_to_sums(found)
         self.changes = [(quantizer, quantizer.changes[count:]) for quantizer, count in zip(quantizers, before, strict=True)]

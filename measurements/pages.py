@@ -307,6 +307,8 @@ def figures():
         ("took {} times as long in fine-tuning and {} times in joint training, for the same gradients", *(
             number(row("measurements/ranks.csv", work=work, side="DistributedDataParallel"), "over_flat")
             for work in ("fine-tuning", "joint training"))),
+        ("a ResNet-50 {} times as fast as without quantizers", number(
+            row("measurements/bench_inference.csv", network="resnet50", batch="1", way="packed, integer"), "ratio")),
         ("jointly trained ones costs {} points",
          spread(row("experiments/parts.csv", choice="from_dense_weights"), "difference", -1)),
     ]

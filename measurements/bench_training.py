@@ -440,8 +440,8 @@ def expensive(clock, networks=GPU_NETWORKS[:2]):
     taken = operator.attrgetter("self_device_time_total" if clock.device.type == "cuda" else "self_cpu_time_total")
     for arch, batch, size in networks:
         step = Workload(clock.device, arch, batch, size).joint(precision="bf16")
-        step()
-        step()
+        for _ in range(STEPS_BEFORE + 2):
+            step()
         clock.wait()
         with torch.profiler.profile() as profile:
             step()

@@ -195,13 +195,20 @@ def find_entering(graph, name, entering):
         return entering[last.input[0]] if first is not None else None
     step, low, high = quantizer_of(graph, first)
     raw, zero, largest = f"{last.input[0]}/uint8", graph.constant(f"zero/{-low}", np.uint8(-low)), high - low
-    wide = f"{raw}/wide" if largest < 255 else raw
-    graph.replace(first, ("QuantizeLinear", [first.input[0], first.input[1], zero], wide, {}),
-                  ("QuantizeLinear", list(first.input), first.output[0], {}))
-    if largest < 255:
-        graph.replace(first, ("Min", [wide, graph.constant(f"largest/{largest}", np.uint8(largest))], raw, {}))
+    put_rounding(graph, first, ("QuantizeLinear", [first.input[0], first.input[1], zero], raw, {}), largest)
+    graph.replace(first, ("QuantizeLinear", list(first.input), first.output[0], {}))
     entering[last.input[0]] = Entering(raw, step, -low, largest)
     return entering[last.input[0]]
+
+
+def put_rounding(graph, place, node, largest):
+    """Put a node, as Graph.replace takes it, that gives uint8, and a Min after it where not all of them may come."""
+    operator, inputs, raw, attributes = node
+    if largest == 255:
+        graph.replace(place, node)
+        return
+    graph.replace(place, (operator, inputs, f"{raw}/wide", attributes),
+                  ("Min", [f"{raw}/wide", graph.constant(f"largest/{largest}", np.uint8(largest))], raw, {}))
 
 
 def quantizer_of(graph, quantize):
@@ -235,10 +242,7 @@ def put_convolution(graph, layer, entering):
         (f"zero/{-low}", np.uint8(-low)), (f"{name}/bias", bias)))]
     geometry = {key: attribute(layer.node, key) for key in ("dilations", "group", "kernel_shape", "pads", "strides")}
     raw, largest = f"{name}/uint8", high - low
-    wide = f"{raw}/wide" if largest < 255 else raw
-    graph.replace(layer.end, ("QLinearConv", inputs, wide, geometry))
-    if largest < 255:
-        graph.replace(layer.end, ("Min", [wide, graph.constant(f"largest/{largest}", np.uint8(largest))], raw, {}))
+    put_rounding(graph, layer.end, ("QLinearConv", inputs, raw, geometry), largest)
     clip = graph.only_user(quantize.output[0])
     quantized = (clip if clip is not None and clip.op_type == "Clip" else quantize).output[0]
     entering[quantized] = Entering(raw, step, -low, largest)

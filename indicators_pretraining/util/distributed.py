@@ -233,8 +233,8 @@ def sum_over_ranks(tensor):
 
 
 def mean_over_ranks(tensor):
-    """The mean of a tensor over ranks, on every rank."""
-    return sum_over_ranks(tensor) / world_size() if is_distributed() else tensor
+    """The mean of a tensor over ranks, on every rank, in its place."""
+    return sum_over_ranks(tensor).div_(world_size()) if is_distributed() else tensor
 
 
 def average_tensors(tensors):
@@ -243,7 +243,7 @@ def average_tensors(tensors):
         return
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = sum_over_ranks(torch.cat([tensor.reshape(-1) for tensor in group])).div_(world_size())
+        flat = mean_over_ranks(torch.cat([tensor.reshape(-1) for tensor in group]))
         for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 

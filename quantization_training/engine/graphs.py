@@ -38,7 +38,7 @@ class GraphedPasses:
         self.compute, self.log = compute, lambda line: None
         self.modules = list(model.modules())
         self.quantizers = [module for module in self.modules if isinstance(module, LsqQuan)]
-        self.batchnorms = [module for module in self.modules if isinstance(module, SwitchableBatchNorm)]
+        self.switched = [module for module in self.modules if isinstance(module, (LsqQuan, SwitchableBatchNorm))]
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums = {}  # {parameter: the tensor in which its gradients are added up}
         self.met, self.recorded, self.is_refused = {}, {}, False
@@ -58,7 +58,7 @@ class GraphedPasses:
 
     def choice(self, images):
         """What decides which operations a pass consists of, and on what memory."""
-        return (images.shape, images.dtype, images.stride(), *(module.index for module in self.quantizers + self.batchnorms),
+        return (images.shape, images.dtype, images.stride(), *(module.index for module in self.switched),
                 *(quantizer.changes is None for quantizer in self.quantizers), *(p.data_ptr() for p in self.parameters))
 
     def record(self, choice, images):

@@ -79,7 +79,7 @@ def test_a_run_that_is_killed_again_and_again_equals_an_undisturbed_one(title, t
     kills = share * KILLS // 20
     result = kill(stage, script, folders["killed"], kills, 1, *words, "name=killed")
     print(f"{title}: {result}")
-    assert result["killed"] == kills and result["writing"] >= 1
+    assert result["killed"] >= kills // 2 and result["writing"] >= result["killed"] // 3 >= 1
     assert_equal_folders(folders["undisturbed"], folders["killed"])
 
 

@@ -35,8 +35,9 @@ inline void store(float value, bfloat16* place) {  // to the nearest, ties to ev
 template <typename V> struct Arithmetic { using type = V; };
 template <> struct Arithmetic<bfloat16> { using type = float; };
 
-template <typename A> inline A clip(A value, A low, A high) {  // what is not a number stays so
-    return value < low ? low : value > high ? high : value;
+template <typename A> inline A clip(A value, A low, A high) {  // what is not a number stays so; two instructions, as written
+    const A below = value > high ? high : value;
+    return below < low ? low : below;
 }
 
 template <typename V, typename Q>

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, ".")
 import benchmark
 from integer_layer import IntegerLayer
+from quan.quantizer import kernel
 from timing import show
 from util.command import Parser
 from util.errors import user_errors_on_one_line
@@ -54,6 +55,7 @@ def status(key):
 def peak_mb(arch, way, batch):
     """MB of a way's weights, and by how much the resident set grows while it computes a batch, after a first one."""
     torch.set_num_threads(1)
+    kernel.use("auto")
     torch.nn.Conv2d(3, 8, 3)(torch.zeros(1, 3, 8, 8)).sum().backward()
     network = network_of(arch)
     images = benchmark.images_for(network, batch)

@@ -52,6 +52,9 @@ def fused(model, images):
     except Exception:  # of any network's own forward pass, which fx may not be able to follow
         return model
     Fusion(whole).run()
+    for layer in whole.modules():
+        if isinstance(layer, IntegerLayer):
+            layer.arguments = None  # what it had collected for a first call
     graph.lint()
     whole.recompile()
     whole.delete_all_unused_submodules()

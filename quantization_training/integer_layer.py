@@ -19,7 +19,8 @@ OPERATORS = ("qconv_prepack", "qconv2d_pointwise", "qlinear_prepack", "qlinear_p
 LARGEST_INPUT, LARGEST_PAIR = 255, 64  # the most that two products may add up to, 2 * 255 * 64, in CPUs that add them in int16
 CHECKED_CHANNELS = 64
 GROUP_BLOCK = 4  # the number of channels in a group has to be a multiple, but for depthwise convolutions
-CACHED_VALUES = 2**20  # of a residual, at once: the operator adds to it and returns a copy, which then stays in cache
+CACHED_VALUES = 2**20  # of a residual, at once: a convolution adds to it and returns a copy, which then stays in cache
+SUMMED_VALUES = 2**21  # of one, at once, in a linear layer, which takes as much memory again for its sums
 
 
 class CannotCompute(Exception):
@@ -128,10 +129,13 @@ class IntegerLayer(nn.Module):
 
     def __init__(self, weight, steps, shift, entering, geometry):
         super().__init__()
-        self.integers, self.entering, self.geometry = weight, entering, geometry
+        self.integers, self.entering, self.geometry, self.strides = weight, entering, geometry, (1, 1)
+        self.is_pointwise = geometry is not None and weight[0, 0].numel() == 1 and geometry[1] == (0, 0)
+        if self.is_pointwise:  # faster where the pixels that are skipped are left out before
+            self.strides, self.geometry = geometry[0], ((1, 1), *geometry[1:])
         self.steps, self.shift = (nn.Parameter(tensor, requires_grad=False) for tensor in (
             steps, torch.zeros_like(steps) if shift is None else shift.clone()))
-        self.activation, self.limits, self.leaving, self.packed = "none", (-math.inf, math.inf), None, None
+        self.activation, self.limits, self.leaving, self.arguments = "none", (-math.inf, math.inf), None, None
 
     @staticmethod
     @torch.no_grad()
@@ -149,25 +153,47 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x, residual=None):
         """y of x, float32 or the integers of its range; `residual`, float32 of the shape of y, may be overwritten."""
-        if self.packed is None:
-            self._pack()
         if x.dim() == (3 if self.geometry else 1):  # no batch
             return self(x[None], None if residual is None else residual[None])[0]
+        if self.arguments is None:
+            self._lay_out(residual is not None)
+        if self.strides != (1, 1):
+            x = x[..., ::self.strides[0], ::self.strides[1]].contiguous(memory_format=torch.channels_last)
         q = x if x.dtype == torch.uint8 else self.entering.integers(x)
-        y = self._convolve(q, residual) if self.geometry else self._multiply(q, residual)
+        if self.geometry is None:
+            y = self._multiply(q, residual)
+        elif residual is None:
+            y = torch.ops.onednn.qconv2d_pointwise.default(q, *self.arguments)
+        elif self.by_rows:
+            y = self._multiply(q.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            y = self._add_convolution(q, residual)
         if self.leaving is not None and self.activation == "gelu":  # other ranges are part of the activation
             y = y.clamp_(max=self.leaving.qn + self.leaving.qp)
         return y
 
-    def _pack(self):
-        """Lay the weight out as oneDNN wants it."""
-        zero_points = torch.zeros(len(self.steps), dtype=torch.int64)
-        if self.geometry is None:
-            packed = torch.ops.onednn.qlinear_prepack(self.integers, None)
+    def _lay_out(self, adds):
+        """Lay the weight out as oneDNN wants it, and collect the operator's arguments: all but the input and, behind the first
+        five, the residual.
+
+        oneDNN's convolution returns a copy of the residual that it adds to. Its linear layer does not, so that it takes a
+        residual at every pixel, whose channels are a row, where the kernel is a single pixel.
+        """
+        self.by_rows = self.geometry is None or (adds and self.is_pointwise and self.geometry[3] == 1)
+        step, zero_point = self.entering.step, self.entering.qn
+        if self.by_rows:
+            packed = torch.ops.onednn.qlinear_prepack(self.integers.flatten(1), None)
         else:
-            packed = torch.ops.onednn.qconv_prepack(self.integers, self.steps, self.entering.step, self.entering.qn,
-                                                    *self.geometry, None)
-        self.packed, self.integers = (packed, self.steps, zero_points), None
+            packed = torch.ops.onednn.qconv_prepack(self.integers, self.steps, step, zero_point, *self.geometry, None)
+        zero_points = torch.zeros(len(self.steps), dtype=torch.int64)
+        self.arguments = (step, zero_point, packed, self.steps, zero_points, self.shift,
+                          *(() if self.by_rows else self.geometry), *self._output(),
+                          *((1.0, 0, "sum", 1.0) if adds else ()), *self._post_operation())
+
+    def settle(self):
+        """Drop the weight where it has been laid out; what follows the sum may no longer change."""
+        if self.arguments is not None:
+            self.integers = None
 
     def _output(self):
         """(scale, zero point, type) of the output."""
@@ -184,25 +210,21 @@ class IntegerLayer(nn.Module):
         return self.activation, [low, high] if self.activation == "hardtanh" else [], \
             "none" if self.activation == "gelu" else ""
 
-    def _convolve(self, q, residual):
-        entering = self.entering.step, self.entering.qn, *self.packed
-        if residual is None:
-            return torch.ops.onednn.qconv2d_pointwise(q, *entering, self.shift, *self.geometry, *self._output(),
-                                                      *self._post_operation())
+    def _add_convolution(self, q, residual):
         residual = residual.contiguous(memory_format=torch.channels_last)
         count = max(CACHED_VALUES // residual[0].numel(), 1)
         for some, sums in zip(q.split(count), residual.split(count), strict=True):
-            torch.ops.onednn.qconv2d_pointwise.binary(some, *entering, sums, self.shift, *self.geometry, *self._output(), 1.0,
-                                                      0, "sum", 1.0, *self._post_operation())
+            torch.ops.onednn.qconv2d_pointwise.binary(some, *self.arguments[:5], sums, *self.arguments[5:])
         return residual
 
     def _multiply(self, q, residual):
-        entering = (q.flatten(0, -2), self.entering.step, self.entering.qn, *self.packed)
+        rows = q.flatten(0, -2)
         if residual is None:
-            y = torch.ops.onednn.qlinear_pointwise(*entering, self.shift, *self._output(), *self._post_operation())
+            y = torch.ops.onednn.qlinear_pointwise.default(rows, *self.arguments)
         else:
-            y = torch.ops.onednn.qlinear_pointwise.binary(*entering, residual.flatten(0, -2), self.shift, *self._output(), 1.0,
-                                                          0, "sum", 1.0, *self._post_operation())
+            y, count = residual.flatten(0, -2), max(SUMMED_VALUES // len(self.steps), 1)
+            for some, sums in zip(rows.split(count), y.split(count), strict=True):
+                torch.ops.onednn.qlinear_pointwise.binary(some, *self.arguments[:5], sums, *self.arguments[5:])
         return y.view(*q.shape[:-1], len(self.steps))
 
 

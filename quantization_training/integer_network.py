@@ -83,6 +83,9 @@ def for_good(model, size, floats):
         with torch.no_grad():
             whole = fused(_replaced(model, layers_of(model), floats), images)
             whole(images)  # which also lays out the weights
+        for layer in whole.modules():
+            if isinstance(layer, IntegerLayer):
+                layer.settle()
     except Exception as error:  # of the user's own network, which may ask for what integer layers lack
         raise CannotCompute(f"the network fails once its layers are integer ({reason(error)})") from None
     return whole.requires_grad_(False)

@@ -123,6 +123,21 @@ def test_sums_are_exact_for_all_integers_that_a_layer_may_have(case):
     torch.testing.assert_close(layer(x, residual.clone()).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_kernel_of_one_pixel_adds_to_the_residual_in_pieces_and_skips_pixels(monkeypatch):
+    monkeypatch.setattr(integer_layer, "SUMMED_VALUES", 7 * 8)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-8, 8, (8, 12, 1, 1), dtype=torch.int8, generator=generator)
+    x = torch.randint(0, 16, (2, 12, 9, 8), dtype=torch.uint8, generator=generator)
+    geometry = (2, 3), (0, 0), (1, 1), 1
+    entering, residual = InputRange(0.5, 8, 7), torch.rand(2, 8, 5, 3, generator=generator)
+    wanted = sums(weight, x, entering, geometry) * 0.5 + 1 + residual.double()
+    for form in (torch.contiguous_format, torch.channels_last):
+        layer = IntegerLayer(weight, torch.ones(8), torch.ones(8), entering, geometry)
+        found = layer(x.contiguous(memory_format=form), residual.clone(memory_format=form))
+        assert layer.by_rows
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_what_may_exceed_16_or_32_bits_is_left_in_float():
     for bits in range(1, 9):
         for acts in range(1, 9):
@@ -441,9 +456,8 @@ def test_digits_are_classified_as_in_float_by_the_commands_and_from_python(capsy
     exact, integer = (integer_network.load(PACKED, arithmetic) for arithmetic in ("float", "auto"))
     with torch.no_grad():
         expected, found = exact(x), integer(x)
-    first, second = expected.topk(2).values.T
-    assert (found.argmax(1) == expected.argmax(1))[first - second > 1e-2].all()
-    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.99
+    assert export.is_rounding(export.difference(expected, found), expected, exact, x)
+    assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.97  # the other images lie on a rounding edge
     Image.fromarray(pixels[0, 0].numpy()).save("a.png")
     export.main(["--predict", PACKED, "a.png"])
     integers = capsys.readouterr().out
@@ -484,7 +498,7 @@ def spoil(patch, why):
     elif why == "fail here":
         patch.setattr(IntegerLayer, "_multiply", lambda *_: torch.zeros(2, 3) @ torch.zeros(4, 5))
     else:
-        patch.setattr(IntegerLayer, "_convolve", lambda *_: torch.tensor([2.0**15 - 1]))
+        patch.setattr(IntegerLayer, "forward", lambda *_: torch.tensor([2.0**15 - 1]))
 
 
 def test_a_checkpoint_is_not_evaluated_with_integers(capsys):

@@ -9,10 +9,11 @@ python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--
 
 import argparse
 import os
+from pathlib import Path
 
 from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
-from util.errors import UserError, naming, user_errors_on_one_line
+from util.errors import UserError, is_out_of_memory, naming, reason, user_errors_on_one_line
 from util.exchange import write_atomically
 
 SHOWN_CLASSES = 3
@@ -27,14 +28,21 @@ PARTS = ("packed weights", "BatchNorm", "biases", "step sizes", "other tensors",
 
 def main(arguments=None):
     options = parse(arguments)
-    if options.inspect:
-        print(describe_layers(read_packed(options.inspect)))
-    elif options.predict:
-        predict(options.predict, options.files, options.arch, options.arithmetic)
-    elif options.benchmark:
-        time_network(options)
-    else:
-        export(options)
+    check_outputs(options)
+    try:
+        if options.inspect:
+            print(describe_layers(read_packed(options.inspect)))
+        elif options.predict:
+            predict(options.predict, options.files, options.arch, options.arithmetic)
+        elif options.benchmark:
+            time_network(options)
+        else:
+            export(options)
+    except Exception as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        remedy = "lower --batch" if options.benchmark else "give fewer images" if options.predict else "close other programs"
+        raise UserError(f"out of memory ({reason(error)[:80]}); {remedy}") from None
 
 
 def parse(arguments):
@@ -114,14 +122,25 @@ def check_together(parser, options):
         parser.error(f"{path}: is named twice, and would be overwritten; give another name for what is written")
 
 
+def check_outputs(options):
+    """Refuse to work for a file that cannot be written in the end; folders on the way to it are made."""
+    for name in ("output", "report", "onnx", "qonnx", "latency_table"):
+        path, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if not path:
+            continue
+        folder = next(str(parent) for parent in Path(path).absolute().parents if os.path.lexists(parent))
+        if os.path.isdir(path):
+            raise UserError(f"{flag}: {path} is a folder; name a file")
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise UserError(f"{flag}: {path} cannot be written, since {folder} is no folder that is writable")
+
+
 def time_network(options):
     """Time a network, or its layers."""
     from benchmark import benchmark, write_latency_table
 
     batches = options.batch or [1]
     if options.latency_table:
-        if os.path.isdir(options.latency_table):
-            raise UserError(f"--latency-table: {options.latency_table} is a folder; name a file, such as times.csv")
         write_latency_table(options.benchmark, options.latency_table, batches[0], options.threads, options.arch)
     else:
         benchmark(options.benchmark, batches, options.threads, options.arch)

@@ -154,6 +154,19 @@ def test_a_latency_table_has_every_layer_at_every_pair_and_adds_up_to_the_networ
     assert (f"{PACKED} at its own bits: {predicted:.2f} ms by the table" in said) == is_packed
 
 
+@pytest.mark.parametrize(("flags", "remedy"), [
+    (["--benchmark", PACKED, "--batch", "9"], "lower --batch"), (["--predict", PACKED, "image.png"], "give fewer images"),
+    (["--benchmark", PACKED, "--latency-table", "a.csv"], "lower --batch"), ([FILE, "--output", "a"], "close other programs")])
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    Exception("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer of size 9")])
+def test_what_needs_too_much_memory_is_told_which_flag_is_about_it(flags, remedy, error, capsys, monkeypatch):
+    for name in ("time_network", "predict", "export"):
+        monkeypatch.setattr(export, name, lambda *_: (_ for _ in ()).throw(error))
+    said = complaint(capsys, export.main, *flags)
+    assert "out of memory" in said and remedy in said and "dataloader" not in said
+
+
 def test_wrong_flags_and_files_are_refused_in_one_line(capsys):
     pathlib.Path("net.py").write_text(OWN)
     write_checkpoint("net.py:tiny", 12)
@@ -171,6 +184,11 @@ def test_wrong_flags_and_files_are_refused_in_one_line(capsys):
             (["--benchmark", PACKED, FILE], f"--benchmark stands alone; leave out {FILE}"),
             (["--benchmark", PACKED, "--latency-table", f"./{PACKED}"], f"./{PACKED}: is named twice"),
             (["--benchmark", PACKED, "--latency-table", "."], "--latency-table: . is a folder"),
+            (["--benchmark", "none", "--latency-table", "net.py/a/b"], "--latency-table: net.py/a/b cannot be written, since"),
+            (["none", "--output", "net.py/a"], "--output: net.py/a cannot be written"),
+            (["none", "--onnx", "net.py/a"], "--onnx: net.py/a cannot be written"),
+            (["none", "--qonnx", "."], "--qonnx: . is a"),
+            (["none", "--output", "a", "--report", "net.py/a"], "--report: net.py/a cannot be written"),
             (["--benchmark", FILE, "--arch", "net.py:tiny"], f"{FILE}: not a packed model, but perhaps a checkpoint"),
             (["--benchmark", PACKED], "is not run unasked"), (["--benchmark", "none"], "none: cannot read the packed model"),
             (["--benchmark", FILE, "--latency-table", "a"], "is not run unasked"),

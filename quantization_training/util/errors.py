@@ -9,7 +9,7 @@ import sys
 USER_ERROR_STATUS = 2
 SIGNAL_STATUS = 128  # plus the number of the signal, as shells count
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-                 "DefaultCPUAllocator: can't allocate memory")
+                 "DefaultCPUAllocator: can't allocate memory", "Failed to allocate memory for requested buffer")
 LOST_WORKER = "DataLoader worker"  # how torch begins to say that one is gone
 SINGLE_VALUE = "Expected more than 1 value per channel"  # how torch begins to say it
 
@@ -96,12 +96,17 @@ def as_user_error(error):
     if isinstance(error, RuntimeError) and str(error).startswith(LOST_WORKER):
         return UserError(f"a process that reads images was lost ({reason(error)[:100]}); where memory is short, lower "
                          "dataloader.workers or dataloader.batch_size")
-    # torch, which this module does without, says in many ways that a device or the machine has no memory left.
-    if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or (isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY))):
+    if is_out_of_memory(error):
         return UserError(f"out of memory ({reason(error)[:80]}); lower dataloader.batch_size (accumulation in fine-tuning "
                          "keeps the step the same) or dataloader.input_size, or give precision: bf16")
     return None
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that a device or the machine has no memory left: torch, which this module does without, and
+    onnxruntime have many ways to."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or any(words in str(error) for words in OUT_OF_MEMORY))
 
 
 def is_first_process():

@@ -215,7 +215,7 @@ def onnx_table(found):
 
 def onnx_classes_table(found):
     """measurements/bench_onnx.py --classes"""
-    return markdown(["run on digits", "same class", "right in PyTorch", "right in onnxruntime", "largest error of a bias"],
+    return markdown(["run on digits", "same class", "right in PyTorch", "right in onnxruntime", "error of a step, at most"],
                     [[f"`{line['run']}`", f"{line['same_class']} of {line['images']}", line["right_in_pytorch"],
                       line["right_in_onnxruntime"], number(line, "largest_bias_error", 4)] for line in found])
 

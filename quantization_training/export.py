@@ -223,7 +223,7 @@ def write_integer_onnx(model, path, images):
         raise UserError(f"{complaint}; --profile qdq may do") from None
     write_atomically(path, data)
     layers = ", ".join(f"{count} in {operator}" for operator, count in counts.items() if count)
-    print(f"{path}: {len(data):,} bytes; layers: {layers}; biases rounded by at most {error:.4f} of a quantizer's step; "
+    print(f"{path}: {len(data):,} bytes; layers: {layers}; biases rounded to within {error:.4f} of a quantizer's step; "
           f"logits of {len(images)} random images in onnxruntime: PyTorch's to {change:.1e}")
 
 

@@ -8,13 +8,14 @@ Inputs of layers become uint8, q + Qn with zero point Qn, from 0 to Qn + Qp. The
   the bias in float32;
 - what is left stays as it is, in float32.
 
-QLinearConv rounds a bias to a multiple of both step sizes. So the weights of a channel are multiplied, and their step is
-divided, by that integer which leaves the smallest error, of those with which weights fit into 8 bits and sums of two products
-into 16. Kernels for x86 without VNNI saturate these sums where weights are int8. Where they do not fit, weights are uint8,
-whose kernels need no such bound.
+QLinearConv rounds a bias to a multiple of both step sizes. So the weights of a channel are multiplied by an integer, and
+their step is divided by it and moved a little, such that each sum of integers is rounded as with the exact bias (fine_biases).
+Weights have to fit into 8 bits and sums of two products into 16: kernels for x86 without VNNI saturate these sums where
+weights are int8. Where they do not fit, weights are uint8, whose kernels need no such bound.
 """
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +26,11 @@ from util.errors import UserError
 
 PAIR = 2**15 - 1  # what a sum of two products may reach
 SUM = 2**31 - 1  # what the sum of all may
-MOST = 127  # times a weight may be multiplied
+CHANGE = 0.02  # of a step, at most, with which sums are rounded alike
 UNSIGNED_ZERO = 128  # the zero point of weights that are uint8
 FEWEST = 16  # channels of a group; with fewer, float32 is faster, but for depthwise convolutions
-MOST_ERROR = 0.1  # of a rounded bias, in steps of the quantizer that it reaches; with more, QLinearConv is not taken
+LEAST_ROOM = 2e-6  # relative, of a step, since onnxruntime multiplies in float32
+MOST_ERROR = 0.1  # of a layer with rounded biases, in steps of the quantizer that it reaches; with more, it is no QLinearConv
 MICROSOFT = "com.microsoft"
 
 
@@ -139,7 +141,7 @@ def with_integers(model):
     """The same model computing with integers where onnxruntime is the faster for it, in place.
 
     Returns:
-        ({operator: how many layers it computes}, the largest error of a rounded bias, in steps of the quantizer it reaches).
+        ({operator: how many layers it computes}, the largest error of a layer with rounded biases, of put_convolution).
     """
     graph, counts, worst = Graph(model), {"QLinearConv": 0, "MatMulIntegerToFloat": 0, "float32": 0}, 0.0
     entering = {}  # by the output of the QuantizeLinear, or of the Clip after it
@@ -224,15 +226,18 @@ def put_convolution(graph, layer, entering):
     """Put a QLinearConv in the place of a convolution, where it goes into one quantizer and its integers fit.
 
     Returns:
-        the largest error of a rounded bias, in steps of that quantizer; None where nothing was put.
+        how far from an edge an output may be that is rounded to the other integer, in steps of that quantizer; None where
+        nothing was put.
     """
     target = find_target(graph, layer) if is_plain_convolution(layer) and groups_are_fast(layer) else None
-    integers = None if target is None else scaled_integers(layer)
+    if target is None:
+        return None
+    quantize, step, low, high = target
+    integers = scaled_integers(layer, (np.arange(low, high) + 0.5) * np.float64(step))
     if integers is None:
         return None
-    (quantize, low, high), (weight, weight_step, bias, error) = target, integers
-    step, name, x = np.float32(graph.values[quantize.input[1]]), layer.end.output[0], layer.entering
-    error = float((error * x.step / step).max())
+    (weight, weight_step, bias, error), name, x = integers, layer.end.output[0], layer.entering
+    error = float(error.max() / step)
     if error > MOST_ERROR:
         return None
     weight_zero = weight.dtype.type(0 if weight.dtype == np.int8 else UNSIGNED_ZERO)
@@ -264,7 +269,7 @@ def groups_are_fast(layer):
 
 
 def find_target(graph, layer):
-    """(QuantizeLinear, lowest, highest integer) of the one quantizer that the output of a layer goes into; else None.
+    """(QuantizeLinear, its step, lowest, highest integer) of the one quantizer that a layer's output goes into; else None.
 
     A ReLU, or what else clips, on the way narrows the range: rounding keeps order, so that it may come first.
     """
@@ -279,35 +284,79 @@ def find_target(graph, layer):
         return None
     step, lowest, highest = quantizer_of(graph, after)
     low, high = (int(np.clip(np.round(np.float32(bound) / step), lowest, highest)) for bound in (low, high))
-    return (after, low, high) if low <= 0 < high else None
+    return (after, step, low, high) if low <= 0 < high else None
 
 
-def scaled_integers(layer):
+def scaled_integers(layer, edges):
     """What QLinearConv takes for a layer; None where it does not fit.
+
+    Args:
+        edges: [edges], where its output is rounded to the next integer, in the output's unit.
 
     Returns:
         (weight int8, or uint8 with UNSIGNED_ZERO, [out, ...]; its step [out]; bias int32 [out], in units of both steps; the
-        errors of the biases [out], in units of the step of the input).
+        errors [out]: how far from an edge, in the output's unit, what is rounded to the other integer may be).
     """
-    rows = layer.weight.reshape(len(layer.weight), -1).astype(np.int64)
-    largest, unit = layer.entering.largest, np.float64(layer.entering.step)
-    top, bottom, total = rows.max(1), -rows.min(1), np.abs(rows).sum(1, dtype=np.int64)
-    if bottom.max() > 128 or top.max() > 127 or not np.isfinite(layer.bias).all():
+    rows, largest = layer.weight.reshape(len(layer.weight), -1).astype(np.int64), layer.entering.largest
+    unit = np.float64(layer.entering.step) * layer.step.astype(np.float64)
+    bias, size = layer.bias / unit, np.maximum(np.abs(rows).max(1), 1)
+    if rows.min() < -128 or rows.max() > 127 or not np.isfinite(bias).all():
         return None
-    bias, factors = layer.bias / (unit * layer.step), np.arange(1, MOST + 1)[:, None]
-    reach = 2.0 * largest * total + np.abs(bias)
-    fits = ((top * factors <= 127) & (bottom * factors <= 128) & (2 * largest * np.maximum(top, bottom) * factors <= PAIR)
-            & (reach * factors <= SUM))
-    if fits[0].all():
-        errors = np.where(fits, np.abs(np.round(bias * factors) - bias * factors) / factors, np.inf)
-        factor = factors[errors.argmin(0), 0]
-        weight = (rows * factor[:, None]).astype(np.int8)
-    else:
-        factor, weight = 1, (rows + UNSIGNED_ZERO).astype(np.uint8)
-        if (reach + 2.0 * largest * UNSIGNED_ZERO * rows.shape[1] > SUM).any():
-            return None
-    step, rounded = (layer.step / factor).astype(np.float32), np.round(bias * factor)
-    return weight.reshape(layer.weight.shape), step, rounded.astype(np.int32), np.abs(rounded / factor - bias) * layer.step
+    zero = 0 if 2 * largest * size.max() <= PAIR else UNSIGNED_ZERO
+    room = SUM - 2.0 * largest * zero * rows.shape[1]
+    most = np.minimum(np.maximum(127 // size, 1), room // (2.0 * largest * np.abs(rows).sum(1) + np.abs(bias) + 1))
+    if zero == 0:
+        most = np.minimum(most, PAIR // (2 * largest * size))
+    if most.min() < 1:
+        return None
+    factor, rounded, unit, error = fine_biases(bias, unit, edges, most, sums_between(layer, rows))
+    weight = (rows * factor[:, None] + zero).astype(np.uint8 if zero else np.int8).reshape(layer.weight.shape)
+    return weight, (unit / factor / layer.entering.step).astype(np.float32), rounded.astype(np.int32), error
+
+
+def sums_between(layer, rows):
+    """(least, largest) sum of weights times inputs that can come, [out, 1] each."""
+    low, high = -layer.entering.zero, layer.entering.largest - layer.entering.zero
+    positive, negative = (part.sum(1, keepdims=True) for part in (np.maximum(rows, 0), np.minimum(rows, 0)))
+    return positive * low + negative * high, positive * high + negative * low
+
+
+def fine_biases(bias, unit, edges, most, sums):
+    """Multiples of 1 / factor in place of biases, with which sums are rounded as with the biases, or nearly so.
+
+    A sum k, an integer, is rounded up past an edge where (k + bias) * unit > edge. All is rounded alike where each
+    edge / unit - bias lies between the same two k. With few bits there are few edges, and that leaves room: of all factors and
+    the multiples beside a bias, those are taken that leave the widest room for 1 / unit, and the middle of it. Where none
+    leaves room, as with many edges, the unit stays and the nearest multiple is taken.
+
+    Args:
+        bias: [out]. unit: [out], in the output's unit, as edges [edges] are. most: [out], the largest factors.
+        sums: (least, largest) k that can come, [out, 1] each.
+
+    Returns:
+        (factor int64 [out], bias * factor rounded [out], unit [out], error [out] as of scaled_integers).
+    """
+    (least, last), exact = sums, edges / unit[:, None] - bias[:, None]
+    first = np.clip(np.ceil(exact), least, last + 1)  # the least k that is rounded up; last + 1: none
+    ends = np.where(first > least, first - 1, -np.inf), np.where(first <= last, first, np.inf)
+    lows, highs = np.sort([end / edges for end in ends], 0)
+    best, chosen = np.full(len(bias), -np.inf), np.empty((3, len(bias)))
+    for factor, moved in itertools.product(range(1, int(most.max()) + 1), (0, -1, 1)):
+        multiple = np.round(bias * factor) + moved
+        shift = (multiple / factor)[:, None] / edges
+        low = (shift + lows).max(1, initial=-np.inf).clip((1 - CHANGE) / unit)  # 1 / unit may lie between low and high
+        high = (shift + highs).min(1, initial=np.inf).clip(max=(1 + CHANGE) / unit)
+        has_room = (high - low) * unit > LEAST_ROOM
+        score = np.where(has_room, (high - low) * unit, -np.abs(multiple / factor - bias))
+        better = (score > best) & (factor <= most)
+        best[better] = score[better]
+        inverse = np.where(has_room, (low + high) / 2, 1 / unit)
+        chosen[:, better] = np.stack(np.broadcast_arrays(factor, multiple, inverse))[:, better]
+    factor, multiple, inverse = chosen
+    found = np.clip(np.ceil(edges * inverse[:, None] - (multiple / factor)[:, None]), least, last + 1)
+    farthest = np.where(found > first, found - 1, found)  # of the k that are rounded to the other integer
+    error = np.where(found == first, 0, np.abs(farthest - exact) * unit[:, None]).max(1, initial=0)
+    return factor.astype(np.int64), multiple, 1 / inverse, error
 
 
 def put_product(graph, layer):

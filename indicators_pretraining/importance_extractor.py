@@ -6,9 +6,10 @@ The indicators are the learned step sizes, as LIMPQ's are, or what joint trainin
 its share in the loss that quantization adds, or the second-order estimate of that loss (taylor.py derives both).
 """
 
-from indicators import EXTRACTED, check_output, extract_all, write
+from indicators import EXTRACTED, extract_all, write
 from util.command import Parser
 from util.errors import user_errors_on_one_line
+from util.exchange import check_outputs
 
 
 def parse_arguments(arguments=None):
@@ -24,7 +25,7 @@ def parse_arguments(arguments=None):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    check_output(options.output, options.checkpoints)
+    check_outputs([("--output", options.output, "indicators")], options.checkpoints)
     write(options.output, extract_all(options.checkpoints, options.b, options.of))
 
 

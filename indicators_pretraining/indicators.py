@@ -1,7 +1,6 @@
 """Indicators files: read from the step sizes of checkpoints, checked, and written."""
 
 import math
-import os
 
 from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
 from quan.func import KINDS
@@ -198,13 +197,6 @@ def _loss_shares(checkpoint, source):
 
 
 EXTRACTED = {"steps": None, "loss_share": _loss_shares, "joint_fisher": joint_fisher}
-
-
-def check_output(path, sources, what="the checkpoint"):
-    """Refuse to write over a file that is read; `sources` are paths, whether they exist or not, and `what` they are."""
-    for source in sources:
-        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-            raise UserError(f"--output: {path} is {what} itself")
 
 
 def write(path, content):

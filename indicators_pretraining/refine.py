@@ -12,13 +12,10 @@ least by the indicators are tried; the first that lowers the divergence is taken
 the standard error of the difference. It ends where none of them does.
 """
 
-import os
-
 import torch
 
 from engine.metrics import calibrate_batchnorm, evaluation_mode
 from engine.passes import prepare_alone
-from indicators import check_output
 from joint_sensitivity import kl_divergences, load_trained
 from quan.cost import FIXED_BIT, FLOAT_BIT, MB, sparse_size
 from quan.func import KINDS
@@ -29,7 +26,16 @@ from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
 from util.errors import UserError, nearest, reason, user_errors_on_one_line
-from util.exchange import STEPS, fit_names, read_indicators, read_policy, same_arch, split_arch, usual_alpha, write_policy
+from util.exchange import (
+    STEPS,
+    check_outputs,
+    fit_names,
+    read_indicators,
+    read_policy,
+    same_arch,
+    usual_alpha,
+    write_policy,
+)
 
 IMAGES, TRIES = 1000, 20
 CLEAR = 2  # standard errors
@@ -38,19 +44,14 @@ CLEAR = 2  # standard errors
 def main(arguments=None):
     options, configs, overrides = parse_arguments(arguments)
     config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"])
-    if options.output:
-        read = (config.init_from, config.pre_trained, config.resume.path, *(split_arch(config.arch) or ())[:1])
-        check_output(options.output, [*configs, options.i, *options.policy, *filter(lambda path: isinstance(path, str), read)],
-                     "one of the files that are read")
-        if os.path.isdir(options.output):
-            raise UserError(f"--output: {options.output} is a folder")
+    check_outputs([("--output", options.output, "policies")],
+                  [*configs, options.i, *options.policy, config.init_from, config.pre_trained, config.resume.path])
     with distributed.process_group(config.training_device) as device:
         prepare_alone(config, "refine.py", device)
         policies = {path: read_policy(path) for path in options.policy}
         judge = Judge(config, options.images, device)
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}
         if options.output:
-            check_output(options.output, [judge.path])
             [(path, policy)] = policies.items()
             indicators = read_indicators(options.i)
             write_policy(options.output, refined(judge, policy, choices[path], path, indicators, options.tries))

@@ -17,7 +17,7 @@ import torch
 import joint_sensitivity
 from engine.metrics import evaluation_mode
 from engine.passes import prepare_alone
-from indicators import CARRIED, check_output, write
+from indicators import CARRIED, write
 from network import build_dense, describe_network, with_signedness
 from quan.utils import check_exceptions, name_exceptions
 from quantization_error import least_errors
@@ -27,7 +27,7 @@ from util.command import Parser, add_configuration, split_configuration
 from util.config import AUTO, load_config
 from util.data_loader import create_loaders, describe_data
 from util.errors import UserError, user_errors_on_one_line
-from util.exchange import split_arch
+from util.exchange import check_outputs, split_arch
 
 IMAGES = 1000
 MOST_VALUES = 2**20  # of the input of a layer; where there are more, they are drawn at random
@@ -37,9 +37,8 @@ def main(arguments=None):
     options, configs, overrides = parse_arguments(arguments)
     is_joint = options.of != "error"
     config = load_config(IndicatorsConfig, configs, [*overrides, "eval=true"] if is_joint else overrides)
-    check_output(options.output, configs, "the configuration")
-    read = (config.init_from, config.pre_trained, config.resume.path)
-    check_output(options.output, [path for path in read if isinstance(path, str)])
+    check_outputs([("--output", options.output, "indicators")],
+                  [*configs, config.init_from, config.pre_trained, config.resume.path])
     with distributed.process_group(config.training_device) as device:
         prepare_alone(config, "sensitivity.py", device)
         write(options.output, joint_sensitivity.measure(config, options.of, options.images, device) if is_joint

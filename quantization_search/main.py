@@ -10,7 +10,8 @@ from util.errors import user_errors_on_one_line
 def main(arguments=None):
     parser = Parser(description=__doc__)
     add_configuration(parser)
-    run(load_config(SearchConfig, *split_configuration(parser.parse_intermixed_args(arguments).words)))
+    configs, overrides = split_configuration(parser.parse_intermixed_args(arguments).words)
+    run(load_config(SearchConfig, configs, overrides), configs)
 
 
 if __name__ == "__main__":

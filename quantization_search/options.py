@@ -1,5 +1,6 @@
 """What a search is asked: one schema for the command line and for YAML."""
 
+import contextlib
 import os
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
@@ -171,6 +172,12 @@ class SearchConfig:
         """Whether BitOPs are held to those of wb and ab bits everywhere."""
         return not self.newer if self.bops is None else self.bops
 
+    @property
+    def frontier(self):
+        """The file that the table of a sweep goes to; None where it is printed, or there is no sweep."""
+        beside = f"{os.path.splitext(self.output)[0]}_frontier.csv" if self.sweep and self.output else None
+        return beside if self.sweep_output is None else self.sweep_output
+
     def idle(self):
         """{key: why} of the keys that nothing reads in such a search."""
         if self.sweep:
@@ -228,11 +235,20 @@ def parse_arguments(description, arguments=None):
     typed = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
     for key in ("fix", "at_least"):
         typed[key] = _pairs_by_pattern(key, typed.get(key, []))
+    return SearchConfig(**typed)
+
+
+@contextlib.contextmanager
+def flags_for_keys():
+    """Let a UserError raised within, where it begins with keys, begin with the flags of these."""
     try:
-        return SearchConfig(**typed)
-    except UserError as error:  # raised by __post_init__, whose messages begin with the key
-        key, colon, rest = str(error).partition(":")
-        raise UserError(f"{_flag(key)}{colon}{rest}") from None
+        yield
+    except UserError as error:
+        begun, colon, rest = str(error).partition(":")
+        keys = begun.split(", ")
+        if not {*keys} <= {item.name for item in fields(SearchConfig)}:
+            raise
+        raise type(error)(f"{', '.join(map(_flag, keys))}{colon}{rest}") from None
 
 
 def _flag(key):

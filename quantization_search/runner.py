@@ -10,7 +10,7 @@ from ilp import BITOPS_PER_G, erased
 from study import Impossible, Study, make_policy, solve
 from util.config import AUTO, describe_idle
 from util.errors import UserError, nearest
-from util.exchange import write_atomically, write_policy
+from util.exchange import FOLDER, check_outputs, write_atomically, write_policy
 from util.figures import save_figure
 from util.tables import csv_text
 
@@ -23,9 +23,12 @@ SPARSE_COLUMNS = ("sparsity", "sparse_size_mb", "sparse_compression_ratio", "eff
                   "effective_bitops_exact")  # of a pruned network
 
 
-def run(config):
-    """Search, print the report and, where asked, write the policy file and the plot; or all of it for a sweep."""
-    check_outputs(config)
+def run(config, configs=()):
+    """Search, print the report and, where asked, write the policy file and the plot; or all of it for a sweep; configs: the
+    paths of YAML files that it was read from."""
+    check_outputs([("output", config.output, "policies"), ("plot", config.plot, "plots"),
+                   ("sweep_output", config.frontier, "tables"), ("sweep_policies", config.sweep_policies, FOLDER)],
+                  [*configs, config.indicators, config.latency])
     check_solver(config.solver)
     study = Study.read(config)
     if config.baseline in BASELINES:
@@ -121,10 +124,9 @@ def solve_point(config, study, key, text, point):
 
 def write_table(config, rows, columns):
     text = csv_text(columns, rows)
-    path = config.sweep_output or (f"{os.path.splitext(config.output)[0]}_frontier.csv" if config.output else None)
-    if path:
-        write_atomically(path, text.encode())
-        print(f"frontier written to {path}")
+    if config.frontier:
+        write_atomically(config.frontier, text.encode())
+        print(f"frontier written to {config.frontier}")
     else:
         print(text, end="")
 
@@ -142,27 +144,6 @@ def draw_frontier(config, study, key, rows):
     points = [{"x": row[achieved] / unit, "y": row["objective"], "label": row[key]} for row in rows]
     title = f"{study.network.arch}: {len(points)} policies over {config.sweep}"
     save_figure(frontier_figure(points, label, "objective (importance cost)", title), config.plot)
-
-
-def check_outputs(config):
-    """Refuse what cannot be written, and what would overwrite a file that is read or written elsewhere."""
-    taken = {os.path.realpath(path): name for path, name in
-             ((config.indicators, "the indicators file"), (config.latency, "the latency table")) if path}
-    for key in ("output", "plot", "sweep_output", "sweep_policies"):
-        path = getattr(config, key)
-        if not path:
-            continue
-        is_folder = key == "sweep_policies"
-        folder = os.path.abspath(path) if is_folder else os.path.dirname(os.path.abspath(path))
-        while not os.path.exists(folder):
-            folder = os.path.dirname(folder)
-        if (not is_folder and os.path.isdir(path)) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise UserError(f"{key}: {path} cannot be written; expected a "
-                            f"{'folder' if is_folder else 'file in a folder'} that is writable")
-        where = os.path.realpath(path)
-        if where in taken:
-            raise UserError(f"{key}: {path} is {taken[where]} itself")
-        taken[where] = f"the file of {key}"
 
 
 def check_solver(name):

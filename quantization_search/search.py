@@ -3,13 +3,14 @@
 python search.py --model resnet50 --i FILE.pkl --b 6 5 4 3 2 --wb 3 --ab 4 --cr 12.2 --bops True --output policy.yaml
 """
 
-from options import parse_arguments
+from options import flags_for_keys, parse_arguments
 from runner import run
 from util.errors import user_errors_on_one_line
 
 
 def main(arguments=None):
-    run(parse_arguments(__doc__, arguments))
+    with flags_for_keys():
+        run(parse_arguments(__doc__, arguments))
 
 
 if __name__ == "__main__":

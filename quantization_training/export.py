@@ -9,12 +9,11 @@ python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--
 
 import argparse
 import os
-from pathlib import Path
 
 from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
 from util.errors import UserError, is_out_of_memory, naming, reason, user_errors_on_one_line
-from util.exchange import write_atomically
+from util.exchange import check_outputs, split_arch, write_atomically
 
 SHOWN_CLASSES = 3
 CHECKED_IMAGES = 4
@@ -22,13 +21,15 @@ SLIGHT = 1e-3  # of the largest logit
 DISTURBANCE, DRAWS, MARGIN = 1e-5, 8, 2  # relative, of the inputs of layers; how often; and how much more is rounding still
 COMMANDS = {"benchmark": ("batch", "threads", "latency_table", "arch"), "predict": ("files", "arithmetic", "arch"),
             "inspect": ()}  # and what may stand beside them
+WRITTEN = {"output": "packed models", "report": "reports", "onnx": "ONNX models", "qonnx": "ONNX models",
+           "latency_table": "tables"}
 LARGEST_NUMBER = 2**16  # of images, or threads
 PARTS = ("packed weights", "BatchNorm", "biases", "step sizes", "other tensors", "header")
 
 
 def main(arguments=None):
     options = parse(arguments)
-    check_outputs(options)
+    check_outputs_of(options)
     try:
         if options.inspect:
             print(describe_layers(read_packed(options.inspect)))
@@ -100,7 +101,7 @@ def whole_number(text):
 
 
 def check_together(parser, options):
-    """Refuse flags without the command that they belong to, or beside one that they do not, and files named twice."""
+    """Refuse flags without the command that they belong to, or beside one that they do not."""
     command = next((flag for flag in COMMANDS if getattr(options, flag)), None)
     for name, value in vars(options).items():
         if name == command or not value or value == parser.get_default(name) or name in COMMANDS.get(command, ()):
@@ -115,24 +116,12 @@ def check_together(parser, options):
         parser.error("--batch: a latency table is of one batch size")
     if (options.threads or 0) > (os.cpu_count() or options.threads):
         parser.error(f"--threads: found {options.threads}, this machine has {os.cpu_count()}")
-    named = [options.benchmark, *(options.files if not command else ()), options.latency_table, options.output, options.onnx,
-             options.qonnx, options.report]
-    paths = [os.path.realpath(path) for path in named if path]
-    for path in (path for path in named[1:] if path and paths.count(os.path.realpath(path)) > 1):
-        parser.error(f"{path}: is named twice, and would be overwritten; give another name for what is written")
 
 
-def check_outputs(options):
-    """Refuse to work for a file that cannot be written in the end; folders on the way to it are made."""
-    for name in ("output", "report", "onnx", "qonnx", "latency_table"):
-        path, flag = getattr(options, name), f"--{name.replace('_', '-')}"
-        if not path:
-            continue
-        folder = next(str(parent) for parent in Path(path).absolute().parents if os.path.lexists(parent))
-        if os.path.isdir(path):
-            raise UserError(f"{flag}: {path} is a folder; name a file")
-        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-            raise UserError(f"{flag}: {path} cannot be written, since {folder} is no folder that is writable")
+def check_outputs_of(options):
+    """Refuse to work for a file that would replace another kind's, or one in use, or that cannot be written in the end."""
+    read = [options.benchmark, *options.files, options.config, *(split_arch(options.arch or "") or ())[:1]]
+    check_outputs([(f"--{name.replace('_', '-')}", getattr(options, name), kind) for name, kind in WRITTEN.items()], read)
 
 
 def time_network(options):

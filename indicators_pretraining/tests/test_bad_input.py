@@ -273,7 +273,18 @@ def test_extraction_from_what_is_no_checkpoint(folder, capsys, content):
 
 def test_extraction_never_overwrites_its_checkpoint(folder, capsys):
     save_checkpoint("c", {"state_dict": {"a.quan_w_fn.s": torch.ones(1), "a.quan_a_fn.s": torch.ones(1)}, "bits": [4]})
-    assert "is the checkpoint itself" in complaint(capsys, importance_extractor.main, "c", "--output", "c")
+    assert "--output: c is also read by this command" in complaint(capsys, importance_extractor.main, "c", "--output", "c")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("c_best.pth.tar", "c_best.pth.tar ends in .pth.tar, as checkpoints do; indicators end in .pkl"),
+    ("net.py", "net.py ends in .py, as Python files do"), ("p.YAML", "p.YAML ends in .yaml, as policies do"),
+    ("", "found '', expected a name for the file"), ("/proc/i.pkl", "/proc/i.pkl cannot be written, since /proc is no folder"),
+    ("config.yaml/i.pkl", "cannot be written, since"), (".", ". is a folder; name a file")])
+def test_what_cannot_be_an_output_is_refused_before_anything_is_read(folder, capsys, name, message):
+    there = sorted(folder.iterdir())
+    assert f"--output: {message}" in complaint(capsys, importance_extractor.main, "none", f"--output={name}")
+    assert sorted(folder.iterdir()) == there
 
 
 def test_extraction_from_a_checkpoint_of_another_stage(folder, capsys):

@@ -277,5 +277,5 @@ def test_several_checkpoints_say_their_candidates_themselves_and_are_not_written
     with pytest.raises(UserError, match="one: stands twice"):
         extract_all(["one", "one"])
     for path in paths:
-        with pytest.raises(UserError, match=f"--output: {path} is the checkpoint itself"):
+        with pytest.raises(UserError, match=f"--output: {path} is also read by this command"):
             importance_extractor.main([*paths, "--output", path])

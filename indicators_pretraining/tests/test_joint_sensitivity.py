@@ -202,7 +202,7 @@ def test_the_checkpoint_may_be_named_and_is_needed(capsys):
     assert measured(f"resume.path={TRAINED}") == measured()
     for words, message in [
             (["--output", "i.pkl", "name=other"], "resume.path"),
-            (["--output", TRAINED, f"resume.path={TRAINED}"], f"--output: {TRAINED} is the checkpoint itself"),
+            (["--output", TRAINED, f"resume.path={TRAINED}"], f"--output: {TRAINED} is also read"),
             (["--output", "i.pkl", f"resume.path={TRAINED}", "arch=resnet18"], "holds resnet20, but arch is resnet18"),
             (["--output", "i.pkl", f"resume.path={TRAINED}", "target_bits=[6,4]"], "was trained at [6, 2, 4]"),
             (["--output", "i.pkl", f"resume.path={TRAINED}", "target_bits=[6,4,2]"], "was trained at [6, 2, 4]"),

@@ -172,8 +172,10 @@ def test_misuse_is_one_line_and_writes_nothing(folder, capsys):
                                               "layer1.0.conv1.weight": torch.full((16, 16, 3, 3), float("nan"))}})
     for words, message in [
             (["--output", "i.pkl", "--images", "0"], "--images: found 0, allowed is at least 1"),
-            (["--output", "config.yaml"], "--output: config.yaml is the configuration itself"),
-            (["--output", "dense"], "--output: dense is the checkpoint itself"),
+            (["--output", "config.yaml"], "--output: config.yaml is also read by this command"),
+            (["--output", "dense"], "--output: dense is also read by this command"),
+            (["--output", "net.py", "arch=net.py:make"], "--output: net.py ends in .py"),
+            (["--of", "fisher", "--output", "out/run/run_best.pth.tar"], "run_best.pth.tar ends in .pth.tar"),
             (["--output", "i.pkl", "pre_trained=missing"], "missing: cannot read the checkpoint"),
             (["--output", "i.pkl", "pre_trained=broken"], "is not finite; give another checkpoint"),
             (["--output", "i.pkl", "quan.excepts.con1.weight.bit="], "no such layer; did you mean 'conv1'"),

@@ -180,7 +180,7 @@ def refused(capsys, run, arguments):
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    ("--cr 0 --bops False", "--cr, bops: both constraints are off"),
+    ("--cr 0 --bops False", "--cr, --bops: both constraints are off"),
     ("--cr -3", "--cr: found -3"),
     ("--cr nan", "--cr: found nan"),
     ("--cr inf", "--cr: found inf"),
@@ -297,9 +297,9 @@ def test_layers_of_another_network_are_refused_with_the_nearest_name(save, capsy
 def test_missing_files_and_output_that_cannot_be_written(save, capsys, tmp_path):
     path = save(content())
     assert "cannot read" in refused(capsys, search.main, ["--i", str(tmp_path / "none.pkl")])
-    assert "cannot be written" in refused(capsys, search.main, ["--i", path, "--output", str(tmp_path)])
+    assert "is a folder; name a file" in refused(capsys, search.main, ["--i", path, "--output", str(tmp_path)])
     assert "cannot be written" in refused(capsys, search.main, ["--i", path, "--output", f"{path}/policy.yaml"])
-    assert "the indicators file itself" in refused(capsys, search.main, ["--i", path, "--output", path])
+    assert "is also read by this command" in refused(capsys, search.main, ["--i", path, "--output", path])
     assert "--i" in refused(capsys, search.main, [])
 
 
@@ -331,3 +331,5 @@ def test_yaml_without_indicators(capsys, tmp_path):
     config.write_text("cr: 9\n")
     assert "indicators: the .pkl file" in refused(capsys, yaml_main.main, [str(config)])
     assert "a configuration file is needed" in refused(capsys, yaml_main.main, ["cr=9"])
+    assert f"output: {config} is also read by this command" in refused(
+        capsys, yaml_main.main, [str(config), "indicators=none.pkl", f"output={config}"])

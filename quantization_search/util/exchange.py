@@ -10,6 +10,7 @@ import os
 import pickle
 import pickletools
 import re
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -28,6 +29,11 @@ WRAPPERS = ("module.", "_orig_mod.")  # of a data-parallel and of a compiled net
 MOBILENET_STAGES = (0, 1, 3, 5, 11)  # the unit that begins each
 MOBILENET_PLACES = {"dw_conv.conv": 0, "dw_conv.bn": 1, "pw_conv.conv": 3, "pw_conv.bn": 4}  # in a unit
 MOBILENET_NAME = re.compile(r"features\.stage([1-5])\.unit([1-6])\.([dp]w_conv\.(?:conv|bn))(?=\.|$)")
+# What files are, and how their names end; an output is refused the ending of another kind.
+ENDINGS = {"indicators": (".pkl",), "policies": (".yaml", ".yml"), "packed models": (".safetensors",),
+           "ONNX models": (".onnx",), "reports": (".html", ".htm"), "tables": (".csv",), "plots": (".png", ".svg", ".pdf"),
+           "checkpoints": (".pth.tar", ".tar", ".pth", ".pt", ".ckpt"), "Python files": (".py",)}
+FOLDER = "a folder"  # stands for a kind where files are written into one
 CHECKSUM = b"sha256:"
 CHECKSUM_LENGTH = len(CHECKSUM) + 64
 
@@ -235,6 +241,54 @@ def read_policy(path):
 def write_policy(path, policy):
     """Write a policy file; lists stand on one line each, fit for editing and for pasting into a fine-tuning YAML."""
     write_atomically(path, yaml.safe_dump(policy, sort_keys=False, default_flow_style=None, width=10**6).encode())
+
+
+def check_outputs(outputs, read):
+    """Refuse, before anything is computed, to write what would replace a file of another kind or one that is in use here, and
+    what cannot be written.
+
+    Args:
+        outputs: [(flag or key, path, what it is: a key of ENDINGS, or FOLDER)]; None for a path that is not given.
+        read: paths that the command reads; what is no text among them is none.
+    """
+    taken = [(path, "is also read by this command") for path in read if isinstance(path, str)]
+    for flag, path, kind in outputs:
+        if path is None:
+            continue
+        if not path:
+            raise UserError(f"{flag}: found '', expected a name for {'the folder' if kind == FOLDER else 'the file'}")
+        if kind != FOLDER and os.path.isdir(path):
+            raise UserError(f"{flag}: {path} is a folder; name a file")
+        for other, why in taken:
+            if _is_same(path, other):
+                raise UserError(f"{flag}: {path} {why}; give another name for what is written")
+        if kind != FOLDER:
+            _check_ending(flag, path, kind)
+        _check_writable(flag, path, path if kind == FOLDER else os.path.dirname(path))
+        taken.append((path, f"is also written by {flag}"))
+
+
+def _is_same(path, other):
+    return (os.path.realpath(path) == os.path.realpath(other)
+            or (os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)))
+
+
+def _check_ending(flag, path, kind):
+    for other, endings in ENDINGS.items():
+        found = next((ending for ending in endings if path.lower().endswith(ending)), None)
+        if found and other != kind:
+            raise UserError(f"{flag}: {path} ends in {found}, as {other} do; {kind} end in {ENDINGS[kind][0]}")
+
+
+def _check_writable(flag, path, folder):
+    """Refuse a folder that takes no files; one that is missing is made in the first one above it that is there."""
+    folder = Path(folder).absolute()
+    there = next(str(place) for place in (folder, *folder.parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=there):  # since the superuser may write anywhere, but not for example in /proc
+            pass
+    except OSError:
+        raise UserError(f"{flag}: {path} cannot be written, since {there} is no folder that is writable") from None
 
 
 def write_atomically(path, data):

@@ -182,7 +182,7 @@ def test_wrong_flags_and_files_are_refused_in_one_line(capsys):
             (["--benchmark", PACKED, "--arithmetic", "float"], "--arithmetic: belongs to --predict FILE"),
             (["--benchmark", PACKED, "--fold-bn"], "--benchmark stands alone; leave out --fold-bn"),
             (["--benchmark", PACKED, FILE], f"--benchmark stands alone; leave out {FILE}"),
-            (["--benchmark", PACKED, "--latency-table", f"./{PACKED}"], f"./{PACKED}: is named twice"),
+            (["--benchmark", PACKED, "--latency-table", f"./{PACKED}"], f"--latency-table: ./{PACKED} is also read"),
             (["--benchmark", PACKED, "--latency-table", "."], "--latency-table: . is a folder"),
             (["--benchmark", "none", "--latency-table", "net.py/a/b"], "--latency-table: net.py/a/b cannot be written, since"),
             (["none", "--output", "net.py/a"], "--output: net.py/a cannot be written"),

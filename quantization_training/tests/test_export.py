@@ -760,8 +760,14 @@ def test_what_cannot_be_packed_is_said_in_one_line(capsys):
                                (["--inspect", PACKED, "--arithmetic", "float"], "--arithmetic: belongs to --predict FILE"),
                                (["--predict", PACKED, "a.png", "--onnx", "a"], "--predict stands alone; leave out --onnx"),
                                ([FILE, "--output", PACKED, "--arithmetic", "integer"], "--arithmetic: belongs to --predict"),
-                               ([FILE, "--output", "a", "--onnx", "./a"], ": a: is named twice, and would be overwritten"),
-                               ([FILE, "--onnx", FILE], f"{FILE}: is named twice, and would be overwritten"),
+                               ([FILE, "--output", "a", "--onnx", "./a"], "--onnx: ./a is also written by --output"),
+                               ([FILE, "--onnx", FILE], f"--onnx: {FILE} is also read by this command"),
+                               ([FILE, FILE, "--onnx", "a"], "give one checkpoint"),
+                               ([FILE, "--arch", "net.py:make", "--output", "net.py"], "--output: net.py is also read"),
+                               ([FILE, "--config", "c", "--output", "c"], "--output: c is also read"),
+                               ([FILE, "--output", "a.onnx"], "a.onnx ends in .onnx, as ONNX models do; packed models end in"),
+                               ([FILE, "--onnx", "a.safetensors"], "--onnx: a.safetensors ends in .safetensors"),
+                               ([FILE, "--output", "a", "--report", "a_best.pth.tar"], "reports end in .html"),
                                (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):
         assert message in complaint(capsys, export.main, *arguments)
     assert not os.path.exists(PACKED)

@@ -757,7 +757,7 @@ def test_workers_leave_interrupts_to_the_main_process(folder, monkeypatch):
     assert joined(read(data.train))[0].min() == 1
 
 
-@pytest.mark.parametrize("problem", ["train", "val", "flat", "empty class", "classes differ", "num_classes"])
+@pytest.mark.parametrize("problem", ["train", "val", "flat", "nested", "empty class", "classes differ", "num_classes"])
 def test_a_wrong_folder_says_what_to_put_where(tmp_path, problem):
     for part in ("train", "val"):
         for name in ("ant", "bee"):
@@ -772,6 +772,11 @@ def test_a_wrong_folder_says_what_to_put_where(tmp_path, problem):
         os.rename(tmp_path / "val" / "ant", tmp_path / "ant")
         os.rename(tmp_path / "val" / "bee", tmp_path / "bee")
         expected = f"{tmp_path / 'val'} holds no class folders; put"
+    elif problem == "nested":
+        os.rename(tmp_path / "train", tmp_path / "images")
+        (tmp_path / "train").mkdir()
+        os.rename(tmp_path / "images", tmp_path / "train" / "images")
+        expected = "holds one class folder, images, allowed are at least 2; its own folders look like classes"
     elif problem == "empty class":
         (tmp_path / "train" / "bee" / "0.png").unlink()
         expected = f"{tmp_path / 'train' / 'bee'} holds no images"

@@ -137,6 +137,16 @@ def test_exceptions_are_left_alone_in_joint_training_and_get_fixed_bits_in_fine_
     assert not any(name.startswith("bn") for name in tuned)
 
 
+def test_only_images_are_left_alone_other_exceptions_that_are_convolutions_get_8_bits_in_both():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(),
+                          nn.Conv2d(4, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    graph = trace(model, 8)
+    tuned = policy_modules(model, graph, QuanConfig(excepts=dict.fromkeys("046", BLANK)), {"2": 3}, {"2": 3}, {})
+    acts = {name: layer.quan_a_fn.bits for name, layer in tuned.items()}
+    assert acts == {"0": (), "2": (3,), "4": (8,), "6": (8,)}
+    assert {layer.quan_w_fn.bits for layer in tuned.values()} == {(8,), (3,)}
+
+
 def test_an_exception_at_bits_of_its_own():
     entry = ExceptionConfig(weight=ExceptedQuantizerConfig(bit=5), act=ExceptedQuantizerConfig(bit=6, all_positive=False))
     model = create_model("resnet20", 10)

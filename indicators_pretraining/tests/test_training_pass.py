@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_bad_input import CONFIG
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import main
 import pruning
@@ -117,6 +118,13 @@ def test_layers_that_only_one_of_training_and_evaluation_reaches():
             return self.fc(x) + (self.other(x[:, :, None, None]).mean() if self.training else 0)
 
     assert checked(Helped()) == "reached in training only, and left in full precision: other"
+
+    class Normed(Helped):  # its layer is reached in both, and cannot be quantized
+        def __init__(self):
+            super().__init__()
+            self.conv = weight_norm(self.conv)
+
+    assert checked(Normed()) == "reached in training only, and left in full precision: other"
 
 
 def test_layers_that_training_skips_at_random_are_reached_by_it_and_no_generator_notices():
@@ -226,6 +234,7 @@ def test_attributes_of_a_switched_batchnorm_are_those_of_the_selected_copy():
 
 SOURCE = """
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 class Net(nn.Module):
     def __init__(self, num_classes):
@@ -253,6 +262,7 @@ def test_a_network_with_an_auxiliary_head_goes_through_joint_training_and_prunin
 
 SOME = """
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 class Net(nn.Module):
     def __init__(self, num_classes):

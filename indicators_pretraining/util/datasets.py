@@ -182,11 +182,16 @@ def find_classes(folder, part, dataset="folder"):
     if not folder.is_dir():
         raise UserError(f"dataloader.path: {folder} is missing; {wanted}")
     try:
-        return torchvision.datasets.folder.find_classes(folder)[0]
+        classes = torchvision.datasets.folder.find_classes(folder)[0]
     except FileNotFoundError:
         raise UserError(f"dataloader.path: {folder} holds no class folders; {wanted}") from None
     except OSError as error:
         raise UserError(f"dataloader.path: cannot list {folder} ({reason(error)})") from None
+    if part == "training" and len(classes) == 1:
+        inside = any(entry.is_dir() for entry in os.scandir(folder / classes[0]))
+        raise UserError(f"dataloader.path: {folder} holds one class folder, {classes[0]}, allowed are at least 2"
+                        + ("; its own folders look like classes, so put them in its place" if inside else ""))
+    return classes
 
 
 def read_rgb(path):

@@ -47,7 +47,8 @@ def check_training(model, graph, input_size, num_classes):
         raise UserError(f"arch: evaluation reaches {shortened(missed)}, which training does not, so that nothing would "
                         "train it; let both go the same way")
     modules = dict(model.named_modules())
-    extra = [name for name in reached if name not in graph.layers and isinstance(modules[name], (nn.Conv2d, nn.Linear))]
+    extra = [name for name in reached if name not in graph.layers and name not in graph.unquantizable
+             and isinstance(modules[name], (nn.Conv2d, nn.Linear))]
     lines = [f"in training the network gives a {kind}; it is trained on the first tensor in it"] if kind != "Tensor" else []
     if extra:
         lines.append(f"reached in training only, and left in full precision: {shortened(extra)}")

@@ -119,7 +119,7 @@ def joint_modules(model, graph, config, bits, signed=None):
 def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=()):
     """{name: module to put there} to quantize a network at a policy's bits (stage 3).
 
-    Blank exceptions get 8 bits: convolutions in their weights, linear layers in both.
+    Blank exceptions get 8 bits in both, but for the input of a convolution that sees the images, which stays as it is.
 
     Args:
         model, graph, config, signed: as for joint_modules.
@@ -132,7 +132,8 @@ def policy_modules(model, graph, config, weight_bits, act_bits, signed, scaled=(
         module, entry = modules[name], config.excepts.get(name)
         if entry:
             weight_bit = entry.weight.bit or FIXED_BIT
-            act_bit = entry.act.bit or (FIXED_BIT if isinstance(module, nn.Linear) else FLOAT_BIT)
+            sees_images = name in graph.first and not isinstance(module, nn.Linear)
+            act_bit = entry.act.bit or (FLOAT_BIT if sees_images else FIXED_BIT)
         else:
             weight_bit, act_bit = weight_bits[name], act_bits[name]
         replacements[name] = quantized_layer(module, config, entry, [weight_bit], [] if act_bit == FLOAT_BIT else [act_bit],

@@ -83,6 +83,8 @@ class OnnxLayer(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().view(column))
 
     def forward(self, x):
+        if x.dim() == self.weight.dim() - 1:  # no batch, which onnxruntime does not load between quantizer and layer
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         out = self.operate(self.quan_a_fn(x), self.dequantized_weight(), None)
         return out if self.bias is None else out + self.bias
 

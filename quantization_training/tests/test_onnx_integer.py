@@ -80,6 +80,12 @@ def plane(num_classes):
                    head=nn.Linear(4, num_classes))
 
 
+def lone(num_classes):
+    return Through(lambda net, x: (lambda y: y + net.other(y.mean(0)).relu() + net.linear(y.mean((0, 2, 3))).view(-1, 1, 1))(
+                   net.first(net.stem(x))), stem=block(3, 4), first=nn.Conv2d(4, 4, 3), other=nn.Conv2d(4, 4, 1),
+                   linear=nn.Linear(4, 4), head=nn.Linear(4, num_classes))
+
+
 def vast(num_classes):
     return nn.Sequential(block(3, 4), nn.Flatten(), nn.Linear(4 * 71 * 71, 3), nn.ReLU(), nn.Linear(3, num_classes))
 """
@@ -262,6 +268,18 @@ def test_a_trained_network_in_integers_gives_the_same_classes(capsys):
     found = onnx_export.logits_of_onnxruntime(pathlib.Path("model.onnx").read_bytes(), x)
     (first, second), is_same = expected.topk(2).values.T, found.argmax(1) == expected.argmax(1)
     assert is_same.float().mean() >= 0.97 and is_same[first - second > 0.1 * expected.std()].all()
+
+
+@pytest.mark.parametrize(("profile", "said"), [("qdq", "weights of"), ("integer", "4 in MatMulIntegerToFloat, 1 in float32")])
+def test_inputs_of_layers_without_a_batch_are_written(profile, said, capsys):
+    """Of one dimension or three: onnxruntime does not load what gives them a batch after their quantizer."""
+    import onnx
+
+    write_checkpoint("nets.py:lone", 12)
+    export.main(["run.pth.tar", "--onnx", "model.onnx", "--arch", "nets.py:lone", "--profile", profile])
+    found = capsys.readouterr().out
+    assert said in found and float(found.rsplit("PyTorch's to ")[1]) < 1e-5
+    onnx.checker.check_model(onnx.load("model.onnx"), full_check=True)
 
 
 def test_a_network_that_looks_for_its_batchnorms_keeps_them(monkeypatch, capsys):

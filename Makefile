@@ -88,6 +88,8 @@ record: $(READY)
 	cd $(MASTER) && $(RUN) ../measurements/bench_loader.py
 	cd $(MASTER) && $(RUN) ../measurements/bench_ranks.py
 	cd quantization_training && $(RUN) ../measurements/bench_inference.py --output ../measurements/bench_inference.csv
+	cd quantization_training && $(RUN) ../measurements/bench_onnx.py
+	cd quantization_training && $(RUN) ../measurements/bench_onnx.py --products
 	$(RUN) -m measurements.pages
 
 sync:

@@ -1,26 +1,28 @@
 """How fast exported networks are in onnxruntime, on one thread: from the folder quantization_training,
 
-python ../measurements/bench_onnx.py [--tiny | --classes CHECKPOINT...]
+python ../measurements/bench_onnx.py [--tiny | --products | --classes CHECKPOINT...]
 
 The network without quantizers (onnxruntime folds its BatchNorms), `--profile qdq` and `--profile integer`, in turn in one run,
 at W4A4 with random weights, on which times do not depend. Writes measurements/onnx_times.csv. --tiny: small images, and no
-file, to see that it runs. --classes: how many images of its test set each fine-tuned network puts into the class that PyTorch
-does, with `--profile integer`; writes measurements/onnx_classes.csv.
+file, to see that it runs. --products: a linear layer at 4 bits, input in float32, in each operator; writes
+measurements/onnx_products.csv. --classes: how many images of its test set each fine-tuned network puts into the class that
+PyTorch does, with `--profile integer`; writes measurements/onnx_classes.csv.
 """
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, ".")  # the stage
 
+import numpy as np
 import torch
 
-from benchmark import ONNX_DENSE, ONNX_INTEGER, ONNX_PACKED, images_for, in_onnxruntime, measure, prepare, unquantized
-from network import build_network
-from onnx_export import logits_of_onnxruntime
-from onnx_integer import to_integer_onnx
+from benchmark import ONNX_DENSE, ONNX_INTEGER, ONNX_PACKED, fresh, images_for, in_onnxruntime, measure, prepare, unquantized
+from onnx_export import OPSET, logits_of_onnxruntime, session
+from onnx_integer import MICROSOFT, to_integer_onnx
 from packed_network import CPU, load_any, rebuild, recorded_config
-from schema import FinetuneConfig
 from timing import show
 from util.command import Parser
 from util.data_loader import create_loaders
@@ -28,13 +30,13 @@ from util.errors import UserError, user_errors_on_one_line
 
 NETWORKS = {"resnet50": 224, "resnet18": 224, "mobilenet_v2": 224, "resnet20": 32, "vit_tiny_patch4_32": 32}
 BATCHES = 1, 16
+PRODUCTS = (65, 192, 768), (197, 768, 3072), (1, 2048, 1000), (16, 2048, 1000)  # rows, inputs, outputs
+BLOCK, REPEATS = 32, 11  # weights of MatMulNBits with one step; and rounds
 
 
 def times(arch, size, batches):
     torch.manual_seed(0)
-    network = build_network(FinetuneConfig(arch=arch, weight_bits=4, act_bits=4), 1000, size, None, CPU)
-    network.model.train()(images_for(network, 4))  # step sizes and statistics
-    network.model.eval()
+    network = fresh({"arch": arch, "config": {"quan": {}}, "num_classes": 1000, "input_size": size}, arch, None)
     ways, missing = in_onnxruntime(network, unquantized(network))
     if missing:
         raise UserError("; ".join(missing))
@@ -58,15 +60,65 @@ def classes(path):
             "right_in_onnxruntime": (found == labels).sum().item(), "largest_bias_error": error}
 
 
+def products(rows, inputs, outputs):
+    generator = np.random.default_rng(0)
+    weight = generator.integers(-8, 8, (outputs, inputs))
+    nibbles = (weight + 8).astype(np.uint8).reshape(outputs, inputs // BLOCK, BLOCK // 2, 2)
+    steps, x = np.full(outputs, 0.01, np.float32), generator.normal(size=(rows, inputs)).astype(np.float32)
+    shared = {"step": np.float32(0.1), "zero": np.uint8(8), "top": np.uint8(15), "bias": np.zeros(outputs, np.float32),
+              "w": weight.T.astype(np.int8), "steps": steps, "none": np.zeros(outputs, np.int8), "y_zero": np.uint8(128),
+              "float": weight.T.astype(np.float32), "packed": nibbles[..., 0] | nibbles[..., 1] << 4,
+              "many": np.repeat(steps, inputs // BLOCK)}
+    integers = [("QuantizeLinear", ["x", "step", "zero"], "wide", {}), ("Min", ["wide", "top"], "q", {})]
+    floats = [*integers, ("DequantizeLinear", ["q", "step", "zero"], "f", {})]
+    size = {"K": inputs, "N": outputs, "bits": 4, "block_size": BLOCK}
+    ways = {"float32": [("MatMul", ["x", "float"], "p", {}), ("Add", ["p", "bias"], "y", {})],
+            "MatMulIntegerToFloat": [*integers, ("MatMulIntegerToFloat", ["q", "w", "step", "steps", "zero", "none", "bias"],
+                                                 "y", {})],
+            "QLinearMatMul": [*integers, ("QLinearMatMul", ["q", "step", "zero", "w", "steps", "none", "step", "y_zero"], "r",
+                                           {}), ("DequantizeLinear", ["r", "step", "y_zero"], "y", {})],
+            "MatMulNBits": [*floats, ("MatMulNBits", ["f", "packed", "many", "", "", "bias"], "y", size)],
+            "MatMulNBits, 8-bit inputs": [*floats, ("MatMulNBits", ["f", "packed", "many", "", "", "bias"], "y",
+                                                    size | {"accuracy_level": 4})]}
+    sessions, times = {way: loaded(nodes, shared, inputs) for way, nodes in ways.items()}, {way: [] for way in ways}
+    for _ in range(REPEATS):
+        for way, runner in sessions.items():
+            begun = time.perf_counter()
+            runner.run(None, {"x": x})
+            times[way].append(time.perf_counter() - begun)
+    ms = {way: 1e3 * statistics.median(taken) for way, taken in times.items()}
+    return [{"rows": rows, "inputs": inputs, "outputs": outputs, "operator": way, "ms": value,
+             "over_float32": value / ms["float32"]} for way, value in ms.items()]
+
+
+def loaded(nodes, constants, inputs):
+    from onnx import TensorProto, helper, numpy_helper
+
+    used = {name for _, names, _, _ in nodes for name in names}
+    made = [helper.make_node(kind, names, [out], domain=MICROSOFT if kind.startswith(("MatMulN", "MatMulI")) else "", **more)
+            for kind, names, out, more in nodes]
+    graph = helper.make_graph(made, "product", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", inputs])],
+                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+                              [numpy_helper.from_array(np.asarray(value, order="C"), name) for name, value in constants.items()
+                               if name in used])
+    return session(helper.make_model(graph, ir_version=10, opset_imports=[
+        helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]).SerializeToString())
+
+
 def main(arguments=None):
     parser = Parser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--products", action="store_true")
     parser.add_argument("--classes", nargs="+", metavar="CHECKPOINT")
     options = parser.parse_args(arguments)
     prepare(threads=1)
     if options.classes:
         rows = [classes(path) for path in options.classes]
         show(Path(__file__).with_name("onnx_classes.csv"), list(rows[0]), rows, 4)
+        return
+    if options.products:
+        rows = [row for shape in PRODUCTS for row in products(*shape)]
+        show(Path(__file__).with_name("onnx_products.csv"), list(rows[0]), rows, 3)
         return
     if options.tiny:
         print(*times("resnet20", 16, [1, 2]), sep="\n")

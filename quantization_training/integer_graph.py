@@ -16,9 +16,8 @@ from quan.func import QuanConv2d, QuantizedLayer
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # of an activation: what it is called in IntegerLayer, and the range of its values where that is all of it
-RELU, RELU6, GELU = ("relu", (0.0, float("inf"))), ("hardtanh", (0.0, 6.0)), ("gelu", None)
-ACTIVATIONS = {F.relu: RELU, torch.relu: RELU, "relu": RELU, "relu_": RELU, F.relu6: RELU6, nn.ReLU: RELU, nn.ReLU6: RELU6,
-               F.gelu: GELU, nn.GELU: GELU}
+RELU, RELU6 = ("relu", (0.0, float("inf"))), ("hardtanh", (0.0, 6.0))
+ACTIVATIONS = {F.relu: RELU, torch.relu: RELU, "relu": RELU, "relu_": RELU, F.relu6: RELU6, nn.ReLU: RELU, nn.ReLU6: RELU6}
 NOTHING = (nn.Identity, nn.Dropout)
 READERS = (nn.LayerNorm, nn.BatchNorm2d)  # beside integer layers: these give a new tensor and leave their input alone
 NEW = (*READERS, nn.MaxPool2d, nn.AvgPool2d)
@@ -94,6 +93,7 @@ class Fusion:
         for node in layers:
             if isinstance(self.module(node), IntegerLayer):
                 self.take_rounding(node)
+                self.take_gelu(node)
 
     def module(self, node):
         return self.modules[node.target] if node.op == "call_module" else None
@@ -126,18 +126,16 @@ class Fusion:
         """What a node does, as ACTIVATIONS has it; None where that is something else."""
         module = self.module(node)
         kind = ACTIVATIONS.get(called(node) if module is None else type(module))
-        is_exact = getattr(module, "approximate", node.kwargs.get("approximate", "none")) == "none"
-        return kind if is_exact and len(node.args) == 1 and (module is None or is_plain(module)) else None
+        return kind if len(node.args) == 1 and (module is None or is_plain(module)) else None
 
     def take_activation(self, node):
         after, layer = self.only_user(node), self.module(node)
         if after is None or layer.activation != "none":
             return
         kind = self.activation(after)
-        if kind is None or (kind is GELU and layer.geometry is not None):
-            return
-        layer.activation, layer.limits = kind[0], kind[1] or layer.limits
-        self.absorb(after, node)
+        if kind is not None:
+            layer.activation, layer.limits = kind
+            self.absorb(after, node)
 
     def take_residual(self, node):
         """An addition to the output, and a ReLU after it; what is added is overwritten, so nothing may need it later."""
@@ -180,3 +178,12 @@ class Fusion:
                 and all(user.args[0] is node and node not in user.args[1:] for user in node.users) \
                 and all(user.entering == users[0].entering for user in users):
             layer.leaving = users[0].entering
+
+    def take_gelu(self, node):
+        """Compute a GELU in the memory of the layer's output, where nothing else needs that."""
+        after = self.only_user(node)
+        gelu = after and self.module(after)
+        if type(gelu) is nn.GELU and is_plain(gelu) and len(after.args) == 1:
+            with self.graph.inserting_before(after):
+                self.absorb(after, self.graph.call_function(torch.ops.aten.gelu_.default, (node,),
+                                                            {"approximate": gelu.approximate}))

@@ -123,7 +123,7 @@ class IntegerLayer(nn.Module):
         geometry: (stride, padding, dilation, groups) of a convolution; None of a linear layer.
 
     Attributes:
-        activation: "none", "relu", "hardtanh" (clipped to `limits`) or "gelu".
+        activation: "none", "relu" or "hardtanh" (clipped to `limits`).
         leaving: the InputRange of the layer that follows, whose integers are then the output; None where that is float32.
     """
 
@@ -161,16 +161,12 @@ class IntegerLayer(nn.Module):
             x = x[..., ::self.strides[0], ::self.strides[1]].contiguous(memory_format=torch.channels_last)
         q = x if x.dtype == torch.uint8 else self.entering.integers(x)
         if self.geometry is None:
-            y = self._multiply(q, residual)
-        elif residual is None:
-            y = torch.ops.onednn.qconv2d_pointwise.default(q, *self.arguments)
-        elif self.by_rows:
-            y = self._multiply(q.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        else:
-            y = self._add_convolution(q, residual)
-        if self.leaving is not None and self.activation == "gelu":  # other ranges are part of the activation
-            y = y.clamp_(max=self.leaving.qn + self.leaving.qp)
-        return y
+            return self._multiply(q, residual)
+        if residual is None:
+            return torch.ops.onednn.qconv2d_pointwise.default(q, *self.arguments)
+        if self.by_rows:
+            return self._multiply(q.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self._add_convolution(q, residual)
 
     def _lay_out(self, adds):
         """Lay the weight out as oneDNN wants it, and collect the operator's arguments: all but the input and, behind the first
@@ -204,11 +200,10 @@ class IntegerLayer(nn.Module):
     def _post_operation(self):
         """(name, numbers, algorithm) of what follows the sum, where the output's range is part of it."""
         low, high = self.limits
-        if self.leaving is not None and self.activation != "gelu":
+        if self.leaving is not None:
             low, high = max(low, self.leaving.limits[0]), min(high, self.leaving.limits[1])
             return "hardtanh", [low, high], ""
-        return self.activation, [low, high] if self.activation == "hardtanh" else [], \
-            "none" if self.activation == "gelu" else ""
+        return self.activation, [low, high] if self.activation == "hardtanh" else [], ""
 
     def _add_convolution(self, q, residual):
         residual = residual.contiguous(memory_format=torch.channels_last)

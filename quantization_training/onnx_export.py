@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import io
 import logging
+import re
 import warnings
 
 import torch
@@ -112,8 +113,17 @@ def to_onnx(model, input_size, layer=OnnxLayer, batch=None):
             program = torch.onnx.export(twin.requires_grad_(False), (images,), dynamo=True, dynamic_shapes=shapes,
                                         opset_version=OPSET, input_names=["images"], output_names=["logits"], verbose=False)
     except Exception as error:  # of the tracing of any network: many types
-        raise UserError(f"PyTorch cannot write this network as ONNX ({reason(error)[:200]})") from None
+        raise UserError(f"PyTorch cannot write this network as ONNX ({cause(error)})") from None
     return program.model_proto
+
+
+def cause(error):
+    """The first line of the innermost cause of an exception, and the operation of the network where one is named."""
+    operation = None
+    while error.__cause__ is not None:
+        error = error.__cause__
+        operation = operation or re.search(r"translating node %(\w+)", str(error))
+    return reason(error)[:200] + (f", in {operation[1]}" if operation else "")
 
 
 def checked(model):

@@ -31,9 +31,11 @@ class DataConfig:
         None, low=4, help="Height and width of the images in pixels; blank: 224 for imagenet and folder, else 32. Fixed for "
                           "CIFAR and Fashion-MNIST.")
     mean: list[float] | None = option(
-        None, help="Mean of the three colour channels for normalisation, of pixels from 0 to 1; blank: that of the data set.")
+        None, help="Mean of the three colour channels for normalisation, of pixels from 0 to 1; blank: that of the data set, "
+                   "ImageNet's for folder.")
     std: list[float] | None = option(
-        None, help="Standard deviation of the three colour channels for normalisation; blank: that of the data set.")
+        None, help="Standard deviation of the three colour channels for normalisation; blank: that of the data set, "
+                   "ImageNet's for folder.")
 
 
 @dataclass(frozen=True)

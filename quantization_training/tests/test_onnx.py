@@ -13,6 +13,7 @@ import onnx_export
 from packed_network import load_any, rebuild
 from quan.config import ActQuantizerConfig, QuanConfig, QuantizerConfig
 from util.datasets import read_digits
+from util.errors import UserError
 
 NET = """
 from torch import nn
@@ -36,6 +37,22 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     said = complaint(capsys, export.main, "run.pth.tar", "--onnx", "model.onnx")
     assert "--onnx needs onnxscript: pip install -r requirements-export.txt" in said
+
+
+class Deciding(torch.nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)) if images.mean() > 0 else images.amax((2, 3))
+
+
+@needs_onnxruntime
+def test_what_pytorch_cannot_write_is_said_by_the_innermost_cause():
+    with pytest.raises(UserError) as error:
+        onnx_export.to_onnx(Deciding(), 8)
+    assert "data-dependent" in str(error.value) and "step 1" not in str(error.value) and "\33" not in str(error.value)
+    inner, outer = ValueError("only 4D\nmore"), RuntimeError("\33[96mThis is step 3/3")
+    node = KeyError("Error when translating node %softmax : [num_users=1]")
+    node.__cause__, outer.__cause__ = inner, node
+    assert onnx_export.cause(outer) == "only 4D, in softmax" and onnx_export.cause(inner) == "only 4D"
 
 
 @needs_onnxruntime

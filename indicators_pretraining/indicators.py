@@ -3,6 +3,7 @@
 import math
 
 from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
+from network import check_not_finetuned
 from quan.func import KINDS
 from quan.quantizer.lsq import SMALLEST_STEP
 from sparsity.masks import is_mask
@@ -37,6 +38,7 @@ def extract(checkpoint, source, bits=None, of="steps"):
     """
     if bits and checkpoint.get("bits") and list(bits) != checkpoint["bits"]:
         raise UserError(f"--b: found {list(bits)}, but {source} was trained at {checkpoint['bits']}")
+    check_not_finetuned(checkpoint, source)
     steps = checkpoint["state_dict"]
     names = list(checkpoint.get("layers") or [name.removesuffix(".quan_w_fn.s") for name in steps
                                               if name.endswith(".quan_w_fn.s")])

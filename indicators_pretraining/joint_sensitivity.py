@@ -25,7 +25,7 @@ from engine.metrics import batchnorms_in_training, evaluation_mode
 from engine.resume import find_run, restore
 from engine.run_folder import RunFolder
 from indicators import CARRIED, trained
-from network import build_network
+from network import build_network, load_joint
 from quan.func import KINDS
 from quan.quantizer.lsq import quantized
 from quan.utils import weights_quantized_once
@@ -59,7 +59,7 @@ def measure(config, of, images, device):
 def load_trained(config, what, images, device):
     """(ResumeCheckpoint, JointNetwork, batches, number of images) of a joint training, for evaluation on training images; what
     is measured is printed."""
-    found = find_run(config, RunFolder.of(config))
+    found = find_run(config, RunFolder.of(config), load_joint)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)
     restore(found, network.model, None, network.config)

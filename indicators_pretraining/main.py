@@ -12,7 +12,7 @@ from engine.passes import prepare
 from engine.resume import find_run, recorded_threads, restore
 from engine.run_folder import RunFolder, announce_finished, is_finished
 from engine.run_lock import alone_in
-from network import build_network
+from network import build_network, load_joint
 from schema import IndicatorsConfig
 from util import distributed
 from util.command import read_training_command
@@ -30,7 +30,7 @@ def main(arguments=None):
 
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
-    found = find_run(config, folder)
+    found = find_run(config, folder, load_joint)
     prepare(config, recorded_threads(found), device)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found, device)

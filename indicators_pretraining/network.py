@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from engine.checkpoint import is_foreign, signedness_of
+from engine.checkpoint import is_foreign, load_checkpoint, signedness_of
 from engine.passes import Passes, to_device
 from engine.resume import create_dense
 from engine.schema import describe_defaults
 from model.layer_table import Graph
 from model.training_pass import check_training
+from model.weights import is_step
 from quan.bit_switch import BitSwitch
 from quan.transfer import clamp_as_limpq
 from quan.unchanged import check_unchanged
@@ -102,6 +103,24 @@ def build_network(config, num_classes, input_size, found, device):
     passes = Passes(model, config.precision, config.cuda_graphs)
     remark = "\n".join(filter(None, [defaults, describe_idle(config), exceptions, clamped, graph.describe(), training]))
     return JointNetwork(model, switch, passes, PrunedParameters(model, masks), description, remark, config)
+
+
+def load_joint(path):
+    """A checkpoint of joint training, as load_checkpoint gives it; that of another kind of training is refused."""
+    content = load_checkpoint(path)
+    check_not_finetuned(content, path)
+    if content["state_dict"] and not is_foreign(content) and not any(map(is_step, content["state_dict"])):
+        raise UserError(f"{path}: holds a network in full precision; init_from starts from it")
+    return content
+
+
+def check_not_finetuned(checkpoint, path):
+    """Refuse a checkpoint with one bit-width for each layer, of this project or of LIMPQ."""
+    steps = [tensor for name, tensor in checkpoint["state_dict"].items() if is_step(name)]
+    has_one_each = bool(steps) and all(len(step) == 1 for step in steps if step.dim())
+    if "weight_bits" in checkpoint or ("bits" not in checkpoint and has_one_each):
+        raise UserError(f"{path}: was fine-tuned in quantization_training, at one bit-width for each layer; expected a "
+                        "checkpoint of indicators_pretraining, trained at all of them together")
 
 
 def clamp_external_steps(found, config):

@@ -49,11 +49,11 @@ def main(arguments=None):
     with distributed.process_group(config.training_device) as device:
         prepare_alone(config, "refine.py", device)
         policies = {path: read_policy(path) for path in options.policy}
+        indicators = read_indicators(options.i) if options.i else None
         judge = Judge(config, options.images, device)
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}
         if options.output:
             [(path, policy)] = policies.items()
-            indicators = read_indicators(options.i)
             write_policy(options.output, refined(judge, policy, choices[path], path, indicators, options.tries))
             print(f"policy written to {options.output}")
         else:

@@ -1,6 +1,5 @@
 """One search: the indicators file and its network, the problem that a configuration asks for, and its solution."""
 
-import zipfile
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -31,9 +30,6 @@ class Study:
 
     @staticmethod
     def read(config):
-        if zipfile.is_zipfile(config.indicators):
-            raise UserError(f"indicators: {config.indicators} is a checkpoint; in indicators_pretraining, python "
-                            "importance_extractor.py CHECKPOINT --output FILE.pkl makes the indicators from it")
         indicators = read_indicators(config.indicators)
         bits = find_candidates(config, indicators)
         network = find_network(config.indicators, indicators, config.model)

@@ -16,7 +16,7 @@ from engine.run_folder import RunFolder, announce_finished, is_finished
 from engine.run_lock import alone_in
 from gradual import create_pruning
 from network import build_network, create_teacher
-from packed_network import fit_packed, load_any
+from packed_network import fit_packed, load_finetuned
 from schema import FinetuneConfig
 from util import distributed
 from util.command import read_training_command
@@ -34,7 +34,7 @@ def main(arguments=None):
 
 def run(config, device, is_dry_run):
     folder = RunFolder.of(config)
-    found = find_run(config, folder, load_any)
+    found = find_run(config, folder, load_finetuned)
     prepare(config, recorded_threads(found), device)
     num_classes, input_size = describe_data(config.dataloader)
     network = build_network(config, num_classes, input_size, found and found.content, device)

@@ -210,13 +210,20 @@ def check_scaling(model):
     return "\n".join(lines)
 
 
+def check_not_joint(checkpoint, where):
+    """Refuse a checkpoint with several bit-widths for each layer, of this project or of LIMPQ, which does not say them."""
+    steps = [tensor for name, tensor in checkpoint.get("state_dict", {}).items() if is_step(name)]
+    is_silent = is_foreign(checkpoint) and "weight_bits" not in checkpoint
+    if "bits" in checkpoint or (is_silent and any(tensor.dim() and len(tensor) > 1 for tensor in steps)):
+        raise UserError(f"{where}: it is a checkpoint of indicators_pretraining, at all bits together; init_from starts "
+                        "fine-tuning from it, and eval: true there evaluates it")
+
+
 def check_same_bits(checkpoint, description):
     """Refuse a checkpoint that was trained at other bits than the configuration asks for."""
     steps = [tensor for name, tensor in checkpoint.get("state_dict", {}).items() if is_step(name)]
     says_bits = not is_foreign(checkpoint) or "weight_bits" in checkpoint  # one of LIMPQ does not
-    if "bits" in checkpoint or (not says_bits and any(tensor.dim() and len(tensor) > 1 for tensor in steps)):
-        raise UserError("resume.path: it is a checkpoint of indicators_pretraining, at all bits together; init_from starts "
-                        "fine-tuning from it, and eval: true there evaluates it")
+    check_not_joint(checkpoint, "resume.path")
     trained, wanted = "weight_bits" in checkpoint if says_bits else bool(steps), "weight_bits" in description
     if trained != wanted:
         kinds, remedies = ("in full precision", "quantized"), ("pre_trained takes it", "fp_model: false evaluates it")

@@ -15,7 +15,7 @@ import numpy as np
 
 from packing import packed_length
 from util import formats
-from util.config import describe, read_bytes
+from util.config import describe, kind_of, read_bytes
 from util.errors import UserError, naming, reason
 
 VERSION = 1
@@ -151,11 +151,13 @@ def parse_packed(data, path):
 
 def _read_header(data):
     """The header in the bytes of a file, of this version, its checksum compared."""
+    kind = kind_of(data)
     if data.startswith(ARCHIVE):
         raise UserError("not a packed model, but perhaps a checkpoint; python export.py CHECKPOINT --output FILE.safetensors "
                         "packs one")
     if len(data) < formats.SAFETENSORS_LENGTH + 2 or data[formats.SAFETENSORS_LENGTH:formats.SAFETENSORS_LENGTH + 1] != b"{":
-        raise UserError("damaged or not a packed model (it does not begin like safetensors)")
+        why = f"is {kind}" if kind else "does not begin like safetensors"
+        raise UserError(f"damaged or not a packed model (it {why})")
     if formats.SAFETENSORS_LENGTH + int.from_bytes(data[:formats.SAFETENSORS_LENGTH], "little") > len(data):
         raise UserError("damaged (it ends inside its header); export it again")
     try:

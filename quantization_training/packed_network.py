@@ -12,7 +12,7 @@ from engine.resume import check_arch, warn_of_signedness
 from engine.serialization import check_entries
 from folding import make_room
 from model.weights import load_state
-from network import build_network
+from network import build_network, check_not_joint
 from packed_file import MAP, PackedLayer, is_packed, read_packed
 from packing import pack, pack_sparse, packed_length, unpack, unpack_sparse
 from quan.quantizer import LsqQuan
@@ -114,6 +114,13 @@ def load_any(path):
         if is_other:
             print(f"{path}: act_rescale_p shows LIMPQ's first code, which normalised the weights of convolutions; they are "
                   "taken as normalised")
+    return content
+
+
+def load_finetuned(path):
+    """What load_any gives; a checkpoint of joint training is refused."""
+    content = load_any(path)
+    check_not_joint(content, path)
     return content
 
 

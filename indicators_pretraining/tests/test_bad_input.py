@@ -1,6 +1,7 @@
 """What a newcomer gets wrong: one clear line on stderr, exit status 2, nothing written."""
 
 import pathlib
+import pickle
 import resource
 
 import pytest
@@ -11,7 +12,9 @@ import importance_extractor
 import main
 import process
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from util.config import decode_yaml, kind_of, read_bytes
 from util.errors import UserError, user_errors_on_one_line
+from util.exchange import read_indicators, read_policy
 
 pytestmark = pytest.mark.usefixtures("shallow")
 CONFIG = """
@@ -78,7 +81,7 @@ def test_training(folder, capsys, arguments, message):
 def test_a_file_that_is_no_checkpoint_is_named_with_the_key_that_brought_it(folder, capsys, words):
     key, *others = words
     torch.save({"epoch": 1}, "empty.pth")
-    for path, message in (("nowhere.pth", "cannot read the checkpoint"), ("config.yaml", "damaged or not a checkpoint"),
+    for path, message in (("nowhere.pth", "cannot read the checkpoint"), ("config.yaml", "is text, not a checkpoint"),
                           ("empty.pth", "not a checkpoint")):
         said = complaint(capsys, main.main, "config.yaml", f"{key}={path}", *others)
         assert said.startswith(f"error: {key}: {path}: {message}"), said
@@ -242,7 +245,8 @@ def test_a_truncated_checkpoint_is_not_continued(folder, capsys):
 
 
 def test_a_checkpoint_of_another_network_is_refused(folder, capsys):
-    save_checkpoint("other", {"arch": "resnet18", "state_dict": {}, "epoch": 1, "config": {}, "extras": {"top1": 0}})
+    steps = {"conv1.quan_w_fn.s": torch.ones(4)}
+    save_checkpoint("other", {"arch": "resnet18", "state_dict": steps, "epoch": 1, "config": {}, "extras": {"top1": 0}})
     assert "other: holds resnet18, but arch is resnet20" in complaint(capsys, main.main, "config.yaml", "resume.path=other")
     torch.save(nn.Linear(3, 3).state_dict(), "weights")
     assert "weights: the tensor weight is not part of this network" in complaint(
@@ -280,7 +284,7 @@ def test_extraction_never_overwrites_its_checkpoint(folder, capsys):
     ("c_best.pth.tar", "c_best.pth.tar ends in .pth.tar, as checkpoints do; indicators end in .pkl"),
     ("net.py", "net.py ends in .py, as Python files do"), ("p.YAML", "p.YAML ends in .yaml, as policies do"),
     ("", "found '', expected a name for the file"), ("/proc/i.pkl", "/proc/i.pkl cannot be written, since /proc is no folder"),
-    ("config.yaml/i.pkl", "cannot be written, since"), (".", ". is a folder; name a file")])
+    ("config.yaml/i.pkl", "config.yaml/i.pkl cannot be written, since"), (".", ". is a folder; name a file")])
 def test_what_cannot_be_an_output_is_refused_before_anything_is_read(folder, capsys, name, message):
     there = sorted(folder.iterdir())
     assert f"--output: {message}" in complaint(capsys, importance_extractor.main, "none", f"--output={name}")
@@ -291,8 +295,46 @@ def test_extraction_from_a_checkpoint_of_another_stage(folder, capsys):
     for bits in ({"bits": [4]}, {}):
         save_checkpoint("c", {"state_dict": {"x": torch.ones(3)}, **bits})
         assert "holds no step sizes" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+    step = {"state_dict": {"x.quan_w_fn.s": torch.ones(1), "x.quan_a_fn.s": torch.ones(1)}}
+    for finetuned in (step, {**step, "weight_bits": {"x": 3}, "act_bits": {"x": 3}}):
+        save_checkpoint("c", finetuned)
+        assert "c: was fine-tuned in quantization_training, at one bit-width for each layer; expected a checkpoint of " in \
+            complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl", "--b", "3")
     save_checkpoint("c", {"state_dict": {"x.quan_w_fn.s": torch.ones(3)}})
     assert "--b" in complaint(capsys, importance_extractor.main, "c", "--output", "i.pkl")
+
+
+@pytest.mark.parametrize("words", [["eval=true"], []])
+def test_a_checkpoint_of_another_stage_is_no_run_of_this_one(folder, capsys, words):
+    steps = {"conv1.quan_w_fn.s": torch.ones(1)}
+    content = {"arch": "resnet20", "config": {"sat": True}, "epoch": 1}
+    save_checkpoint("tuned", {**content, "state_dict": steps, "weight_bits": {"a": 3}, "act_bits": {"a": 3}})
+    save_checkpoint("dense", {**content, "state_dict": {"conv1.weight": torch.ones(1)}})
+    for name, message in (("tuned", "tuned: was fine-tuned in quantization_training, at one bit-width for each layer"),
+                          ("dense", "dense: holds a network in full precision; init_from starts from it")):
+        assert f"resume.path: {message}" in complaint(capsys, main.main, "config.yaml", f"resume.path={name}", *words)
+
+
+KINDS = {"a checkpoint": b"PK\3\4" + bytes(30), "an ONNX model": b"\x08\x0a\x12\x07pytorch" + bytes(range(256)),
+         "an indicators file": pickle.dumps({"layer_name": ["a"], "weight": {}, "act": {}}, protocol=4),
+         "a policy": b"arch: x\nlayer_name: [a]\nweight_bits: [3]\nact_bits: [3]\n", "text": "größe: 1\n".encode(),
+         "a packed model": (30).to_bytes(8, "little") + b'{"__metadata__":{"limpqp":""}}', "an image": b"\x89PNG\r\n",
+         "a safetensors file": (2).to_bytes(8, "little") + b"{}"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_in_the_place_of_another_is_called_by_its_kind(tmp_path, kind):
+    path = tmp_path / "file"
+    path.write_bytes(KINDS[kind])
+    for read, wanted, own in ((read_indicators, "not an indicators file", ("an indicators file",)),
+                              (read_policy, "not a policy", ("text", "a policy")),
+                              (load_checkpoint, "not a checkpoint", ("a checkpoint", "a packed model", "a safetensors file")),
+                              (lambda path: decode_yaml(read_bytes(path), path), "expected text", ("text", "a policy"))):
+        if kind in own:
+            assert kind == kind_of(KINDS[kind])
+            continue
+        with pytest.raises(UserError, match=f"file: is {kind}, {wanted}"):
+            read(path)
 
 
 @pytest.mark.parametrize(("variables", "message"), [

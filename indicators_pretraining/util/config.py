@@ -136,8 +136,29 @@ def read_bytes(path, what="the file", limit=MAX_YAML_FILE):
     return data
 
 
+def kind_of(data):
+    """What the bytes of a file are by how they begin, in words, or '' where that tells nothing."""
+    beginning = bytes(data[:2000])
+    if beginning.startswith((b"PK\3\4", b"PK\5\6")):
+        return "a checkpoint"
+    if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") <= len(data):
+        return "a packed model" if b"limpqp" in beginning else "a safetensors file"
+    if beginning[:1] == b"\x80":
+        return "an indicators file" if b"layer_name" in data else ""
+    if beginning[:1] == b"\x08" and beginning[2:3] in (b"\x12", b":"):
+        return "an ONNX model"
+    if beginning.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
+        return "an image"
+    text = beginning.decode("utf-8", "ignore")
+    if not text or not all(character.isprintable() or character.isspace() for character in text):
+        return ""
+    return "a policy" if b"\nlayer_name:" in data and b"\nweight_bits:" in data else "text"
+
+
 def decode_text(data, path):
     """The text in the bytes of a file: UTF-8, with a byte-order mark or without."""
+    if kind_of(data) not in ("", "text", "a policy"):
+        raise UserError(f"{path}: is {kind_of(data)}, expected text")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: the file is UTF-16 text; save it as UTF-8")
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from util.config import Scalar, decode_yaml, describe, plain, read_bytes, unshared
+from util.config import Scalar, decode_yaml, describe, kind_of, plain, read_bytes, unshared
 from util.errors import UserError, reason
 
 STEPS = "steps"  # the kind of indicators that are learned step sizes, in the units of their tensors; where none is said
@@ -64,6 +64,9 @@ def read_indicators(path):
         without wrappers, plus what else the file carries, such as 'arch', 'input_size', 'bits', 'layers' and 'fixed'.
     """
     data = read_bytes(path, "the indicators file", MAX_INDICATOR_FILE)
+    if kind_of(data) not in ("", "an indicators file"):
+        raise UserError(f"{path}: is {kind_of(data)}, not an indicators file; in indicators_pretraining, python "
+                        "importance_extractor.py CHECKPOINT --output FILE.pkl makes one")
     body, ending = data[:-CHECKSUM_LENGTH - 1], data[-CHECKSUM_LENGTH - 1:]
     has_checksum = ending.startswith(CHECKSUM)
     if has_checksum and ending != checksum(body) + b"\n":
@@ -216,7 +219,10 @@ def is_bit(key, bit):
 
 def read_policy(path):
     """The mapping in a policy file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked."""
-    content = decode_yaml(read_bytes(path), path)
+    data = read_bytes(path)
+    if kind_of(data) not in ("", "text", "a policy"):
+        raise UserError(f"{path}: is {kind_of(data)}, not a policy; search.py --output POLICY.yaml writes one")
+    content = decode_yaml(data, path)
     policy = plain(content)
     policy.pop("format", None)  # of files that ended in a checksum once; a policy is there to be edited
     for key in ("layer_name", "weight_bits", "act_bits"):

@@ -68,7 +68,7 @@ def test_training(folder, capsys, arguments, message):
 def test_a_file_that_is_no_checkpoint_is_named_with_the_key_that_brought_it(folder, capsys, words):
     key, *others = words
     torch.save({"epoch": 1}, "empty.pth")
-    for path, message in (("nowhere.pth", "cannot read the checkpoint"), ("config.yaml", "damaged or not a checkpoint"),
+    for path, message in (("nowhere.pth", "cannot read the checkpoint"), ("config.yaml", "is text, not a checkpoint"),
                           ("empty.pth", "not a checkpoint")):
         said = complaint(capsys, "weight_bits=3", "act_bits=3", f"{key}={path}", *others)
         assert said.startswith(f"error: {key}: {path}: {message}"), said
@@ -104,9 +104,11 @@ def test_checkpoints_of_other_runs(folder, capsys):
     said = complaint(capsys, f"init_from={dense}", "weight_bits=3", "act_bits=3", "name=other")
     assert "not a checkpoint of indicators_pretraining" in said
     save_checkpoint("joint", {"state_dict": {"layer1.0.conv1.quan_w_fn.s": torch.ones(2)}, "arch": "resnet20"})
-    save_checkpoint("stage1", {"state_dict": {}, "arch": "resnet20", "bits": [4, 2]})
-    assert "it is a checkpoint of indicators_pretraining" in complaint(
-        capsys, "resume.path=stage1", "weight_bits=3", "act_bits=3", "name=other")
+    save_checkpoint("stage1", {"state_dict": {"conv1.quan_w_fn.s": torch.ones(2)}, "arch": "resnet20", "bits": [4, 2],
+                               "config": {"sat": False, "quan": {"act": {"per_channel": True}}}})
+    for words in (["weight_bits=3", "act_bits=3"], ["eval=true"], ["eval=true", "weight_bits=3", "act_bits=3"]):
+        assert "stage1: it is a checkpoint of indicators_pretraining, at all bits together; init_from" in complaint(
+            capsys, "resume.path=stage1", "name=other", *words)
     assert "joint: it is a quantized checkpoint" in complaint(capsys, "pre_trained=joint", "fp_model=true", "name=other")
     with open(dense, "rb") as file:
         whole = file.read()

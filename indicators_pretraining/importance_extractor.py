@@ -6,9 +6,12 @@ The indicators are the learned step sizes, as LIMPQ's are, or what joint trainin
 its share in the loss that quantization adds, or the second-order estimate of that loss (taylor.py derives both).
 """
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 from indicators import EXTRACTED, extract_all, write
 from util.command import Parser
-from util.errors import user_errors_on_one_line
 from util.exchange import check_outputs
 
 

@@ -4,6 +4,10 @@ python main.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]
 python -m torch.distributed.launch --nproc_per_node=N main.py CONFIG.yaml
 """
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 import process
 from engine.interruption import signals_noted
 from engine.monitor import open_monitor
@@ -17,7 +21,7 @@ from schema import IndicatorsConfig
 from util import distributed
 from util.command import read_training_command
 from util.data_loader import create_loaders, describe_data
-from util.errors import is_first_process, user_errors_on_one_line
+from util.errors import is_first_process
 
 
 def main(arguments=None):

@@ -4,6 +4,10 @@ python pruning.py CONFIG.yaml [MORE.yaml ...] [dotted.key=value ...]
 python -m torch.distributed.launch --nproc_per_node=N pruning.py CONFIG.yaml
 """
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 from dataclasses import replace
 
 import rewinding
@@ -22,7 +26,7 @@ from util import distributed
 from util.command import read_training_command
 from util.config import describe_idle
 from util.data_loader import create_loaders, describe_data
-from util.errors import is_first_process, user_errors_on_one_line
+from util.errors import is_first_process
 
 
 def main(arguments=None):

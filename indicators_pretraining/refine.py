@@ -12,6 +12,10 @@ least by the indicators are tried; the first that lowers the divergence is taken
 the standard error of the difference. It ends where none of them does.
 """
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 import torch
 
 from engine.metrics import calibrate_batchnorm, evaluation_mode
@@ -25,7 +29,7 @@ from swaps import Swaps, budgets_of, floors_of, held
 from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
-from util.errors import UserError, nearest, reason, user_errors_on_one_line
+from util.errors import UserError, nearest, reason
 from util.exchange import (
     STEPS,
     check_outputs,

@@ -12,6 +12,10 @@ time with fewer bits: its noise-to-signal ratio, the Fisher information's estima
 measured KL divergence of the output, or loss. joint_sensitivity.py defines them.
 """
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 import torch
 
 import joint_sensitivity
@@ -19,14 +23,14 @@ from engine.metrics import evaluation_mode
 from engine.passes import prepare_alone
 from indicators import CARRIED, write
 from network import build_dense, describe_network, with_signedness
-from quan.utils import check_exceptions, name_exceptions
+from quan.utils import name_exceptions
 from quantization_error import least_errors
 from schema import IndicatorsConfig
 from util import distributed
 from util.command import Parser, add_configuration, split_configuration
 from util.config import AUTO, load_config
 from util.data_loader import create_loaders, describe_data
-from util.errors import UserError, user_errors_on_one_line
+from util.errors import UserError
 from util.exchange import check_outputs, split_arch
 
 IMAGES = 1000
@@ -86,8 +90,7 @@ def build_described(config, num_classes, input_size, device):
     exceptions named, and a remark on these, on what is left alone, and on weights that nobody trained, or ''."""
     network = build_dense(config, num_classes, input_size, None, device)
     network.pruned.apply()
-    config, exceptions = name_exceptions(config, network.graph)
-    check_exceptions(network.model, config.quan.excepts)
+    config, exceptions = name_exceptions(config, network.graph, network.model)
     metadata = describe_network(config, network.model, network.graph, num_classes, input_size, network.pruned.masks)
     untrained = not (config.init_from or config.pre_trained or split_arch(config.arch))
     warning = "warning: the network is untrained; give its weights by pre_trained or init_from" if untrained else ""

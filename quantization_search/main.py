@@ -1,10 +1,13 @@
 """The search of search.py from a YAML file: python main.py CONFIG.yaml [MORE.yaml ...] [key=value ...]."""
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 from options import SearchConfig
 from runner import run
 from util.command import Parser, add_configuration, split_configuration
 from util.config import load_config
-from util.errors import user_errors_on_one_line
 
 
 def main(arguments=None):

@@ -7,12 +7,16 @@ python export.py --predict model.safetensors IMAGE...
 python export.py --benchmark model.safetensors [--batch N ...] [--threads N] [--latency-table TABLE.csv]
 """
 
+from util.errors import user_errors_on_one_line  # first, for Ctrl-C
+
+# isort: split
+
 import argparse
 import os
 
 from packed_file import parse_packed, read_packed, serialize
 from util.command import Parser
-from util.errors import UserError, is_out_of_memory, naming, reason, user_errors_on_one_line
+from util.errors import UserError, is_out_of_memory, naming, reason
 from util.exchange import check_outputs, split_arch, write_atomically
 
 SHOWN_CLASSES = 3

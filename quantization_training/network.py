@@ -8,7 +8,7 @@ from torch import nn
 
 from engine.checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
 from engine.passes import Passes, to_device
-from engine.resume import check_arch, create_dense
+from engine.resume import TRAIN_FIRST, check_arch, create_dense
 from engine.schema import describe_defaults
 from model import create_model, load_weights
 from model.layer_table import Graph, trace
@@ -36,7 +36,7 @@ from schema import FinetuneConfig
 from sparsity.masks import PrunedParameters, weights_left
 from util import distributed
 from util.config import describe_idle
-from util.errors import UserError, naming, nearest
+from util.errors import UserError, advising, naming, nearest
 from util.exchange import read_policy
 
 IMAGENET_CLASSES = 1000
@@ -91,7 +91,7 @@ def build_network(config, num_classes, input_size, checkpoint, device):
     description, exceptions, clamped, scaling = {"num_classes": num_classes, "input_size": input_size}, "", "", ""
     defaults = describe_defaults(config) if fresh else ""
     if not config.fp_model:
-        config, exceptions = name_exceptions(config, graph)
+        config, exceptions = name_exceptions(config, graph, model)
         plain = copy.deepcopy(model)
         policy = resolve_policy(config, searchable_layers(graph, config.quan.excepts), policy_file, checkpoint or joint)
         signed = signedness_of(checkpoint or joint or {}) or policy.signed
@@ -124,7 +124,7 @@ def read_files(config, fresh):
     """(the content of config.policy or None, that of config.init_from where a run begins from it or None)."""
     with naming("policy"):
         policy = read_policy(config.policy) if config.policy else None
-    with naming("init_from"):
+    with naming("init_from"), advising(config.init_from, "main.py of indicators_pretraining trains one"):
         return policy, load_checkpoint(config.init_from) if fresh and config.init_from else None
 
 
@@ -248,7 +248,7 @@ def create_teacher(config, num_classes, device, input_size):
         model = create_model(config.arch, num_classes, pre_trained=True, input_size=input_size)
     else:
         model = create_model(config.arch, num_classes, input_size=input_size)
-        with naming("distillation.teacher"):
+        with naming("distillation.teacher"), advising(teacher, TRAIN_FIRST):
             if not load_weights(model, load_checkpoint(teacher)["state_dict"], teacher):
                 raise UserError(f"{teacher} has another number of classes than the data ({num_classes})")
     return to_device(model.eval().requires_grad_(False), device, trace(model, input_size, num_classes))

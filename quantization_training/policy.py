@@ -46,7 +46,8 @@ def _from_file(config, names, content):
         raise UserError(f"{path}: {strangers[0]} is no searchable layer of {config.arch}{hint}")
     for name in names:
         if name not in layers:
-            raise UserError(f"{path}: the policy says nothing of the layer {name} of {config.arch}")
+            raise UserError(f"{path}: the policy says nothing of the layer {name} of {config.arch}, nor does "
+                            f"quan.excepts ({', '.join(config.quan.excepts) or 'none'})")
     return Policy(*(dict(zip(layers, content[key], strict=True)) for key in ("weight_bits", "act_bits")),
                   dict(zip(layers, content.get("act_signed") or [], strict=False)))
 

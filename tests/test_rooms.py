@@ -109,3 +109,12 @@ def test_functions_fit_on_a_screen_and_constructors_take_few_arguments():
                     where = f"{stage}/{path}: {node.name}"
                     assert node.end_lineno - node.lineno < 45, where
                     assert node.name != "__init__" or len(node.args.args) + len(node.args.kwonlyargs) <= 9, where
+
+
+def test_commands_import_first_what_lets_ctrl_c_end_their_start():
+    sources = {path: path.read_text(encoding="utf-8") for path in ROOT.glob("*_*/*.py")}
+    commands = {path: source for path, source in sources.items() if "__main__" in source}
+    for path, source in commands.items():
+        first = next(node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom)))
+        assert getattr(first, "module", None) == "util.errors", path
+    assert len(commands) >= 9

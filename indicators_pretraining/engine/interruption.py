@@ -30,7 +30,7 @@ def signals_noted():
 def _note(number, frame):
     # A launcher sends on the Ctrl-C that its workers have got from the terminal already.
     if number == signal.SIGINT and signal.SIGINT in _noted and not distributed.is_distributed():
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("the same command goes on from the last checkpoint")
     _noted.append(number)
 
 

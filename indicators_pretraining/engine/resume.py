@@ -7,7 +7,7 @@ from model.model import create_traced
 from model.weights import is_step, load_state, load_weights
 from util import distributed
 from util.config import AUTO, differing_keys, to_plain, with_defaults
-from util.errors import UserError, naming
+from util.errors import UserError, advising, naming
 from util.exchange import same_arch
 
 from .checkpoint import is_foreign, load_checkpoint, masks_of, may_lack, signedness_of
@@ -20,6 +20,7 @@ HARMLESS_KEYS = ("name", "output_dir", "gpu", "training_device", "eval", "eval_c
                  "dataloader.path", "dataloader.serialized")
 HARMLESS_SECTIONS = ("resume.", "log.", "wandb.")
 SCHEDULE_KEYS = ("epochs", "cooldown_epochs")
+TRAIN_FIRST = "train the network in full precision first, by main.py of quantization_training with fp_model: true"
 MODEL_KEYS = ("sat", "quan.")
 IDLE_MODEL_KEYS = ("quan.weight.init", "quan.act.init", "quan.weight.bit", "quan.act.bit")
 
@@ -61,13 +62,14 @@ def create_dense(arch, num_classes, input_size, pre_trained=False, init_from=Non
         init_from: the path of a checkpoint of this very network, or None.
         found: the ResumeCheckpoint that is going to be loaded into it, or None; only its masks are taken here.
     """
-    source = found is None and (init_from or pre_trained)
+    source, key = found is None and (init_from or pre_trained), "init_from" if init_from else "pre_trained"
     if not isinstance(source, str):
         model, graph = create_traced(arch, num_classes, source, input_size)
         return model, graph, masks_of(found.content, model, found.path) if found else {}
     model, graph = create_traced(arch, num_classes, False, input_size)
-    with naming("init_from" if init_from else "pre_trained"):
-        content = load_checkpoint(source)
+    with naming(key):
+        with advising(source, TRAIN_FIRST):
+            content = load_checkpoint(source)
         if init_from:
             check_arch(content, arch, source)
         if not load_weights(model, content["state_dict"], source, graph.heads) and init_from:

@@ -127,7 +127,8 @@ def _find_for_evaluation(config, folder):
     for path in (folder.best, folder.last):
         if os.path.exists(path):
             return path
-    raise UserError(f"resume.path: nothing to evaluate in {folder.path}; name a checkpoint")
+    raise UserError(f"resume.path: nothing to evaluate in {folder.path}; train first, by the same command without eval, "
+                    "or name a checkpoint")
 
 
 def is_finished(epoch, config, folder):

@@ -139,7 +139,8 @@ class RunConfig:
         for statistic in ("mean", "std"):
             values = getattr(self.dataloader, statistic)
             refuse_if(values is not None and (len(values) != 3 or (statistic == "std" and min(values) <= 0)),
-                      f"dataloader.{statistic}: found {values}, expected three numbers, one per colour channel")
+                      f"dataloader.{statistic}: found {values}, expected three numbers"
+                      f"{' above 0' * (statistic == 'std')}, one per colour channel")
         excepts = {} if self.quan.excepts == AUTO else self.quan.excepts
         weights = {"quan": self.quan, **{f"quan.excepts.{name}": entry for name, entry in excepts.items()}}
         for section, entry in weights.items():

@@ -3,6 +3,10 @@
 import pathlib
 import pickle
 import resource
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +16,8 @@ import importance_extractor
 import main
 import process
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.interruption import signals_noted
+from util import errors
 from util.config import decode_yaml, kind_of, read_bytes
 from util.errors import UserError, user_errors_on_one_line
 from util.exchange import read_indicators, read_policy
@@ -60,9 +66,12 @@ def complaint(capsys, command, *arguments):
     (["config.yaml", "arch=resnet20", "pre_trained=true"], "pre_trained: torchvision has no weights of resnet20"),
     (["config.yaml", "dataloader.dataset=imagenet", "dataloader.path=missing", "dataloader.input_size="], "missing"),
     (["config.yaml", "dataloader.dataset=cifar10", "dataloader.input_size="], "dataloader.path"),
+    (["config.yaml", "dataloader.std=[0, 0, 0]"], "dataloader.std: found [0.0, 0.0, 0.0], expected three numbers above 0, "),
+    (["config.yaml", "dataloader.mean=[0, 0]"], "dataloader.mean: found [0.0, 0.0], expected three numbers, one per"),
+    (["config.yaml", "pre_trained=none.pth"], "; train the network in full precision first, by main.py"),
     (["config.yaml", "dataloader.batch_size=5000"], "dataloader.batch_size"),
     (["config.yaml", "dataloader.num_classes=7"], "dataloader.num_classes"),
-    (["config.yaml", "eval=true"], "resume.path: nothing to evaluate"),
+    (["config.yaml", "eval=true"], "resume.path: nothing to evaluate in out/run; train first, by the same command without"),
     (["config.yaml", "training_device=gpu"], "training_device: found gpu") if not torch.cuda.is_available() else
     (["config.yaml", "training_device=tpu"], "training_device"),
     (["nowhere.yaml"], "nowhere.yaml: cannot read the file"),
@@ -226,14 +235,30 @@ def test_batches_of_one_image_meet_batchnorm(folder, capsys):
     assert "dataloader.batch_size: a BatchNorm met a single value per channel" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_in_one_line(folder, capsys, monkeypatch):
+@pytest.mark.parametrize("said", ["", "; the same command goes on from the last checkpoint"])
+def test_ctrl_c_ends_in_one_line(folder, capsys, monkeypatch, said):
     def interrupted(*arguments):
-        raise KeyboardInterrupt
+        if not said:
+            raise KeyboardInterrupt
+        with signals_noted():  # the second one while a run trains
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(main, "run", interrupted)
     with pytest.raises(SystemExit) as stop, user_errors_on_one_line():
         main.main(["config.yaml"])
-    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+    assert stop.value.code == 130 and capsys.readouterr().err == f"stopped from the keyboard{said}\n"
+
+
+@pytest.mark.parametrize(("program", "status", "said"), [
+    ("import signal\nsignal.raise_signal(signal.SIGINT)", -signal.SIGINT, ""),
+    ("import signal\nwith user_errors_on_one_line():\n    signal.raise_signal(2)", 130, "stopped from the keyboard\n")])
+def test_ctrl_c_while_a_command_starts_ends_it_without_a_traceback(tmp_path, program, status, said):
+    (tmp_path / "util").mkdir()
+    shutil.copy(errors.__file__, tmp_path / "util")
+    (tmp_path / "command.py").write_text(f"from util.errors import user_errors_on_one_line\n{program}\n")
+    ended = subprocess.run([sys.executable, "command.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (status, said)
 
 
 def test_a_truncated_checkpoint_is_not_continued(folder, capsys):

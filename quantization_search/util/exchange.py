@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from util.config import Scalar, decode_yaml, describe, kind_of, plain, read_bytes, unshared
-from util.errors import UserError, reason
+from util.errors import UserError, advising, reason
 
 STEPS = "steps"  # the kind of indicators that are learned step sizes, in the units of their tensors; where none is said
 FLOAT_BIT = 32  # of an input that is left alone
@@ -33,6 +33,8 @@ MOBILENET_NAME = re.compile(r"features\.stage([1-5])\.unit([1-6])\.([dp]w_conv\.
 ENDINGS = {"indicators": (".pkl",), "policies": (".yaml", ".yml"), "packed models": (".safetensors",),
            "ONNX models": (".onnx",), "reports": (".html", ".htm"), "tables": (".csv",), "plots": (".png", ".svg", ".pdf"),
            "checkpoints": (".pth.tar", ".tar", ".pth", ".pt", ".ckpt"), "Python files": (".py",)}
+INDICATORS_FIRST = "in indicators_pretraining, python importance_extractor.py CHECKPOINT --output FILE.pkl makes one"
+POLICY_FIRST = "in quantization_search, python search.py --i FILE.pkl --output POLICY.yaml makes one"
 FOLDER = "a folder"  # stands for a kind where files are written into one
 CHECKSUM = b"sha256:"
 CHECKSUM_LENGTH = len(CHECKSUM) + 64
@@ -63,10 +65,10 @@ def read_indicators(path):
         {'weight': {layer: {bit: float}}, 'act': {layer: {bit: float}}, 'layer_name': [layer, ...]} with int bits and names
         without wrappers, plus what else the file carries, such as 'arch', 'input_size', 'bits', 'layers' and 'fixed'.
     """
-    data = read_bytes(path, "the indicators file", MAX_INDICATOR_FILE)
+    with advising(path, INDICATORS_FIRST):
+        data = read_bytes(path, "the indicators file", MAX_INDICATOR_FILE)
     if kind_of(data) not in ("", "an indicators file"):
-        raise UserError(f"{path}: is {kind_of(data)}, not an indicators file; in indicators_pretraining, python "
-                        "importance_extractor.py CHECKPOINT --output FILE.pkl makes one")
+        raise UserError(f"{path}: is {kind_of(data)}, not an indicators file; {INDICATORS_FIRST}")
     body, ending = data[:-CHECKSUM_LENGTH - 1], data[-CHECKSUM_LENGTH - 1:]
     has_checksum = ending.startswith(CHECKSUM)
     if has_checksum and ending != checksum(body) + b"\n":
@@ -219,9 +221,10 @@ def is_bit(key, bit):
 
 def read_policy(path):
     """The mapping in a policy file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked."""
-    data = read_bytes(path)
+    with advising(path, POLICY_FIRST):
+        data = read_bytes(path)
     if kind_of(data) not in ("", "text", "a policy"):
-        raise UserError(f"{path}: is {kind_of(data)}, not a policy; search.py --output POLICY.yaml writes one")
+        raise UserError(f"{path}: is {kind_of(data)}, not a policy; {POLICY_FIRST}")
     content = decode_yaml(data, path)
     policy = plain(content)
     policy.pop("format", None)  # of files that ended in a checksum once; a policy is there to be edited

@@ -21,15 +21,17 @@ from .quantizer.lsq import SMALLEST_STEP
 BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
-def name_exceptions(config, graph):
+def name_exceptions(config, graph, model=None):
     """A configuration whose quan.excepts names its layers, and a line about those that were found, or have no effect, or ''.
 
     For `auto`, these are the first convolution (in a network without, the first layer), the BatchNorm after it, and the
-    classifier; all of them, where several convolutions see the image or several layers give the output.
+    classifier; all of them, where several convolutions see the image or several layers give the output. Those that are named
+    have to be layers of the model, where it is given.
 
     Raises:
         UserError: where no layer is left to be searched, or bits are asked for a layer that cannot be quantized.
     """
+    rest = "".join(f"; {line}" for line in graph.describe().splitlines())  # why other layers are not searched
     if config.quan.excepts == AUTO:
         batchnorms = [name for name, before in graph.batchnorms.items() if before in graph.first]
         roles = {**dict.fromkeys(graph.first, "first layer"), **dict.fromkeys(batchnorms, "its BatchNorm"),
@@ -37,19 +39,20 @@ def name_exceptions(config, graph):
         excepts = {name: ExceptionConfig() for name in roles}
         found = ", ".join(f"{name} ({role})" for name, role in roles.items())
         if not searchable_layers(graph, excepts):
-            raise UserError("; ".join(filter(None, [f"arch: no layer is left to be searched: {found} have fixed bits",
-                                                    graph.describe_unquantizable("; ")])))
+            raise UserError(f"arch: no layer is left to be searched: {found} have fixed bits{rest}")
         line = f"exceptions found in the graph: {found}"
     else:
         names = fit_names([*graph.layers, *graph.batchnorms], config.quan.excepts)
         excepts = {names[name]: entry for name, entry in config.quan.excepts.items()}
+        if model is not None:
+            check_exceptions(model, excepts)
         with_bits = [name for name, entry in excepts.items() if entry.weight.bit or entry.act.bit]
         for name in with_bits:
             if name in graph.unquantizable:
                 raise UserError(f"quan.excepts.{name}: asks for bits, but {graph.unquantizable[name]}, so it stays in full "
                                 "precision; leave its bits blank")
         if not searchable_layers(graph, excepts):
-            raise UserError(f"quan.excepts: {', '.join(excepts)} leave no layer to be searched")
+            raise UserError(f"quan.excepts: {', '.join(excepts)} leave no layer to be searched{rest}")
         idle = ", ".join(name for name in with_bits if name in graph.batchnorms)
         line = f"without effect here: quan.excepts.*.bit of {idle} (a BatchNorm)" if idle else ""
     return replace(config, quan=replace(config.quan, excepts=excepts)), line
@@ -60,7 +63,8 @@ def check_exceptions(model, excepts):
     names = [name for name, module in model.named_modules() if isinstance(module, (*QUANTIZABLE, BATCHNORM))]
     for name in excepts:
         if name not in names:
-            raise UserError(f"quan.excepts.{name}: the network has no such layer{nearest(name, names)}")
+            raise UserError(f"quan.excepts.{name}: the network has no such layer"
+                            + (nearest(name, names) or "; what is named under quan.excepts replaces auto"))
 
 
 def searchable_layers(graph, excepts):

@@ -63,6 +63,23 @@ def test_training(folder, capsys, arguments, message):
     assert message in complaint(capsys, *arguments)
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["quan.excepts.conv9.weight.bit=4"], "quan.excepts.conv9: the network has no such layer; did you mean 'conv1'?"),
+    (["quan.excepts.nothere.weight.bit=4"], "no such layer; what is named under quan.excepts replaces auto"),
+    ([], "says nothing of the layer layer1.0.conv2 of resnet20, nor does quan.excepts (conv1, bn1, fc)"),
+    (["policy=none.yaml"], "(No such file or directory); in quantization_search, python search.py --i FILE.pkl --output"),
+    (["init_from=none.pth"], "(No such file or directory); main.py of indicators_pretraining trains one"),
+    (["distillation.teacher=none.pth"], "(No such file or directory); train the network in full precision first")])
+def test_what_is_missing_is_named_with_what_makes_it(folder, capsys, words, message):
+    rows = {"layer_name": ["layer1.0.conv1"], "weight_bits": [3], "act_bits": [3]}
+    if "distillation.teacher=none.pth" in words:
+        words = [*words, "weight_bits=3", "act_bits=3"]
+    else:
+        (folder / "p.yaml").write_text(str(rows))
+        words = ["policy=p.yaml", *words]
+    assert message in complaint(capsys, *words)
+
+
 @pytest.mark.parametrize("words", [["pre_trained"], ["init_from"], ["distillation.teacher"], ["resume.path"],
                                    ["resume.path", "resume.lean=true"], ["resume.path", "eval=true"]])
 def test_a_file_that_is_no_checkpoint_is_named_with_the_key_that_brought_it(folder, capsys, words):

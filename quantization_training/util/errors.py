@@ -66,8 +66,30 @@ def naming(key):
 
 
 @contextlib.contextmanager
+def advising(path, advice):
+    """Let a UserError raised within, where no file is at `path`, end with advice on how to make it."""
+    try:
+        yield
+    except UserError as error:
+        raise error if os.path.lexists(path) else UserError(f"{error}; {advice}") from None
+
+
+def _is_command_starting():
+    """Whether the program that runs is a command beside util/, which turns Ctrl-C into a traceback as yet."""
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""
+    return (os.path.dirname(os.path.abspath(program)) == os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+
+
+if _is_command_starting():  # commands import this module first: Ctrl-C ends them without a word while they import the others
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def user_errors_on_one_line():
     """Turn a UserError into one line on stderr and exit status 2, and a signal into one line and 128 plus its number."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except Interrupted as stop:
@@ -77,8 +99,8 @@ def user_errors_on_one_line():
     except BrokenPipeError:  # what read our output is gone, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(SIGNAL_STATUS + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        _stop("stopped from the keyboard; the same command goes on from the last checkpoint", SIGNAL_STATUS + signal.SIGINT)
+    except KeyboardInterrupt as stop:
+        _stop("; ".join(["stopped from the keyboard", *map(str, stop.args)]), SIGNAL_STATUS + signal.SIGINT)
     except Exception as error:
         mended = as_user_error(error)
         if mended is None:

@@ -199,8 +199,8 @@ def write_onnx(model, path, images):
     change = change_of("onnxruntime", logits_of_onnxruntime(data, images), model, images)
     write_atomically(path, data)
     types = ", ".join(f"{count} in {bits}-bit integers" for bits, count in sorted(counts.items()))
-    print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: PyTorch's "
-          f"to {change:.1e}")
+    print(f"{path}: {len(data):,} bytes, weights of {types}; logits of {len(images)} random images in onnxruntime: within "
+          f"{change:.1e} of PyTorch's")
 
 
 def write_integer_onnx(model, path, images):
@@ -217,7 +217,7 @@ def write_integer_onnx(model, path, images):
     write_atomically(path, data)
     layers = ", ".join(f"{count} in {operator}" for operator, count in counts.items() if count)
     print(f"{path}: {len(data):,} bytes; layers: {layers}; biases rounded to within {error:.4f} of a quantizer's step; "
-          f"logits of {len(images)} random images in onnxruntime: PyTorch's to {change:.1e}")
+          f"logits of {len(images)} random images in onnxruntime: within {change:.1e} of PyTorch's")
 
 
 def write_qonnx(network, path, images):
@@ -230,8 +230,8 @@ def write_qonnx(network, path, images):
     change = change_of("the package qonnx", logits_of_qonnx(model, images), network.model, images)
     gbitops = gbitops_of_qonnx(model)
     write_atomically(path, data)
-    print(f"{path}: {len(data):,} bytes; logits of {len(images)} random images in qonnx: PyTorch's to {change:.1e}; BitOPs of "
-          f"qonnx {gbitops:.3f} G, of the search by the exact count {network.cost['gbitops_exact']:.3f} G")
+    print(f"{path}: {len(data):,} bytes; logits of {len(images)} random images in qonnx: within {change:.1e} of PyTorch's; "
+          f"BitOPs of qonnx {gbitops:.3f} G, of the search by the exact count {network.cost['gbitops_exact']:.3f} G")
 
 
 def change_of(who, found, model, images, shift=0):
@@ -282,7 +282,7 @@ def compare(before, model, again, images, folds):
                         "written; this should not happen, please report it")
     if change == 0:
         return f"logits of {len(before)} random images: equal to the checkpoint's, bit for bit{folded}"
-    return f"logits of {len(before)} random images: the checkpoint's to {change:.1e}{folded}"
+    return f"logits of {len(before)} random images: within {change:.1e} of the checkpoint's{folded}"
 
 
 def difference(before, after):

@@ -34,6 +34,7 @@ from util.data_loader import create_loaders, describe_data
 from util.errors import UserError
 
 TINY = torch.finfo(torch.float64).tiny
+ONE_IMAGE = "--images: found 1 image; kl takes the statistics of BatchNorms from the images, so give more"
 FISHER_BATCH = 8  # images whose gradients for a weight are squared together
 
 
@@ -88,7 +89,7 @@ def divergence_one_at_a_time(model, switch, batches):
     """KL divergences with BatchNorms that normalize with the statistics of as many images as fit; as one_at_a_time."""
     images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if len(images) == 1:
-        raise UserError("--images: found 1 image; kl takes the statistics of BatchNorms from the images, so give more")
+        raise UserError(ONE_IMAGE)
     with batchnorms_in_training(model, momentum=0.0):  # their own statistics stay
         return one_at_a_time(model, switch, [(images, target)], kl_divergence)
 

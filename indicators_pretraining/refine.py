@@ -28,7 +28,7 @@ from schema import IndicatorsConfig
 from swaps import Swaps, budgets_of, floors_of, held
 from util import distributed
 from util.command import Parser, add_configuration, split_configuration
-from util.config import load_config
+from util.config import describe, load_config
 from util.errors import UserError, nearest, reason
 from util.exchange import (
     STEPS,
@@ -54,6 +54,8 @@ def main(arguments=None):
         prepare_alone(config, "refine.py", device)
         policies = {path: read_policy(path) for path in options.policy}
         indicators = read_indicators(options.i) if options.i else None
+        if indicators and not same_arch(indicators.get("arch", config.arch), config.arch):
+            raise UserError(f"--i: {options.i} is of {describe(indicators['arch'])}, but arch is {config.arch}")
         judge = Judge(config, options.images, device)
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}
         if options.output:
@@ -80,6 +82,8 @@ def parse_arguments(arguments):
             raise UserError(f"--{flag}: found {getattr(options, flag)}, allowed is at least 1")
     if bool(options.i) != bool(options.output):
         raise UserError("--i, --output: go together; without both, policies are only ranked")
+    if options.output and options.images == 1:
+        raise UserError("--images: found 1 image; a gain is compared with how much images differ, so give more")
     if options.output and len(options.policy) > 1:
         raise UserError(f"--policy: found {len(options.policy)} policies, of which one can be refined; leave out --output to "
                         "rank them")
@@ -200,6 +204,8 @@ def costs_of(indicators, layers, bits, alpha):
         for layer in layers:
             row = indicators[kind].get(names.get(layer), {})
             missing = [bit for bit in bits if bit not in row]
+            if layer not in names:
+                raise UserError(f"--i: has no indicators of {layer}; it is a file of another network")
             if missing:
                 raise UserError(f"--i: has no indicator of {layer} ({kind}) at {missing[0]} bits")
             largest, costs[kind, layer] = row[bits[-1]], {}

@@ -62,6 +62,8 @@ def parse_arguments(arguments):
     options = parser.parse_intermixed_args(arguments)
     if options.images < 1:
         raise UserError(f"--images: found {options.images}, allowed is at least 1")
+    if options.of == "kl" and options.images == 1:
+        raise UserError(joint_sensitivity.ONE_IMAGE)
     return options, *split_configuration(options.words)
 
 

@@ -200,7 +200,7 @@ class SearchConfig:
         parts = values.split(":")
         if not equals or key not in SWEPT or len(parts) != 3:
             raise UserError(f"sweep: found {self.sweep!r}, expected cr=LOW:HIGH:STEP or bops=LOW:HIGH:STEP"
-                            + nearest(key, SWEPT))
+                            + ("" if key in SWEPT else nearest(key, SWEPT)))
         low, high, step = (Decimal(str(part)) if exact("sweep", part) > 0 else None for part in parts)
         if None in (low, high, step) or high < low:
             raise UserError(f"sweep: found {values}, expected numbers above 0, the first no larger than the second")

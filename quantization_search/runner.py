@@ -33,7 +33,9 @@ def run(config, configs=()):
     study = Study.read(config)
     if config.baseline in BASELINES:
         print(f"baseline: {BASELINES[config.baseline]}, and the objective counts these")
-    for line in filter(None, [report.describe_training(study.trained), describe_idle(config)]):
+    dense = [f"without effect here: {key} (nothing is pruned)" for key in ("sparse_size", "sparse_bops")
+             if getattr(config, key) and not study.network.sparse]
+    for line in filter(None, [report.describe_training(study.trained), describe_idle(config), *dense]):
         print(line)
     report.print_indicators(study.layers, study.bits, study.outliers(config), study.kind)
     if config.sweep:

@@ -43,7 +43,7 @@ def benchmark(path, batches, threads, arch=None):
     prepare(threads)
     network = rebuild(as_checkpoint(read_packed(path)), path, arch)
     ways, remarks = all_ways(network, path)
-    print(f"{path}: {network.config.arch}, images of {size_of(network)} pixels, {torch.get_num_threads()} threads, medians of "
+    print(f"{path}: {network.config.arch}, images of {size_of(network)} pixels, {threads_in_use()}, medians of "
           f"{ROUNDS}, ratios to the network without quantizers\n" + "\n".join(remarks), flush=True)
     rows = [row for batch in batches for row in measure(ways, images_for(network, batch))]
     print(aligned(("way", "batch", "ms", "ratio"), rows, 2))
@@ -55,6 +55,11 @@ def speed(path, batch, threads=None):
     network = rebuild(as_checkpoint(read_packed(path)), path)
     ways = {DENSE: unquantized(network), INTEGER: computed(network, "auto", path)[0]}
     return measure(ways, images_for(network, batch))[1]["ratio"]
+
+
+def threads_in_use():
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 def prepare(threads):
@@ -183,7 +188,7 @@ def write_latency_table(path, table, batch, threads, arch=None):
     write_atomically(table, csv_text(COLUMNS, lines).encode())
     rest = "in no row, as no layer is fixed" if fixed is None else f"in the row of {fixed}"
     print(f"{table}: {len(searched)} searched layers at {len(BITS) ** 2} pairs of bit-widths, batch {batch}, "
-          f"{torch.get_num_threads()} threads; what is no layer is {rest}")
+          f"{threads_in_use()}; what is no layer is {rest}")
     if "weight_bits" in content:
         print(compare_with_prediction(content, path, arch, rows, images))
 

@@ -393,6 +393,22 @@ def test_exceptions_that_leave_nothing_to_search_are_refused(excepts, message):
         name_exceptions(IndicatorsConfig(quan=QuanConfig(excepts=excepts)), trace(model, 4))
 
 
+class Borrowing(nn.Module):
+    """A layer whose weight something else computes with."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(F.conv2d(self.stem(x), self.a.weight).mean((2, 3)))
+
+
+def test_why_a_layer_is_not_searched_is_said_where_none_is_left():
+    with pytest.raises(UserError, match=r"have fixed bits; left in full precision, .* 16 weights \(a.weight\)"):
+        name_exceptions(IndicatorsConfig(), trace(Borrowing(), 4))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Subclasses of layers.
 

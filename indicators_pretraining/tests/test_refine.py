@@ -24,7 +24,7 @@ from swaps import Swaps, budgets_of, floors_of, held
 from util.config import load_config
 from util.data_loader import create_loaders
 from util.errors import UserError
-from util.exchange import read_indicators, read_policy, write_policy
+from util.exchange import read_indicators, read_policy, write_indicators, write_policy
 
 BITS = [2, 3, 4, 6]
 
@@ -248,6 +248,10 @@ def test_a_gain_that_other_images_might_undo_is_none():
 @pytest.mark.parametrize(("words", "message"), [
     (["--policy", "u3.yaml", "--i", "i.pkl"], "--i, --output: go together"),
     (["--policy", "u3.yaml", "u3.yaml", "--i", "i.pkl", "--output", "o.yaml"], "--policy: found 2 policies"),
+    (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "o.yaml", "--images", "1"], "--images: found 1 image; a gain"),
+    (["--policy", "u3.yaml", "--i", "none.pkl", "--output", "o.yaml", "dataloader.path=none"], "none.pkl: cannot read"),
+    (["--policy", "u3.yaml", "--i", "resnet.pkl", "--output", "o.yaml"], "--i: resnet.pkl is of 'resnet18', but arch is"),
+    (["--policy", "u3.yaml", "--i", "other.pkl", "--output", "o.yaml"], "; it is a file of another network"),
     (["--policy", "u3.yaml", "--tries", "0"], "--tries: found 0"),
     (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "config.yaml"], "--output: config.yaml is"),
     (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "u3.yaml"], "--output: u3.yaml is"),
@@ -259,13 +263,16 @@ def test_a_gain_that_other_images_might_undo_is_none():
     (["--policy", "resnet.yaml"], "resnet.yaml: the policy is for resnet18, but arch is net.py:make"),
     (["--policy", "none.yaml"], "none.yaml: cannot read"), (["--policy", "i.pkl"], "i.pkl"),
     (["name=nothing", "--policy", "u3.yaml"], "resume.path"),
-    (["name=nothing", "arch=resnet20", "--policy", "u3.yaml", "--i", "i.pkl", "--output", "o.yaml"], "resume.path")])
+    (["name=nothing", "arch=resnet20", "--policy", "u3.yaml", "--i", "i.pkl", "--output", "o.yaml"], "i.pkl is of")])
 def test_what_cannot_be_refined_is_refused(folder, capsys, words, message):
     write_uniform("u3.yaml", 3)
     write_uniform("u5.yaml", 5)
     policy = read_policy("u3.yaml")
     write_policy("other.yaml", {**policy, "layer_name": [*policy["layer_name"][:-1], "conv9"]})
     write_policy("resnet.yaml", {**policy, "arch": "resnet18"})
+    row = {"other": dict.fromkeys(BITS, 1.0)}
+    write_indicators("other.pkl", {"layer_name": ["other"], "weight": row, "act": row})
+    write_indicators("resnet.pkl", {"layer_name": ["other"], "weight": row, "act": row, "arch": "resnet18"})
     assert message in complaint(capsys, refine.main, "config.yaml", *words)
 
 

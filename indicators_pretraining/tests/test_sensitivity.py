@@ -172,6 +172,7 @@ def test_misuse_is_one_line_and_writes_nothing(folder, capsys):
                                               "layer1.0.conv1.weight": torch.full((16, 16, 3, 3), float("nan"))}})
     for words, message in [
             (["--output", "i.pkl", "--images", "0"], "--images: found 0, allowed is at least 1"),
+            (["--of", "kl", "--output", "i.pkl", "--images", "1", "dataloader.path=none"], "--images: found 1 image; kl"),
             (["--output", "config.yaml"], "--output: config.yaml is also read by this command"),
             (["--output", "dense"], "--output: dense is also read by this command"),
             (["--output", "net.py", "arch=net.py:make"], "--output: net.py ends in .py"),

@@ -152,7 +152,7 @@ def read_folders(path, dataset, num_classes):
     if odd:
         present, absent = ("train", "val") if odd[0] in classes else ("val", "train")
         raise UserError(f"dataloader.path: class {odd[0]} is in {path / present} but not in {path / absent} "
-                        f"({len(odd)} classes differ); both need the same class folders")
+                        f"({len(odd)} class{'es differ' if odd[1:] else ' differs'}); both need the same class folders")
     if dataset == "imagenet" and len(classes) != DATASETS["imagenet"].num_classes:
         raise UserError(f"dataloader.path: {path / 'train'} holds {len(classes)} class folders, ImageNet has 1000; "
                         "for images of your own write 'dataset: folder'")

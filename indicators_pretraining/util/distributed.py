@@ -176,7 +176,7 @@ def _device(wanted):
 
 
 def describe_device(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def set_seed(seed, deterministic=False):

@@ -1,6 +1,7 @@
 """The small files that stages hand to each other: indicators (.pkl) and policies (.yaml)."""
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import io
@@ -36,6 +37,7 @@ ENDINGS = {"indicators": (".pkl",), "policies": (".yaml", ".yml"), "packed model
 INDICATORS_FIRST = "in indicators_pretraining, python importance_extractor.py CHECKPOINT --output FILE.pkl makes one"
 POLICY_FIRST = "in quantization_search, python search.py --i FILE.pkl --output POLICY.yaml makes one"
 FOLDER = "a folder"  # stands for a kind where files are written into one
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKSUM = b"sha256:"
 CHECKSUM_LENGTH = len(CHECKSUM) + 64
 
@@ -311,7 +313,8 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the file ({error.strerror}; {len(data) / 2**20:.1f} MB are needed)") from None
+        needed = f"; {len(data) / 2**20:.1f} MB are needed" if error.errno in OUT_OF_SPACE and len(data) > 2**20 // 20 else ""
+        raise UserError(f"{path}: cannot write the file ({error.strerror}{needed})") from None
     finally:
         with contextlib.suppress(OSError):
             os.remove(partial)

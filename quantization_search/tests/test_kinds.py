@@ -146,11 +146,11 @@ def made_with_floors(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ("--at-least nothing=3,3", "at_least: nothing matches no layer"),
-    ("--at-least depthwise=3,3", "at_least: depthwise matches no layer"),
+    ("--at-least nothing=3,3", "--at-least: nothing matches no layer"),
+    ("--at-least depthwise=3,3", "--at-least: depthwise matches no layer"),
     ("--at-least block.conv1=3", "--at-least: found 'block.conv1=3', expected a layer and its bits"),
-    ("--at-least block.conv1=7,3", "at_least: block.conv1 has to have 7,3, of the candidates 2 3 4"),
-    ("--at-least block.conv1=4,4 --fix block.conv1=3,3", "at_least: block.conv1 has to have 4,4"),
+    ("--at-least block.conv1=7,3", "--at-least: block.conv1 has to have 7,3, of the candidates 2 3 4"),
+    ("--at-least block.conv1=4,4 --fix block.conv1=3,3", "--at-least: block.conv1 has to have 4,4"),
     ("--tie block.conv1 block.conv2 --at-least block.conv1=4,4 --fix block.conv2=3,3", "share their bits"),
     ("--at-least *=4,4 --avg-wb 3", "with at-least as given")])
 def test_floors_that_cannot_be_kept_are_refused(capsys, save, words, message):

@@ -51,6 +51,7 @@ def test_limpq_s_defaults_stand_until_a_newer_budget_is_given(capsys, path, word
 @pytest.mark.parametrize(("words", "line"), [
     ("--cr 9", ""), ("--cr 9 --wb 4", ""), ("--cr 9 --bops False --wb 4", "wb (bops is off)"),
     ("--avg-wb 3 --ab 2 --act-mem-kind summed", "ab (bops is off), act_mem_kind (no act_mem)"),
+    ("--cr 9 --sparse-size", "sparse_size (nothing is pruned)"),
     ("--sweep cr=7:8:1 --cr 9", "cr (sweep)"), ("--sweep bops=0.01:0.02:0.01 --wb 2", "wb (bops is off)"),
 ])
 def test_options_that_nothing_reads_are_named(capsys, path, words, line):
@@ -193,6 +194,8 @@ def test_bad_latency_tables(capsys, path, tmp_path, text, expected):
     ("--tie block.conv1 block.conv2 --fix *1=4,4 --fix *2=3,3", "share their bits, but are pinned to 4,4 and to 3,3"),
     ("--plot plot.pdf", "expected a file ending in .png or .svg"),
     ("--sweep cr", "--sweep: found 'cr'"),
+    ("--sweep cr=8", "expected cr=LOW:HIGH:STEP or bops=LOW:HIGH:STEP\n"),
+    ("--sweep bop=1:2:3", "did you mean 'bops'?"),
     ("--sweep size=1:2:3", "--sweep: found 'size=1:2:3'"),
     ("--sweep cr=9:8:1", "the first no larger"),
     ("--sweep cr=8:9:0", "numbers above 0"),

@@ -72,7 +72,7 @@ def test_a_line_for_each_way_and_batch(capsys, monkeypatch):
     export.main(["--benchmark", PACKED, "--batch", "1", "3", "--threads", "1"])
     said = capsys.readouterr().out.splitlines()
     title, *remarks, head = said[:-8]
-    assert "resnet20, images of 16 pixels, 1 threads, medians of 3" in title
+    assert "resnet20, images of 16 pixels, 1 thread, medians of 3" in title
     assert head.split() == ["way", "batch", "ms", "ratio"]
     assert remarks == ["packed, integer: integer arithmetic in 6 of 8 layers; in float: conv1 (its input is not quantized); "
                        "fc (8 by 8 bits: two products may exceed 16 bits)",

@@ -60,7 +60,8 @@ def main(arguments=None):
         choices = {path: choice_of(policy, path, judge.layers, judge.arch, judge.bits) for path, policy in policies.items()}
         if options.output:
             [(path, policy)] = policies.items()
-            write_policy(options.output, refined(judge, policy, choices[path], path, indicators, options.tries))
+            write_policy(options.output, refined(judge, policy, choices[path], path, indicators,
+                                                 options.tries or TRIES))
             print(f"policy written to {options.output}")
         else:
             rank(judge, choices)
@@ -74,14 +75,16 @@ def parse_arguments(arguments):
     parser.add_argument("--i", metavar="FILE.pkl", help="indicators by which swaps are ordered")
     parser.add_argument("--output", metavar="REFINED.yaml", help="where the refined policy goes")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"training images (default {IMAGES})")
-    parser.add_argument("--tries", type=int, default=TRIES, metavar="N",
+    parser.add_argument("--tries", type=int, metavar="N",
                         help=f"swaps that are tried before it ends (default {TRIES})")
     options = parser.parse_intermixed_args(arguments)
     for flag in ("images", "tries"):
-        if getattr(options, flag) < 1:
+        if getattr(options, flag) is not None and getattr(options, flag) < 1:
             raise UserError(f"--{flag}: found {getattr(options, flag)}, allowed is at least 1")
     if bool(options.i) != bool(options.output):
         raise UserError("--i, --output: go together; without both, policies are only ranked")
+    if options.tries is not None and not options.output:
+        raise UserError("--tries: belongs to --i and --output, which refine; without both, policies are only ranked")
     if options.output and options.images == 1:
         raise UserError("--images: found 1 image; a gain is compared with how much images differ, so give more")
     if options.output and len(options.policy) > 1:

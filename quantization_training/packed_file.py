@@ -16,11 +16,12 @@ import numpy as np
 from packing import packed_length
 from util import formats
 from util.config import describe, kind_of, read_bytes
-from util.errors import UserError, naming, reason
+from util.errors import UserError, advising, naming, reason
 
 VERSION = 1
 KEY = "limpqp"
 ARCHIVE = b"PK\x03\x04"  # how a checkpoint begins
+PACK_FIRST = "python export.py CHECKPOINT --output FILE.safetensors packs one"
 NO_CHECKSUM = "0" * 64
 MAP = ".map"
 MOST_PIXELS = 4096
@@ -132,7 +133,8 @@ def read_packed(path):
 
     A UserError names the file and what is wrong: damage, another kind, a newer version, a header unlike the tensors.
     """
-    return parse_packed(read_bytes(path, "the packed model", limit=None), path)
+    with advising(path, PACK_FIRST):
+        return parse_packed(read_bytes(path, "the packed model", limit=None), path)
 
 
 def parse_packed(data, path):
@@ -153,8 +155,7 @@ def _read_header(data):
     """The header in the bytes of a file, of this version, its checksum compared."""
     kind = kind_of(data)
     if data.startswith(ARCHIVE):
-        raise UserError("not a packed model, but perhaps a checkpoint; python export.py CHECKPOINT --output FILE.safetensors "
-                        "packs one")
+        raise UserError(f"not a packed model, but perhaps a checkpoint; {PACK_FIRST}")
     if len(data) < formats.SAFETENSORS_LENGTH + 2 or data[formats.SAFETENSORS_LENGTH:formats.SAFETENSORS_LENGTH + 1] != b"{":
         why = f"is {kind}" if kind else "does not begin like safetensors"
         raise UserError(f"damaged or not a packed model (it {why})")

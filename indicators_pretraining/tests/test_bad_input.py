@@ -257,7 +257,8 @@ def test_ctrl_c_while_a_command_starts_ends_it_without_a_traceback(tmp_path, pro
     (tmp_path / "util").mkdir()
     shutil.copy(errors.__file__, tmp_path / "util")
     (tmp_path / "command.py").write_text(f"from util.errors import user_errors_on_one_line\n{program}\n")
-    ended = subprocess.run([sys.executable, "command.py"], cwd=tmp_path, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "command.py"], cwd=tmp_path, capture_output=True, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # shells ignore it in background
     assert (ended.returncode, ended.stderr) == (status, said)
 
 

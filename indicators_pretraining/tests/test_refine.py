@@ -252,6 +252,7 @@ def test_a_gain_that_other_images_might_undo_is_none():
     (["--policy", "u3.yaml", "--i", "none.pkl", "--output", "o.yaml", "dataloader.path=none"], "none.pkl: cannot read"),
     (["--policy", "u3.yaml", "--i", "resnet.pkl", "--output", "o.yaml"], "--i: resnet.pkl is of 'resnet18', but arch is"),
     (["--policy", "u3.yaml", "--i", "other.pkl", "--output", "o.yaml"], "; it is a file of another network"),
+    (["--policy", "u3.yaml", "--tries", "3"], "--tries: belongs to --i and --output"),
     (["--policy", "u3.yaml", "--tries", "0"], "--tries: found 0"),
     (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "config.yaml"], "--output: config.yaml is"),
     (["--policy", "u3.yaml", "--i", "i.pkl", "--output", "u3.yaml"], "--output: u3.yaml is"),

@@ -768,6 +768,6 @@ def test_what_cannot_be_packed_is_said_in_one_line(capsys):
                                ([FILE, "--output", "a.onnx"], "a.onnx ends in .onnx, as ONNX models do; packed models end in"),
                                ([FILE, "--onnx", "a.safetensors"], "--onnx: a.safetensors ends in .safetensors"),
                                ([FILE, "--output", "a", "--report", "a_best.pth.tar"], "reports end in .html"),
-                               (["--inspect", "nowhere"], "nowhere: cannot read the packed model")):
+                               (["--inspect", "nowhere"], "(No such file or directory); python export.py CHECKPOINT")):
         assert message in complaint(capsys, export.main, *arguments)
     assert not os.path.exists(PACKED)

@@ -28,6 +28,7 @@ from util.errors import UserError, nearest, reason
 
 MAX_VALUES = 100_000
 MAX_NUMBER_BITS = 1023  # what a float surely holds
+SHORTEST = 8  # bytes that tell text from what is left of another file
 MAX_YAML_FILE = 2**18
 MAX_LEVELS = 50
 AUTO = "auto"
@@ -150,7 +151,7 @@ def kind_of(data):
     if beginning.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8")):
         return "an image"
     text = beginning.decode("utf-8", "ignore")
-    if not text or not all(character.isprintable() or character.isspace() for character in text):
+    if len(data) < SHORTEST or not all(character.isprintable() or character.isspace() for character in text):
         return ""
     return "a policy" if b"\nlayer_name:" in data and b"\nweight_bits:" in data else "text"
 

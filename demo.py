@@ -5,7 +5,10 @@ python demo.py --pruned    ResNet-20: dense, 50 % and 80 % sparse, each searched
 with --record              also write it into measurements/, for the README; python -m measurements.pages puts it there
 """
 
+import argparse
 import csv
+import os
+import statistics
 import subprocess
 import sys
 import time
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from experiments.steps import Command
+from experiments.steps import Command, Runner
 
 ROOT = Path(__file__).resolve().parent
 PRETRAINING, SEARCH, TRAINING = "indicators_pretraining", "quantization_search", "quantization_training"
@@ -23,7 +26,8 @@ TUNED = f"results/{NAME}_w3a3/{NAME}_w3a3_checkpoint.pth.tar"
 PACKED = f"results/{NAME}_w3a3.safetensors"
 SPEED_BATCH = 64
 ACCURACY = f"{TRAINING}/results/{NAME}.png"
-ROWS = {"dense, 32 bits": f"{NAME}_dense", "uniform W3A3": f"{NAME}_uniform_w3a3", "searched at W3A3": f"{NAME}_w3a3"}
+DENSE, UNIFORM, SEARCHED = "dense, 32 bits", "uniform W3A3", "searched at W3A3"
+SEEDS = range(3)  # of fine-tuning
 LEVELS = {0: "dense", 1: "50 % sparse", 2: "80 % sparse"}
 PRUNED = "results/resnet20_digits_pruning"
 
@@ -37,9 +41,9 @@ def training(title, folder, name, config, *overrides):
     return step(title, folder, ["main.py", config, *overrides], f"results/{name}/summary.yaml")
 
 
-def extraction(title, name, indicators, *more):
-    return step(title, PRETRAINING, ["importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar", *more,
-                                     "--output", indicators], indicators)
+def extraction(title, name, indicators):
+    return step(title, PRETRAINING, ["importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar", "--output",
+                                     indicators], indicators)
 
 
 def search(title, indicators, policy, *budgets):
@@ -49,18 +53,30 @@ def search(title, indicators, policy, *budgets):
 
 
 def steps():
-    """make demo."""
-    indicators, tuning = f"results/{NAME}/joint_fisher.pkl", f"finetune_{NAME}_w3a3.yaml"
-    return [
+    """make demo: what runs before fine-tuning, fine-tuning for each seed, and what runs after it."""
+    indicators, tuning = f"results/{NAME}/fisher.pkl", f"finetune_{NAME}_w3a3.yaml"
+    first = [
         training("train a small MobileNetV2 in full precision", TRAINING, f"{NAME}_dense", f"config_{NAME}.yaml"),
         training("train it jointly at all bit-widths", PRETRAINING, NAME, f"config_{NAME}.yaml"),
-        extraction("extract the importance indicators", NAME, indicators, "--of", "joint_fisher"),
+        step("measure the importance indicators", PRETRAINING, ["sensitivity.py", f"config_{NAME}.yaml", "--of", "fisher",
+                                                                "--output", indicators], indicators),
         search("search a policy at the BitOPs of uniform W3A3", indicators, POLICY, "--wb", "3", "--ab", "3", "--cr", "0"),
-        training("fine-tune at the searched policy", TRAINING, f"{NAME}_w3a3", tuning),
-        training("fine-tune at uniform 3 bits", TRAINING, f"{NAME}_uniform_w3a3", tuning, f"name={NAME}_uniform_w3a3",
-                 "policy=", "weight_bits=3", "act_bits=3"),
-        step("pack the searched network", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED),
     ]
+    uniform = ["policy=", "weight_bits=3", "act_bits=3"]
+    tunings = [training(f"fine-tune {how}, seed {seed}", TRAINING, name, tuning,
+                        *([f"name={name}", *words] if words or seed else []), *([f"seed={seed}"] if seed else []))
+               for how, names, words in (("at the searched policy", runs_of(SEARCHED), []),
+                                         ("at uniform 3 bits", runs_of(UNIFORM), uniform))
+               for seed, name in zip(SEEDS, names, strict=True)]
+    return first, tunings, [step("pack the searched network", TRAINING, ["export.py", TUNED, "--output", PACKED], PACKED)]
+
+
+def runs_of(network):
+    """The names of the runs of a network, a run for each seed; the dense one has one."""
+    if network == DENSE:
+        return [f"{NAME}_dense"]
+    name = f"{NAME}_w3a3" if network == SEARCHED else f"{NAME}_uniform_w3a3"
+    return [f"{name}_seed{seed}" if seed else name for seed in SEEDS]
 
 
 def pruned_steps():
@@ -88,14 +104,26 @@ def name_of(level):
     return f"resnet20_digits_level_{level}"
 
 
-def run(command):
-    """Run a command, unless its output is there already; returns whether it ran."""
+def announced(command):
+    """Whether a command has to run; what it made is named otherwise."""
     if command.is_done:
         print(f"\n== {command.key}: found {command.made.relative_to(ROOT)}")
+    else:
+        print(f"\n== {command.key}\n$ {command.line}", flush=True)
+    return not command.is_done
+
+
+def run(command):
+    """Run a command, unless its output is there already; returns whether it ran."""
+    if not announced(command):
         return False
-    print(f"\n== {command.key}\n$ {command.line}", flush=True)
     begun = time.time()
-    status = command.start(ROOT).wait()
+    process = command.start(ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the command got it, too
+        process.wait()
+        sys.exit("stopped; the same command goes on from there")
     if status:
         sys.exit(f"the command above ended with status {status}; mend what it says and run the demo again")
     print(f"({time.time() - begun:.0f} s)")
@@ -106,23 +134,44 @@ def summary(folder, name):
     return yaml.safe_load((ROOT / folder / "results" / name / "summary.yaml").read_text())
 
 
+def run_together(commands):
+    """Run commands of one thread each, as many at a time as there are cores, unless their outputs are there already; returns
+    whether all of them ran."""
+    left = [command for command in commands if announced(command)]
+    logs = ROOT / TRAINING / "results" / "demo_logs"
+    failed = Runner(os.cpu_count(), ROOT, logs).run(left) if left else []
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; what they said lies in {logs}; mend it and run the demo again")
+    return len(left) == len(commands)
+
+
+def top1_of(network):
+    """Top-1 in % of each run of a network."""
+    return [summary(TRAINING, name)["top1"] for name in runs_of(network)]
+
+
 def rows():
-    """Accuracy and cost of each network, from the summaries of the runs."""
-    keys = ("top1", "size_mb", "ratio", "gbitops")
-    found = {title: summary(TRAINING, name) for title, name in ROWS.items()}
-    return [{"network": title, **{key: row[key] for key in keys}} for title, row in found.items()]
+    """Accuracy and cost of each network, from the summaries of its runs: the mean over seeds, and the standard deviation."""
+    found = []
+    for network in (DENSE, UNIFORM, SEARCHED):
+        top1, first = top1_of(network), summary(TRAINING, runs_of(network)[0])
+        found.append({"network": network, "top1": statistics.mean(top1),
+                      "top1_sd": statistics.stdev(top1) if len(top1) > 1 else "",
+                      **{key: first[key] for key in ("size_mb", "ratio", "gbitops")}})
+    return found
 
 
 def table(found):
-    lines = [f"{'network':<18} {'top-1 %':>8} {'size MB':>9} {'smaller':>9} {'BitOPs G':>9}"]
+    lines = [f"{'network':<18} {'top-1 %':>14} {'size MB':>9} {'smaller':>9} {'BitOPs G':>9}"]
     for row in found:
         top1, size, ratio, bitops = (float(row[key]) for key in ("top1", "size_mb", "ratio", "gbitops"))
-        lines.append(f"{row['network']:<18} {top1:>8.2f} {size:>9.4f} {ratio:>8.2f}x {bitops:>9.4f}")
+        spread = f" ± {float(row['top1_sd']):.2f}" if row["top1_sd"] else ""
+        lines.append(f"{row['network']:<18} {f'{top1:.2f}{spread}':>14} {size:>9.4f} {ratio:>8.2f}x {bitops:>9.4f}")
     return "\n".join(lines)
 
 
 def save_plot(found, path):
-    """Top-1 against BitOPs, a point for each network."""
+    """Top-1 against BitOPs: the mean over seeds of each network, and a dot for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +179,9 @@ def save_plot(found, path):
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for row in found:
-        axes.plot(1000 * row["gbitops"], row["top1"], "o")
+        [mean] = axes.plot(1000 * row["gbitops"], row["top1"], "o")
+        runs = top1_of(row["network"])
+        axes.plot([1000 * row["gbitops"]] * len(runs), runs, ".", alpha=0.5, color=mean.get_color())
         axes.annotate(row["network"], (1000 * row["gbitops"], row["top1"]), (6, 6), textcoords="offset points")
     axes.set(xscale="log", xlabel="BitOPs of the whole network in millions", ylabel="top-1 on the test set in %",
              xlim=(5, 5000))
@@ -200,20 +251,28 @@ def packed_speed():
 
 
 def main():
-    is_pruned = "--pruned" in sys.argv
-    if not {*sys.argv[1:]} <= {"--pruned", "--record"}:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--pruned", action="store_true")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
     begun = time.time()
-    have_run = [run(command) for command in (pruned_steps() if is_pruned else steps())]
-    found, seconds = pruned_rows() if is_pruned else rows(), time.time() - begun
-    if "--record" in sys.argv:
-        record(found, is_pruned, seconds if all(have_run) else None)
-    network, shown = ("ResNet-20", pruned_table(found)) if is_pruned else ("A small MobileNetV2", table(found))
+    if options.pruned:
+        have_run = [run(command) for command in pruned_steps()]
+    else:
+        before, tunings, after = steps()
+        have_run = [*map(run, before), run_together(tunings), *map(run, after)]
+    found, seconds = pruned_rows() if options.pruned else rows(), time.time() - begun
+    if options.record:
+        record(found, options.pruned, seconds if all(have_run) else None)
+    network, shown = ("ResNet-20", pruned_table(found)) if options.pruned else ("A small MobileNetV2", table(found))
     print(f"\n{network} on UCI digits (359 test images), {seconds:.0f} s in all\n\n{shown}\n")
-    if is_pruned:
+    if options.pruned:
         print(f"accuracy against sparsity: {PRETRAINING}/{PRUNED}/pruning.png")
     else:
-        size = packed_bytes()
+        size, ahead = packed_bytes(), [a - b for a, b in zip(top1_of(SEARCHED), top1_of(UNIFORM), strict=True)]
+        print(f"searched ahead of uniform bits by {statistics.mean(ahead):.2f} ± {statistics.stdev(ahead):.2f} points, over "
+              f"{len(ahead)} seeds of fine-tuning")
         save_plot(found, ROOT / ACCURACY)
         print(f"accuracy against BitOPs: {ACCURACY}")
         print(f"the bit-packed model: {TRAINING}/{PACKED}, {size:,} bytes ({size / 2**20:.4f} MB), computed "

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
+
 from steps import Command
 
 RUN = "summary.yaml"  # what a finished run folder holds
@@ -52,12 +53,11 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Command):
-    """A command for one combination of values. key: step name and values. after: the files it waits for."""
+    """A command for one combination of values. key: step name and values."""
 
     name: str
     values: dict
     makes: str
-    after: tuple = ()
 
     def read(self, flag):
         """The file that the command takes by this flag, where it is."""
@@ -121,7 +121,9 @@ def _read(path):
     try:
         own = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Words)
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise PlanError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        mark = getattr(error, "problem_mark", None)
+        why = (f"line {mark.line + 1}: {error.problem}" if mark else getattr(error, "strerror", None) or "no UTF-8 text")
+        raise PlanError(f"{path}: cannot be read ({why})") from None
     if not isinstance(own, dict) or set(own) - SECTIONS:
         odd = ", ".join(sorted(set(own) - SECTIONS)) if isinstance(own, dict) else type(own).__name__
         raise PlanError(f"{path}: found {odd}; allowed are {', '.join(sorted(SECTIONS))}")

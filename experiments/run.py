@@ -5,19 +5,16 @@ continues where it stopped. Tables (CSV) and plots are written next to the exper
 of each is computed and written to results/quick.
 """
 
-import argparse
-import concurrent.futures
 import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 from plan import PlanError, read_experiment
 from report import write_report
-from util.errors import user_errors_on_one_line
+from steps import Runner
+from util.command import Parser
+from util.errors import UserError, user_errors_on_one_line
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -25,7 +22,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT.yaml", type=Path)
     parser.add_argument("--quick", action="store_true", help="the small version")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time, one thread each (all cores)")
@@ -47,13 +44,13 @@ def main(arguments=None):
     try:
         experiments = [read_experiment(path, ROOT, *seen, data, options.quick) for path in options.experiments]
     except PlanError as error:
-        sys.exit(f"error: {error}")
+        raise UserError(error) from None
     if options.dry_run:
         for step in left_over(experiments):
             print(f"({step.line})", flush=True)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops like Ctrl-C, and so do the commands
-    failed = [] if options.report else Runner(options.jobs, results).run(experiments)
+    failed = [] if options.report else Runner(options.jobs, ROOT, results / "logs").run(left_over(experiments))
     for experiment in experiments:
         write_report(experiment, tables)
     if failed:
@@ -64,7 +61,10 @@ def main(arguments=None):
 def find_data(typed):
     """The folder of Fashion-MNIST's files: the one typed, Debian's where it is, or one for torchvision to download into."""
     if typed:
-        return Path(typed).expanduser().resolve()
+        folder = Path(typed).expanduser().resolve()
+        if not folder.is_dir():
+            raise UserError(f"--data: {typed} is no folder; leave it out to have the files downloaded")
+        return folder
     return DEBIAN if DEBIAN.exists() else ROOT / "data"
 
 
@@ -75,65 +75,6 @@ def left_over(experiments):
         for step in experiment.steps:
             steps.setdefault(step.made, step)
     return [step for step in steps.values() if not step.is_done]
-
-
-class Runner:
-    """Runs steps as soon as what they wait for is there, `jobs` at a time; logs lie in `folder`/logs."""
-
-    def __init__(self, jobs, folder):
-        self.jobs, self.logs = jobs, folder / "logs"
-        self.lock = threading.Lock()
-        self.running = set()
-
-    def run(self, experiments):
-        """Run everything that is left; return the keys of the steps that failed, or that wait for one that did."""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        waiting, failed = left_over(experiments), []
-        total, futures = len(waiting), {}
-        print(f"{total} commands are left, {self.jobs} at a time", flush=True)
-        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                while waiting or futures:
-                    ready = [step for step in waiting if all(path.exists() for path in step.after)]
-                    for step in ready[:self.jobs - len(futures)]:
-                        waiting.remove(step)
-                        futures[pool.submit(self._execute, step)] = step
-                    if not futures:
-                        break  # what is left waits for something that failed
-                    for future in concurrent.futures.wait(futures, return_when="FIRST_COMPLETED").done:
-                        step = futures.pop(future)
-                        seconds, status = future.result()
-                        done = total - len(waiting) - len(futures)
-                        ended = f"status {status}" if status else "done"
-                        print(f"[{done}/{total}] {step.key}: {ended} in {seconds:.0f} s", flush=True)
-                        if status:
-                            failed.append(step.key)
-            except KeyboardInterrupt:
-                self._stop()
-                raise SystemExit("stopped; the same command goes on from there") from None
-        return failed + [step.key for step in waiting]
-
-    def _execute(self, step):
-        """Run one command in its folder; return (seconds, status)."""
-        begun = time.time()
-        with open(self.logs / f"{step.key.replace(' ', '_').replace('/', '_')}.log", "ab") as log:
-            log.write(f"$ {step.line}\n".encode())
-            log.flush()
-            process = step.start(ROOT, env={"OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=log,
-                                 stderr=subprocess.STDOUT)
-            with self.lock:
-                self.running.add(process)
-            status = process.wait()
-            with self.lock:
-                self.running.discard(process)
-        if not status and not step.is_done:
-            status = f"0, but {step.made} is missing"
-        return time.time() - begun, status
-
-    def _stop(self):
-        with self.lock:
-            for process in self.running:
-                process.terminate()
 
 
 if __name__ == "__main__":

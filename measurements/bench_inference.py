@@ -2,12 +2,13 @@
 
 cd quantization_training && python ../measurements/bench_inference.py [--threads N] [--output FILE.csv]
 
-Weights are random, and bits 4: neither changes the times. The memory of a way is measured in a process of its own: its
-weights, and by how much the resident set grows while it computes. Linux only.
+Weights are random, and bits 4: neither changes the times. The memory of a way is measured in processes of their own, the
+median of three: its weights, and by how much the resident set grows while it computes. Linux only.
 """
 
 import ctypes
 import gc
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def rows_of(arch):
             peak = {}
             if row["way"] in (benchmark.DENSE, benchmark.INTEGER):
                 command = [sys.executable, __file__, "--peak", arch, row["way"], str(batch)]
-                peak["peak_mb"] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+                peak["peak_mb"] = statistics.median(map(float, found))
             yield {"network": arch, "threads": torch.get_num_threads(), **row, **peak}
 
 

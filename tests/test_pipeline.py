@@ -205,14 +205,14 @@ def test_two_processes_walk_stages_one_and_three(walked, stages):
 
 def test_the_way_of_the_readme(stages):
     """The commands of the README, and of the demo, on fewer images."""
-    name, of_joint = "mobilenet_digits", "../indicators_pretraining/results/mobilenet_digits/joint_fisher.pkl"
+    name, indicators = "mobilenet_digits", "results/mobilenet_digits/fisher.pkl"
     tuned = f"results/{name}_w3a3/{name}_w3a3_checkpoint.pth.tar"
     command(stages["training"], "main.py", f"config_{name}.yaml", *SMALL, "warmup_epochs=0")
     command(stages["pretraining"], "main.py", f"config_{name}.yaml", *SMALL)
-    command(stages["pretraining"], "importance_extractor.py", f"results/{name}/{name}_checkpoint.pth.tar",
-            "--of", "joint_fisher", "--output", f"results/{name}/joint_fisher.pkl")
-    command(stages["search"], "search.py", "--i", of_joint, "--b", *BITS, "--wb", "3", "--ab", "3", "--cr", "0",
-            "--bops", "True", "--output", f"results/policy_{name}_w3a3.yaml")
+    command(stages["pretraining"], "sensitivity.py", f"config_{name}.yaml", *SMALL, "--of", "fisher", "--images", "16",
+            "--output", indicators)
+    command(stages["search"], "search.py", "--i", f"../indicators_pretraining/{indicators}", "--b", *BITS, "--wb", "3",
+            "--ab", "3", "--cr", "0", "--bops", "True", "--output", f"results/policy_{name}_w3a3.yaml")
     command(stages["training"], "main.py", f"finetune_{name}_w3a3.yaml", *SMALL)
     said = command(stages["training"], "main.py", f"eval_{name}_w3a3.yaml", *SMALL[:2])
     summary = yaml.safe_load((stages["training"] / f"results/{name}_w3a3/summary.yaml").read_text())

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from plan import read_experiment
-from run import HERE, Runner, left_over
+from run import HERE, left_over
+from steps import Runner
 
 STAGE = '''
 import pathlib, sys, time
@@ -43,24 +44,24 @@ def experiment(root, fails=""):
 
 
 @pytest.fixture
-def runner(root, monkeypatch):
-    monkeypatch.setattr("run.ROOT", root)
-    return Runner(2, root / "results")
+def run(root):
+    """Runs what is left of experiments, two commands at a time."""
+    return lambda *experiments: Runner(2, root, root / "results" / "logs").run(left_over(experiments))
 
 
-def test_every_step_runs_once_after_what_it_waits_for(root, runner):
-    assert runner.run([experiment(root), experiment(root)]) == []
+def test_every_step_runs_once_after_what_it_waits_for(root, run):
+    assert run(experiment(root), experiment(root)) == []
     order = (root / "stage" / "order.txt").read_text().split()
     assert sorted(order) == sorted([*(f"early{seed}" for seed in range(3)), *(f"late{seed}" for seed in range(3))])
     assert all(order.index(f"early{seed}") < order.index(f"late{seed}") for seed in range(3))
 
 
-def test_what_is_there_is_not_made_again(root, runner):
-    runner.run([experiment(root)])
+def test_what_is_there_is_not_made_again(root, run):
+    run(experiment(root))
     (root / "results" / "late1.yaml").unlink()
     (root / "stage" / "order.txt").unlink()
     assert [step.key for step in left_over([experiment(root)])] == ["late 1"]
-    assert runner.run([experiment(root)]) == []
+    assert run(experiment(root)) == []
     assert (root / "stage" / "order.txt").read_text().split() == ["late1"]
 
 
@@ -71,19 +72,19 @@ def test_a_step_of_several_experiments_has_its_place_in_the_first(root):
     assert [step.key for step in left_over([both, first, both])] == [step.key for step in left_over([both])] + ["own"]
 
 
-def test_a_failure_is_reported_with_what_waits_for_it_and_the_rest_is_done(root, runner):
+def test_a_failure_is_reported_with_what_waits_for_it_and_the_rest_is_done(root, run):
     failing = experiment(root, fails="fails")
     (root / "results" / "early1.yaml").write_text("x: 1")
-    failed = runner.run([failing])
+    failed = run(failing)
     assert sorted(failed) == ["early 0", "early 2", "late 0", "late 2"]
     assert (root / "results" / "late1.yaml").exists()
     assert "early2" in (root / "results" / "logs" / "early_2.log").read_text()
 
 
-def test_a_command_that_makes_nothing_has_failed(root, runner):
+def test_a_command_that_makes_nothing_has_failed(root, run):
     plan = experiment(root)
     (root / "stage" / "make.py").write_text("")
-    assert len(runner.run([plan])) == 6
+    assert len(run(plan)) == 6
 
 
 def test_a_stopped_runner_stops_its_commands_and_says_how_to_go_on(root):
@@ -106,10 +107,12 @@ def test_a_stopped_runner_stops_its_commands_and_says_how_to_go_on(root):
             os.kill(int(pid.stem), 0)
 
 
-@pytest.mark.parametrize(("words", "said"), [(["missing.yaml"], "missing.yaml"), (["policies.yaml", "--jobs", "0"], "--jobs")])
+@pytest.mark.parametrize(("words", "said"), [
+    (["missing.yaml"], "missing.yaml"), (["policies.yaml", "--jobs", "0"], "--jobs"), (["policies.yaml", "--rep"], "--rep"),
+    (["policies.yaml", "--dry-run", "--data", "/nothere"], "--data: /nothere is no folder")])
 def test_misuse_ends_in_one_line(words, said):
     done = subprocess.run([sys.executable, "run.py", *words], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_output_that_nobody_reads_ends_quietly():

@@ -26,9 +26,8 @@ COMMAND = re.compile(r"(python3?|torchrun|pip|make|bash|sh|\./\S+) ")
 TESTED = {
     "tests/test_pipeline.py::test_the_way_of_the_readme": [
         "python main.py config_mobilenet_digits.yaml",
-        "python importance_extractor.py results/mobilenet_digits/mobilenet_digits_checkpoint.pth.tar --of joint_fisher "
-        "--output results/mobilenet_digits/joint_fisher.pkl",
-        "python search.py --i ../indicators_pretraining/results/mobilenet_digits/joint_fisher.pkl "
+        "python sensitivity.py config_mobilenet_digits.yaml --of fisher --output results/mobilenet_digits/fisher.pkl",
+        "python search.py --i ../indicators_pretraining/results/mobilenet_digits/fisher.pkl "
         "--b 6 5 4 3 2 --wb 3 --ab 3 --cr 0 --bops True --output results/policy_mobilenet_digits_w3a3.yaml",
         "python main.py finetune_mobilenet_digits_w3a3.yaml",
         "python main.py eval_mobilenet_digits_w3a3.yaml",
@@ -60,7 +59,7 @@ TESTED = {
     "indicators_pretraining/tests/test_sensitivity.py::test_the_file_is_as_the_extractor_writes_it": [
         "python sensitivity.py config_mobilenet_digits.yaml --output results/sensitivity.pkl --images 1000"],
     "indicators_pretraining/tests/test_joint_sensitivity.py::test_the_file_is_as_the_extractor_writes_it": [
-        "python sensitivity.py config_mobilenet_digits.yaml --of fisher --output results/fisher.pkl --images 300",
+        "python sensitivity.py config_mobilenet_digits.yaml --of fisher --output results/fisher.pkl",
         "python sensitivity.py config_mobilenet_digits.yaml --of kl --output results/kl.pkl"],
     "indicators_pretraining/tests/test_taylor.py::test_the_checkpoint_has_sums_of_the_last_epoch_which_the_extractor_reads": [
         "python importance_extractor.py results/mobilenet_digits/mobilenet_digits_checkpoint.pth.tar --of joint_fisher "

@@ -9,9 +9,7 @@ measurements/onnx_products.csv. --classes: how many images of its test set each 
 PyTorch does, with `--profile integer`; writes measurements/onnx_classes.csv.
 """
 
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, ".")  # the stage
@@ -31,7 +29,7 @@ from util.errors import UserError, user_errors_on_one_line
 NETWORKS = {"resnet50": 224, "resnet18": 224, "mobilenet_v2": 224, "resnet20": 32, "vit_tiny_patch4_32": 32}
 BATCHES = 1, 16
 PRODUCTS = (65, 192, 768), (197, 768, 3072), (1, 2048, 1000), (16, 2048, 1000)  # rows, inputs, outputs
-BLOCK, REPEATS = 32, 11  # weights of MatMulNBits with one step; and rounds
+BLOCK = 32  # weights of MatMulNBits with one step
 
 
 def times(arch, size, batches):
@@ -80,15 +78,10 @@ def products(rows, inputs, outputs):
             "MatMulNBits": [*floats, ("MatMulNBits", ["f", "packed", "many", "", "", "bias"], "y", size)],
             "MatMulNBits, 8-bit inputs": [*floats, ("MatMulNBits", ["f", "packed", "many", "", "", "bias"], "y",
                                                     size | {"accuracy_level": 4})]}
-    sessions, times = {way: loaded(nodes, shared, inputs) for way, nodes in ways.items()}, {way: [] for way in ways}
-    for _ in range(REPEATS):
-        for way, runner in sessions.items():
-            begun = time.perf_counter()
-            runner.run(None, {"x": x})
-            times[way].append(time.perf_counter() - begun)
-    ms = {way: 1e3 * statistics.median(taken) for way, taken in times.items()}
-    return [{"rows": rows, "inputs": inputs, "outputs": outputs, "operator": way, "ms": value,
-             "over_float32": value / ms["float32"]} for way, value in ms.items()]
+    sessions = {way: loaded(nodes, shared, inputs) for way, nodes in ways.items()}
+    measured = measure({way: lambda x, runner=runner: runner.run(None, {"x": x}) for way, runner in sessions.items()}, x)
+    return [{"rows": rows, "inputs": inputs, "outputs": outputs, "operator": row["way"], "ms": row["ms"],
+             "over_float32": 1 / row["ratio"]} for row in measured]
 
 
 def loaded(nodes, constants, inputs):

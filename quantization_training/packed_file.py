@@ -20,7 +20,6 @@ from util.errors import UserError, advising, naming, reason
 
 VERSION = 1
 KEY = "limpqp"
-ARCHIVE = b"PK\x03\x04"  # how a checkpoint begins
 PACK_FIRST = "python export.py CHECKPOINT --output FILE.safetensors packs one"
 NO_CHECKSUM = "0" * 64
 MAP = ".map"
@@ -154,7 +153,7 @@ def parse_packed(data, path):
 def _read_header(data):
     """The header in the bytes of a file, of this version, its checksum compared."""
     kind = kind_of(data)
-    if data.startswith(ARCHIVE):
+    if kind == "a checkpoint":
         raise UserError(f"not a packed model, but perhaps a checkpoint; {PACK_FIRST}")
     if len(data) < formats.SAFETENSORS_LENGTH + 2 or data[formats.SAFETENSORS_LENGTH:formats.SAFETENSORS_LENGTH + 1] != b"{":
         why = f"is {kind}" if kind else "does not begin like safetensors"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from util.config import Scalar, decode_yaml, describe, kind_of, plain, read_bytes, unshared
+from util.config import Scalar, decode_yaml, describe, other_kind, plain, read_bytes, unshared
 from util.errors import UserError, advising, reason
 
 STEPS = "steps"  # the kind of indicators that are learned step sizes, in the units of their tensors; where none is said
@@ -69,8 +69,8 @@ def read_indicators(path):
     """
     with advising(path, INDICATORS_FIRST):
         data = read_bytes(path, "the indicators file", MAX_INDICATOR_FILE)
-    if kind_of(data) not in ("", "an indicators file"):
-        raise UserError(f"{path}: is {kind_of(data)}, not an indicators file; {INDICATORS_FIRST}")
+    if kind := other_kind(data, "an indicators file"):
+        raise UserError(f"{path}: is {kind}, not an indicators file; {INDICATORS_FIRST}")
     body, ending = data[:-CHECKSUM_LENGTH - 1], data[-CHECKSUM_LENGTH - 1:]
     has_checksum = ending.startswith(CHECKSUM)
     if has_checksum and ending != checksum(body) + b"\n":
@@ -225,8 +225,8 @@ def read_policy(path):
     """The mapping in a policy file; 'layer_name', 'weight_bits' and 'act_bits' are there, aligned and checked."""
     with advising(path, POLICY_FIRST):
         data = read_bytes(path)
-    if kind_of(data) not in ("", "text", "a policy"):
-        raise UserError(f"{path}: is {kind_of(data)}, not a policy; {POLICY_FIRST}")
+    if kind := other_kind(data, "text", "a policy"):
+        raise UserError(f"{path}: is {kind}, not a policy; {POLICY_FIRST}")
     content = decode_yaml(data, path)
     policy = plain(content)
     policy.pop("format", None)  # of files that ended in a checksum once; a policy is there to be edited

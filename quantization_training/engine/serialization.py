@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from util.config import MAX_NUMBER_BITS, describe, kind_of
+from util.config import MAX_NUMBER_BITS, describe, other_kind
 from util.errors import UserError, reason
 from util.exchange import CHECKSUM, CHECKSUM_LENGTH, checksum, is_bit, without_wrappers
 from util.formats import (
@@ -68,8 +68,8 @@ def pack(content):
 def unpack(data, name):
     """(what the bytes of a checkpoint, or of safetensors, hold, on the CPU; whether they carry a checksum). No code in them is
     run; what is more than tensors and plain containers is refused. `name` of the file stands in advice."""
-    if kind_of(data) not in ("", "a checkpoint", "a packed model", "a safetensors file"):
-        raise UserError(f"is {kind_of(data)}, not a checkpoint")
+    if kind := other_kind(data, "a checkpoint", "a packed model", "a safetensors file"):
+        raise UserError(f"is {kind}, not a checkpoint")
     has_checksum = check_ending(data)
     try:
         is_safetensors = data[SAFETENSORS_LENGTH:SAFETENSORS_LENGTH + 1] == b"{"

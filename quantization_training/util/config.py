@@ -156,10 +156,16 @@ def kind_of(data):
     return "a policy" if b"\nlayer_name:" in data and b"\nweight_bits:" in data else "text"
 
 
+def other_kind(data, *expected):
+    """What kind_of says of the bytes of a file, where that is none of these; else ''."""
+    kind = kind_of(data)
+    return "" if kind in expected else kind
+
+
 def decode_text(data, path):
     """The text in the bytes of a file: UTF-8, with a byte-order mark or without."""
-    if kind_of(data) not in ("", "text", "a policy"):
-        raise UserError(f"{path}: is {kind_of(data)}, expected text")
+    if kind := other_kind(data, "text", "a policy"):
+        raise UserError(f"{path}: is {kind}, expected text")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path}: the file is UTF-16 text; save it as UTF-8")
     try:

@@ -270,6 +270,34 @@ def test_an_operation_names_what_it_does():
         [[1.0, 2.0], [1.0, 2.0]], [[1.0, 1.0]], [2.0]]
 
 
+@st.composite
+def grouped_convolutions(draw):
+    """(x, weight, geometry) of grouped convolutions, most of them depthwise and on maps smaller than the kernel."""
+    kernel, strides, dilations = (draw(st.tuples(sides, sides)) for sides in map(st.integers, (1, 1, 1), (5, 3, 2)))
+    reaches = [dilation * (side - 1) + 1 for dilation, side in zip(dilations, kernel, strict=True)]
+    paddings = tuple(draw(st.integers(0, reach)) for reach in reaches)
+    sides = [max(draw(st.integers(1, 6)), reach - 2 * padding) for reach, padding in zip(reaches, paddings, strict=True)]
+    groups, inputs, outputs = draw(st.sampled_from([(3, 3, 3), (3, 3, 3), (3, 3, 6), (2, 4, 6), (1, 2, 1), (1, 1, 1)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(draw(st.integers(0, 3)), inputs, *sides, generator=generator, dtype=torch.float64)
+    weight = torch.randn(outputs, inputs // groups, *kernel, generator=generator, dtype=torch.float64)
+    return x, weight, (strides, paddings, dilations, groups)
+
+
+@SETTINGS
+@given(grouped_convolutions(), st.booleans())
+def test_gradients_of_grouped_convolutions_are_those_of_autograd(problem, has_bias):
+    x, weight, geometry = problem
+    operation = Operation((0, 15, 1.0), (8, 7, 1.0), torch.float64, (None, None), geometry)
+    parts = [x, weight, torch.ones(len(weight), dtype=torch.float64)][:2 + has_bias]
+    out = F.conv2d(*(part.requires_grad_() for part in parts), *([] if has_bias else [None]), *geometry)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+    expected = torch.autograd.grad(out, parts, grad)
+    found = operation.gradients(grad, x.detach(), weight.detach(), has_bias)
+    for ours, theirs in zip(found, expected, strict=False):
+        torch.testing.assert_close(ours, theirs)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiling.
 

@@ -34,10 +34,31 @@ class Operation:
         """The gradients of q, weight and bias from the gradient of of(q, weight, bias)."""
         if self.geometry is not None:
             *geometry, groups = self.geometry
-            return torch.ops.aten.convolution_backward(grad, q, weight, [weight.shape[0]] if has_bias else None, *geometry,
-                                                       False, [0, 0], groups, [True, True, has_bias])
+            is_small = (q.device.type == "cpu" and groups == q.shape[1] == weight.shape[0]
+                        and (q.shape[2] < weight.shape[2] or q.shape[3] < weight.shape[3]))
+            grad_q, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, q, weight, [weight.shape[0]] if has_bias else None, *geometry, False, [0, 0], groups,
+                [True, not is_small, has_bias])
+            return grad_q, _of_depthwise_weight(grad, q, weight, *geometry) if is_small else grad_weight, grad_bias
         flat = grad.reshape(-1, grad.shape[-1])
         return grad @ weight, flat.T @ q.reshape(-1, q.shape[-1]), flat.sum(0) if has_bias else None
+
+
+def _of_depthwise_weight(grad, x, weight, strides, paddings, dilations):
+    """The gradient of a depthwise weight, tap by tap; oneDNN has no fast way for maps smaller than the kernel.
+
+    d/dw[c, 0, i, j] = sum over n, h, w of grad[n, c, h, w] x[n, c, h stride - padding + i dilation, ...], x = 0 outside.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad, x = (map_.to(dtype, memory_format=torch.channels_last) for map_ in (grad, x))
+    x = F.pad(x, (paddings[1], paddings[1], paddings[0], paddings[0]))
+    rows, columns = ((out - 1) * stride + 1 for out, stride in zip(grad.shape[2:], strides, strict=True))
+    gradient = torch.empty_like(weight)
+    for i in range(weight.shape[2]):
+        for j in range(weight.shape[3]):
+            top, left = i * dilations[0], j * dilations[1]
+            gradient[:, 0, i, j] = (x[:, :, top:top + rows:strides[0], left:left + columns:strides[1]] * grad).sum((0, 2, 3))
+    return gradient
 
 
 class _QuantizedOperation(torch.autograd.Function):

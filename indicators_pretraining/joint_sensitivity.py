@@ -182,8 +182,7 @@ def fisher(model, switch, batches, seed=0):
         for bit, error in quantization_errors(switch.layers[name], kind, v, switch.bits):
             products = (error * grad).double()
             per_image = kind == "act" and v.dim() > 1 and len(v) == len(images)
-            value = products.flatten(1).sum(1) if per_image else products.sum()[None]
-            found[kind, name, bit] = found.get((kind, name, bit), 0) + value
+            found.setdefault((kind, name, bit), []).append(products.flatten(1).sum(1) if per_image else products.sum()[None])
 
     switch.uniform(max(switch.bits))
     with quantizers_watched(switch, watch), progress(sum(len(target) for _, target in batches)) as bar:
@@ -195,12 +194,15 @@ def fisher(model, switch, batches, seed=0):
             labels = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=draws)[:, 0].to(logits.device)
             F.cross_entropy(logits, labels, reduction="sum").backward()
             model.zero_grad(set_to_none=True)
-            for key, values in found.items():
-                totals[key] = totals.get(key, 0) + values.square().sum()
+            for key, calls in found.items():  # of a layer; by image only where each call of it has them apart
+                per_image = all(len(values) == len(images) for values in calls)
+                total = sum(calls) if per_image else sum(values.sum() for values in calls)
+                totals[key] = totals.get(key, 0) + total.square().sum()
             found.clear()
             bar.update(len(images))
     count = sum(len(target) for _, target in batches)
-    return {kind: {name: {bit: float(totals[kind, name, bit]) / (2 * count) for bit in switch.bits}
+    # No gradient reaches what feeds only outputs that are ignored, such as those of a second head.
+    return {kind: {name: {bit: float(totals.get((kind, name, bit), 0)) / (2 * count) for bit in switch.bits}
                    for name in switch.layers} for kind in KINDS}
 
 

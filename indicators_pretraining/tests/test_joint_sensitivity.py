@@ -10,14 +10,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_bad_input import complaint
+from torch import nn
 
 import importance_extractor
 import joint_sensitivity
 import main
 import sensitivity
 from engine.checkpoint import load_checkpoint
+from model.layer_table import trace
 from model.weights import load_state
 from network import build_network
+from quan.bit_switch import BitSwitch
+from quan.config import ExceptionConfig, QuanConfig, QuantizerConfig
+from quan.utils import joint_modules, replace_module_by_names
 from schema import IndicatorsConfig
 from small_networks import make_shallow
 from util.config import load_config
@@ -182,6 +187,40 @@ def test_fisher_is_half_the_mean_square_of_gradient_times_error():
     assert tables["act"][name][2] == pytest.approx(acts.square().mean().item() / 2, rel=1e-3)
     assert tables["weight"][name][2] == pytest.approx(weights.sum().item() ** 2 / 8 / 2, rel=1e-3)
     assert all(quantizer.quan_w_fn.index == 0 and quantizer.is_fused for quantizer in switch.layers.values())
+
+
+class SharedLayer(nn.Module):
+    """A layer that is called twice, one or both times without an axis of images; and one whose output is ignored."""
+
+    def __init__(self, is_first_flat):
+        super().__init__()
+        self.is_first_flat = is_first_flat
+        for name in ("stem", "shared", "aside", "fc"):
+            setattr(self, name, nn.Linear(6, 6))
+
+    def forward(self, x):
+        x = self.stem(x.flatten(1, 2))
+        first = self.shared(x.flatten(0, 1)).view_as(x) if self.is_first_flat else self.shared(x)
+        x = self.shared(first.tanh().flatten(0, 1)).view_as(x).mean(1)
+        self.aside(x)
+        return self.fc(x)
+
+
+def test_fisher_takes_a_batch_together_where_a_call_does_not_tell_images_apart_and_what_is_ignored_for_nothing():
+    excepts, found = {name: ExceptionConfig() for name in ("stem", "fc")}, []
+    for is_first_flat in (False, True):
+        torch.manual_seed(0)
+        model, bits = SharedLayer(is_first_flat), [6, 2]
+        graph, config = trace(model, 6), QuanConfig(act=QuantizerConfig(all_positive=False), excepts=excepts)
+        replace_module_by_names(model, joint_modules(model, graph, config, bits))
+        for layer in (model.shared, model.aside):
+            layer.quan_a_fn.s.data.fill_(0.3)
+        switch = BitSwitch(model.eval(), graph, excepts, bits)
+        found.append(joint_sensitivity.fisher(model, switch, [(torch.randn(11, 3, 6, 6), torch.zeros(11))]))
+        assert {value for table in found[-1].values() for value in table["aside"].values()} == {0}
+    for kind in ("weight", "act"):
+        mixed, flat = (tables[kind]["shared"] for tables in found)
+        assert mixed == pytest.approx(flat, rel=1e-4) and mixed[2] > 0
 
 
 @pytest.mark.parametrize("of", ["loss", "kl", "noise", "fisher"])

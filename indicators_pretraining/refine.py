@@ -16,6 +16,8 @@ from util.errors import user_errors_on_one_line  # first, for Ctrl-C
 
 # isort: split
 
+import math
+
 import torch
 
 from engine.metrics import calibrate_batchnorm, evaluation_mode
@@ -152,18 +154,27 @@ def rank(judge, choices):
         print(f"{divergence:8.4f} {cost['bitops_published'] / 1e9:9.4f} {cost['size_mb']:8.4f}  {path}")
 
 
-def refined(judge, policy, choice, path, indicators, tries):
-    """The content of the policy file that swaps lead to."""
-    candidates = policy.get("candidates", judge.bits)
-    bits = [bit for bit in judge.bits if bit in candidates or bit in choice.values()]
+def swaps_of(judge, policy, choice, path, indicators):
+    """(the Swaps within what a policy was searched under, the costs that order them)."""
     try:
+        candidates = policy.get("candidates", judge.bits)
+        bits = [bit for bit in judge.bits if bit in candidates or bit in choice.values()]
         alpha = float(policy.get("alpha", usual_alpha(indicators.get("kind", STEPS))))
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}")
         limits = (budgets_of(policy, judge.layers, judge.fixed, choice, path), held(policy, judge.layers),
                   floors_of(policy, judge.layers))
+    except UserError:
+        raise
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:  # of a section that was edited
-        raise UserError(f"{path}: alpha, constraints: not as the search writes them ({reason(error)})") from None
+        raise UserError(f"{path}: candidates, alpha, constraints: not as the search writes them ({reason(error)})") from None
     costs = costs_of(indicators, judge.layers, bits, alpha)
-    swaps = Swaps(judge.layers, costs, *limits)
+    return Swaps(judge.layers, costs, *limits), costs
+
+
+def refined(judge, policy, choice, path, indicators, tries):
+    """The content of the policy file that swaps lead to."""
+    swaps, costs = swaps_of(judge, policy, choice, path, indicators)
     least = judge.divergences(choice)
     before = least.mean().item()
     print(f"{path}: KL {before:.4f}")

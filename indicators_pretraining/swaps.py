@@ -12,6 +12,7 @@ from util.errors import UserError
 from util.exchange import stands_for
 
 MOST_MOVES = 4  # of the other direction, to make up for one
+NUMBERS = ("wb", "ab", "cr", "bops_budget", "size_budget", "avg_wb", "avg_ab", "act_mem")
 NOT_KEPT = ("latency_budget", "sparse_size", "sparse_bops", "same_bits")
 
 
@@ -45,7 +46,7 @@ def budgets_of(policy, layers, fixed, choice, path):
     macs, params = f"macs_{asked.get('macs', 'published')}", sum(row["params"] for row in fixed.values())
     size, bitops = (lambda row, w, a: row["params"] * w), (lambda row, w, a: row[macs] * w * a)
     elements = lambda row, w, a: row["act_elements"] * a  # noqa: E731 (as the two above)
-    number = {key: Fraction(str(value)) for key, value in asked.items() if type(value) in (int, float)}
+    number = {key: _exactly(asked[key]) for key in NUMBERS if asked.get(key) is not None}
     budgets = []
     if asked.get("bops"):
         budgets.append(Budget(bitops, sum(row[macs] for row in layers.values()) * number["wb"] * number["ab"]))
@@ -70,24 +71,37 @@ def budgets_of(policy, layers, fixed, choice, path):
     return [Budget(budget.use, max(budget.bound, budget.amount(layers, choice))) for budget in budgets]
 
 
+def _exactly(value):
+    if type(value) not in (int, float):
+        raise TypeError(f"found {value!r}, expected a number")
+    return Fraction(str(value))
+
+
 def held(policy, layers):
     """The layers that pins and ties of a policy hold as they are."""
     asked = policy.get("constraints") or {}
-    patterns = [*(asked.get("fix") or {}), *(pattern for patterns in asked.get("tie") or [] for pattern in patterns)]
-    return {name for name, row in layers.items() if any(_is_meant(pattern, name, row) for pattern in patterns)}
+    ties = asked.get("tie") or []
+    if not all(isinstance(patterns, list) for patterns in ties):
+        raise TypeError(f"tie: found {ties!r}, expected a list of lists")
+    patterns = [*(asked.get("fix") or {}), *(pattern for patterns in ties for pattern in patterns)]
+    return {name for pattern in patterns for name in _matching(pattern, layers)}
 
 
 def floors_of(policy, layers):
     """{(kind, layer): least bit-width} that a policy was searched with; layers without are left out."""
     floors = {}
     for pattern, pair in ((policy.get("constraints") or {}).get("at_least") or {}).items():
-        for name in (name for name, row in layers.items() if _is_meant(pattern, name, row)):
+        for name in _matching(pattern, layers):
             floors |= {(kind, name): max(bit, floors.get((kind, name), 0)) for kind, bit in zip(KINDS, pair, strict=True)}
     return floors
 
 
-def _is_meant(pattern, name, row):
-    return stands_for(pattern, name, row.get("shape"), row.get("groups", 1))
+def _matching(pattern, layers):
+    """The layers that a pattern of the search stands for."""
+    found = [name for name, row in layers.items() if stands_for(pattern, name, row.get("shape"), row.get("groups", 1))]
+    if not found:
+        raise ValueError(f"{pattern} matches no layer")
+    return found
 
 
 class Swaps:

@@ -279,9 +279,21 @@ def test_what_cannot_be_refined_is_refused(folder, capsys, words, message):
 
 @pytest.mark.parametrize("edited", [
     {"bops": True}, {"bops": True, "wb": "3", "ab": 3}, {"bops": True, "wb": 3, "ab": 3, "macs": "x"}, 3, [1], {"fix": 3},
-    {"tie": [3]}, {"cr": float("inf")}, {"cr": float("nan")}, {"at_least": {"*": 3}}])
+    {"tie": [3]}, {"cr": float("inf")}, {"cr": float("nan")}, {"at_least": {"*": 3}}, {"size_budget": "much"},
+    {"tie": ["3", "6"]}, {"at_least": {"con1": [3, 3]}}, {"fix": {"con1": [3, 3]}}])
 def test_a_section_of_constraints_that_was_edited_is_refused(folder, capsys, edited):
     write_uniform("edited.yaml", 3, constraints=edited)
     words = ["--policy", "edited.yaml", "--images", "32", "--i", "i.pkl", "--output", "o.yaml"]
     said = complaint(capsys, refine.main, "config.yaml", *words)
-    assert "edited.yaml: alpha, constraints: not as the search writes them" in said
+    assert "edited.yaml: candidates, alpha, constraints: not as the search writes them" in said
+
+
+@pytest.mark.parametrize(("edited", "message"), [
+    ({"candidates": 3}, "not as the search writes them"), ({"candidates": None}, "not as the search writes them"),
+    ({"candidates": "6 3"}, "not as the search writes them"), ({"alpha": "auto"}, "not as the search writes them"),
+    ({"alpha": float("nan")}, "(alpha is nan)"), ({"alpha": float("inf")}, "(alpha is inf)"), ({"alpha": -1}, "(alpha is -1"),
+    ({"constraints": {"sparse_size": True}}, "error: edited.yaml: was searched with sparse_size, which swaps cannot keep")])
+def test_other_keys_that_were_edited_and_budgets_that_swaps_cannot_keep_are_refused(folder, capsys, edited, message):
+    write_uniform("edited.yaml", 3, **edited)
+    words = ["--policy", "edited.yaml", "--images", "32", "--i", "i.pkl", "--output", "o.yaml"]
+    assert message in complaint(capsys, refine.main, "config.yaml", *words)

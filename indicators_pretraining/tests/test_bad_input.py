@@ -310,7 +310,8 @@ def test_extraction_never_overwrites_its_checkpoint(folder, capsys):
     ("c_best.pth.tar", "c_best.pth.tar ends in .pth.tar, as checkpoints do; indicators end in .pkl"),
     ("net.py", "net.py ends in .py, as Python files do"), ("p.YAML", "p.YAML ends in .yaml, as policies do"),
     ("", "found '', expected a name for the file"), ("/proc/i.pkl", "/proc/i.pkl cannot be written, since /proc is no folder"),
-    ("config.yaml/i.pkl", "config.yaml/i.pkl cannot be written, since"), (".", ". is a folder; name a file")])
+    ("config.yaml/i.pkl", "config.yaml/i.pkl cannot be written, since"), (".", ". is a folder; name a file"),
+    ("/dev/null", "/dev/null is a device or a pipe; name a file")])
 def test_what_cannot_be_an_output_is_refused_before_anything_is_read(folder, capsys, name, message):
     there = sorted(folder.iterdir())
     assert f"--output: {message}" in complaint(capsys, importance_extractor.main, "none", f"--output={name}")

@@ -270,6 +270,8 @@ def check_outputs(outputs, read):
             raise UserError(f"{flag}: found '', expected a name for {'the folder' if kind == FOLDER else 'the file'}")
         if kind != FOLDER and os.path.isdir(path):
             raise UserError(f"{flag}: {path} is a folder; name a file")
+        if kind != FOLDER and os.path.exists(path) and not os.path.isfile(path):  # which the superuser would replace
+            raise UserError(f"{flag}: {path} is a device or a pipe; name a file")
         for other, why in taken:
             if _is_same(path, other):
                 raise UserError(f"{flag}: {path} {why}; give another name for what is written")

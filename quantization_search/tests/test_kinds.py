@@ -65,11 +65,13 @@ def test_alpha_auto_brings_mean_bits_together(capsys, save, tmp_path, scale):
     printed, policy = run(capsys, path, f"{BUDGET} --alpha auto", tmp_path / "auto.yaml")
     assert f"alpha {policy['alpha']:g} brings" in printed
     difference = abs(sum(policy["weight_bits"]) - sum(policy["act_bits"]))
+    assert f"closest, of those tried: they differ by {difference / len(LAYERS):.3g}\n" in printed
     for alpha in (policy["alpha"] / 30, policy["alpha"] / 3, policy["alpha"] * 3, policy["alpha"] * 30):
         other = run(capsys, path, f"{BUDGET} --alpha {alpha:.6f}", tmp_path / "other.yaml")[1]
         assert difference <= abs(sum(other["weight_bits"]) - sum(other["act_bits"])), alpha
     again = run(capsys, path, f"{BUDGET} --alpha {policy['alpha']}", tmp_path / "again.yaml")[1]
     assert again == policy
+    assert "they differ by 1\n" in run(capsys, path, f"{BUDGET} --alpha auto --fix *=4,3 --wb 4", tmp_path / "pinned.yaml")[0]
     table = tmp_path / "sweep.csv"
     search.main(["--i", path, *flags("--alpha auto --sweep cr=7:9:1"), "--sweep-output", str(table)])
     assert len(table.read_text().splitlines()) == 4

@@ -35,6 +35,7 @@ from util.errors import UserError
 
 TINY = torch.finfo(torch.float64).tiny
 ONE_IMAGE = "--images: found 1 image; kl takes the statistics of BatchNorms from the images, so give more"
+COMPARING = ("kl", "loss")
 FISHER_BATCH = 8  # images whose gradients for a weight are squared together
 
 
@@ -47,6 +48,9 @@ def measure(config, of, images, device):
         images: how many training images are looked at, without augmentation; all, where there are fewer.
         device: where the network computes.
     """
+    if of in COMPARING and len(config.target_bits) == 1:
+        raise UserError(f"--of: {of} compares bit-widths with the highest, but target_bits is {config.target_bits}; take "
+                        "fisher or noise")
     found, network, batches, images = load_trained(config, of, images, device)
     model, switch = network.model, network.switch
     with evaluation_mode(model):

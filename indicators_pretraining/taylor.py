@@ -93,9 +93,12 @@ def loss_shares(checkpoint, source):
     """({kind: {layer: {bit: loss share}}}, {bit: k}) of a checkpoint of joint training.
 
     Raises:
-        UserError: where it holds no sums.
+        UserError: where it holds no sums, or those of a single bit-width.
     """
     sums, names, bits = _sums_of(checkpoint, source)
+    if len(bits) == 1:
+        raise UserError(f"--of: loss_share compares bit-widths with the highest, but {source} was trained at {bits} alone; "
+                        "take joint_fisher")
     means = sums[..., SUM] / sums[..., STEPS]
     shares, losses = means[:-1].clamp(min=0), means[-1]
     gaps = losses - losses[bits.index(max(bits))]

@@ -240,6 +240,7 @@ def test_the_file_is_as_the_extractor_writes_it(of):
 def test_the_checkpoint_may_be_named_and_is_needed(capsys):
     assert measured(f"resume.path={TRAINED}") == measured()
     for words, message in [
+            (["--output", "i.pkl", "target_bits=[4]"], "loss compares bit-widths with the highest, but target_bits is [4]"),
             (["--output", "i.pkl", "name=other"], "resume.path"),
             (["--output", TRAINED, f"resume.path={TRAINED}"], f"--output: {TRAINED} is also read"),
             (["--output", "i.pkl", f"resume.path={TRAINED}", "arch=resnet18"], "holds resnet20, but arch is resnet18"),

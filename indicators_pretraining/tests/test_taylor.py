@@ -145,6 +145,13 @@ def test_changes_that_help_have_no_share_and_odd_factors_are_named():
     assert factors[2] == 0.5 and tables["act"]["b"][2] == pytest.approx(0.035)
 
 
+def test_shares_of_a_single_bit_width_are_refused():
+    checkpoint = {**checkpoint_of(torch.ones(3, 4, 1), torch.ones(3, 1)), "bits": [4]}
+    with pytest.raises(UserError, match=r"--of: loss_share compares bit-widths .*, but c.pth was trained at \[4\] alone"):
+        loss_shares(checkpoint, "c.pth")
+    assert joint_fisher(checkpoint, "c.pth")["weight"]["a"][4] == 0.5
+
+
 @given(seed=st.integers(0, 2**31), steps=st.integers(2, 9), images=st.integers(1, 64))
 @settings(max_examples=30, deadline=None)
 def test_joint_fisher_is_half_the_mean_square_of_the_product_of_one_image(seed, steps, images):

@@ -112,12 +112,15 @@ def joint_fisher(checkpoint, source):
     """{kind: {layer: {bit: joint Fisher}}} of a checkpoint of joint training.
 
     Raises:
-        UserError: where it holds no sums.
+        UserError: where it holds no sums, or those of a single step, which do not show how T varies.
     """
     sums, names, bits = _sums_of(checkpoint, source)
     steps, total, squares = sums[:-1].unbind(-1)
+    if (steps < 2).any():
+        raise UserError(f"{source}: its sums of T are of one step, which does not show how T varies; end the epoch, or take a "
+                        "smaller dataloader.batch_size")
     mean = total / steps
-    variance = (squares - steps * mean.square()).clamp(min=0) / (steps - 1).clamp(min=1)
+    variance = (squares - steps * mean.square()).clamp(min=0) / (steps - 1)
     return _tables((checkpoint["taylor"]["images"] * variance + mean.square()) / 2, names, bits)
 
 

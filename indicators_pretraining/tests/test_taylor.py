@@ -152,6 +152,13 @@ def test_shares_of_a_single_bit_width_are_refused():
     assert joint_fisher(checkpoint, "c.pth")["weight"]["a"][4] == 0.5
 
 
+def test_a_single_step_does_not_show_how_changes_vary():
+    checkpoint = checkpoint_of(torch.ones(1, 4, 2), torch.tensor([[1.0, 2.0]]))
+    with pytest.raises(UserError, match="c.pth: its sums of T are of one step"):
+        joint_fisher(checkpoint, "c.pth")
+    assert loss_shares(checkpoint, "c.pth")[0]["weight"]["a"][2] == 0.25
+
+
 @given(seed=st.integers(0, 2**31), steps=st.integers(2, 9), images=st.integers(1, 64))
 @settings(max_examples=30, deadline=None)
 def test_joint_fisher_is_half_the_mean_square_of_the_product_of_one_image(seed, steps, images):

@@ -102,7 +102,8 @@ def run_sweep(config, study):
     found = [row for row in rows if "objective" in row]
     if not found:
         raise first_refusal
-    write_table(config, rows, [key, *COLUMNS, *(SPARSE_COLUMNS if study.network.sparse else ())])
+    alpha = ("alpha",) if config.alpha == AUTO else ()  # objectives of different ones cannot be compared
+    write_table(config, rows, [key, *COLUMNS, *alpha, *(SPARSE_COLUMNS if study.network.sparse else ())])
     if config.plot:
         draw_frontier(config, study, key, found)
         print(f"plot written to {config.plot}")
@@ -118,7 +119,7 @@ def solve_point(config, study, key, text, point):
     solution = solve(problem, point)
     costs = Costs(study.network, solution)
     status = "random" if solution.seed is not None else "optimal" if solution.optimal else "not proven"
-    row = {"status": status, "gap": solution.gap,
+    row = {"status": status, "gap": solution.gap, **({"alpha": point.alpha} if config.alpha == AUTO else {}),
            "objective": float(solution.objective), "penalty": float(solution.penalty)} | costs.as_plain()
     if config.sweep_policies:
         row["policy"] = os.path.join(config.sweep_policies, f"policy_{key}{text}.yaml")

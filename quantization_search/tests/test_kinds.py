@@ -1,5 +1,6 @@
 """What the kind of indicators decides, floors, and indicators by depth."""
 
+import csv
 import itertools
 
 import pytest
@@ -74,7 +75,11 @@ def test_alpha_auto_brings_mean_bits_together(capsys, save, tmp_path, scale):
     assert "they differ by 1\n" in run(capsys, path, f"{BUDGET} --alpha auto --fix *=4,3 --wb 4", tmp_path / "pinned.yaml")[0]
     table = tmp_path / "sweep.csv"
     search.main(["--i", path, *flags("--alpha auto --sweep cr=7:9:1"), "--sweep-output", str(table)])
-    assert len(table.read_text().splitlines()) == 4
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    one = run(capsys, path, f"--alpha {rows[0]['alpha']} --cr 7", tmp_path / "one.yaml")[1]
+    assert one["objective"] == pytest.approx(float(rows[0]["objective"]))
     assert run(capsys, path, "--avg-wb 3 --ab 32 --alpha auto", tmp_path / "p.yaml")[1]["alpha"] == 1
 
 

@@ -147,7 +147,8 @@ def choice_of(policy, path, layers, arch, bits):
 
 def rank(judge, choices):
     """Print the divergence and the cost of each policy, the least divergence first."""
-    found = sorted((judge.divergences(choice).mean().item(), path) for path, choice in choices.items())
+    found = [(judge.divergences(choice).mean().item(), path) for path, choice in choices.items()]
+    found.sort(key=lambda row: (math.isnan(row[0]), *row))  # last what gives outputs that are not finite
     print(f"{'KL':>8} {'GBitOPs':>9} {'MB':>8}  policy")
     for divergence, path in found:
         cost = cost_of(choices[path], judge.layers, judge.fixed)

@@ -1,6 +1,8 @@
 """Swaps keep the budgets and come in the order of their cost; a refined policy has less divergence, inside its budgets."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +238,15 @@ def test_policies_are_ranked_with_their_costs(folder, capsys):
     assert [line[-1] for line in lines] == ["u6.yaml", "u4.yaml", "u2.yaml"]
     divergences = [float(line[0]) for line in lines]
     assert divergences == sorted(divergences) and divergences[2] == pytest.approx(divergence_of("u2.yaml", 200), abs=2e-4)
+
+
+def test_policies_whose_outputs_are_not_finite_rank_last(capsys):
+    row = {"params": 1, "macs_published": 1, "macs_exact": 1}
+    judge = SimpleNamespace(divergences=lambda choice: torch.tensor([choice["divergence"]]), layers={"a": row}, fixed={})
+    values = {"nan.yaml": math.nan, "b.yaml": 2.0, "other.yaml": math.nan, "c.yaml": 1.0}
+    refine.rank(judge, {path: {("weight", "a"): 2, ("act", "a"): 2, "divergence": value} for path, value in values.items()})
+    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == ["c.yaml", "b.yaml", "nan.yaml", "other.yaml"]
 
 
 def test_a_gain_that_other_images_might_undo_is_none():

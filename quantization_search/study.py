@@ -1,5 +1,6 @@
 """One search: the indicators file and its network, the problem that a configuration asks for, and its solution."""
 
+import operator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -15,7 +16,7 @@ from util.errors import UserError
 from util.exchange import STEPS, read_indicators, usual_alpha
 
 EXCHANGED = {"reversed": mirrored, "depth": by_depth}
-LEAST_ALPHA, MOST_ALPHA, ALPHA_SOLUTIONS = -12, 12, 16  # powers of two
+USUAL_ALPHAS, MOST_ALPHA, ALPHA_SOLUTIONS = (-12, 12), 56, 16  # powers of two
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,26 @@ class Study:
         weights."""
         if config.weights_only or config.baseline == "random":
             return "1"
-        low, high, found = LEAST_ALPHA, MOST_ALPHA, []
+        found = self._tried_alphas(config, *USUAL_ALPHAS)
+        best = min(found)
+        if best[0] and len({is_more for *_, is_more in found}) == 1:  # units that are further apart
+            low, high = USUAL_ALPHAS
+            best = min(best, *self._tried_alphas(config, *((-MOST_ALPHA, low) if found[0][-1] else (high, MOST_ALPHA))),
+                       key=operator.itemgetter(0))
+        return best[2]
+
+    def _tried_alphas(self, config, low, high):
+        """[(difference of the sums of bits, alpha, the same as text, whether weights have more)] of a bisection."""
+        found = []
         for _ in range(ALPHA_SOLUTIONS):
             text = f"{2 ** ((low + high) / 2):.4g}"
             solution = solve(self.problem(replace(config, alpha=text)), config)
             difference = sum(solution.weight_bits) - sum(solution.act_bits)
-            found.append((abs(difference), Fraction(text), text))
+            found.append((abs(difference), Fraction(text), text, difference > 0))
             if not difference:
                 break
             low, high = (low, (low + high) / 2) if difference > 0 else ((low + high) / 2, high)
-        return min(found)[2]
+        return found
 
     def problem(self, config):
         """The integer program that the configuration asks for."""

@@ -58,7 +58,7 @@ def test_a_kind_that_is_no_word_is_refused(capsys, save, kind):
     assert f"{path}: kind: found {kind!r}, expected a word" in refused(capsys, search.main, ["--i", path])
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1, 50])
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1, 50, 1e9])
 def test_alpha_auto_brings_mean_bits_together(capsys, save, tmp_path, scale):
     value = content()
     value["weight"] = {name: {bit: scale * step for bit, step in row.items()} for name, row in value["weight"].items()}
@@ -66,6 +66,7 @@ def test_alpha_auto_brings_mean_bits_together(capsys, save, tmp_path, scale):
     printed, policy = run(capsys, path, f"{BUDGET} --alpha auto", tmp_path / "auto.yaml")
     assert f"alpha {policy['alpha']:g} brings" in printed
     difference = abs(sum(policy["weight_bits"]) - sum(policy["act_bits"]))
+    assert difference <= 2, "whatever the unit of weights"
     assert f"closest, of those tried: they differ by {difference / len(LAYERS):.3g}\n" in printed
     for alpha in (policy["alpha"] / 30, policy["alpha"] / 3, policy["alpha"] * 3, policy["alpha"] * 30):
         other = run(capsys, path, f"{BUDGET} --alpha {alpha:.6f}", tmp_path / "other.yaml")[1]

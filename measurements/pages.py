@@ -23,17 +23,19 @@ ON_DIGITS = {"vit_tiny_patch4_32_digits": "small ViT, 16x16 images", "mobilenet_
              "mobilenet_v2_digits_quan_act_all_positive_true":
                  "MobileNetV2, all inputs unsigned (`quan.act.all_positive=true`)"}
 SHIPPED = {"resnet50": "resnet50", "resnet18": "resnet18", "resnet20": "resnet20_fashion_mnist"}
-BITS_BY = {"fisher": "Fisher information", "refined": "joint Fisher, then refined",
+BITS_BY = {"uniform": "uniform", "fisher": "Fisher information", "joint_fisher": "joint Fisher, without extra passes",
            "fisher_quarter": "Fisher information, `--alpha 0.25`", "joint_fisher_quarter": "joint Fisher, `--alpha 0.25`",
-           "joint_fisher": "joint Fisher, without extra passes",
-           "loss": "loss", "depth": "depth", "kl": "KL divergence", "uniform": "uniform", "loss_share": "loss share",
-           "noise": "noise-to-signal ratio", "random2": "random, best of three draws", "steps": "step sizes (LIMPQ's)",
-           "steps_floors": "step sizes, `auto`, depthwise 4 bits or more", "steps_auto": "step sizes, `--alpha auto`",
-           "random0": "random, second draw", "random1": "random, third draw",
-           "fisher_reversed": "Fisher information, reversed"}
-SHORT = ("fisher", "joint_fisher", "uniform", "steps", "random2", "fisher_reversed")
-OTHERS = {"fisher": "Fisher", "joint_fisher": "joint Fisher", "joint_fisher_quarter": "joint Fisher, alpha 1/4", "kl": "KL",
-          "loss": "loss", "steps": "step sizes", "depth": "depth", "random0": "random", "fisher_reversed": "Fisher, reversed"}
+           "refined": "joint Fisher, then refined", "kl": "KL divergence", "loss": "loss", "loss_share": "loss share",
+           "noise": "noise-to-signal ratio", "steps": "step sizes (LIMPQ's)", "steps_auto": "step sizes, `--alpha auto`",
+           "steps_floors": "step sizes, `auto`, with floors", "depth": "depth", "random0": "random, first draw",
+           "random1": "random, second draw", "random2": "random, third draw",
+           "fisher_reversed": "Fisher information, reversed", "joint_fisher_reversed": "joint Fisher, reversed",
+           "kl_reversed": "KL divergence, reversed", "loss_share_reversed": "loss share, reversed",
+           "noise_reversed": "noise-to-signal ratio, reversed", "steps_reversed": "step sizes, reversed"}
+SHORT = ("fisher", "joint_fisher", "uniform", "steps", "random0", "fisher_reversed")
+NETWORKS = {"MobileNetV2, digits": "importance", "MobileNetV2, Fashion-MNIST": "importance_fashion",
+            "the demo's MobileNetV2, digits": "importance_demo", "small ViT, digits": "importance_vit",
+            "ResNet-20, Fashion-MNIST": "importance_resnet20"}
 GPUS_TAKE = (500, 1000, 2000, 4000)
 OURS = {"compiled": "", "not compiled": "quantizer without a compiler", "float32": "", "bfloat16": "the same in bfloat16"}
 
@@ -148,35 +150,29 @@ def policies_table(found):
                                            for policy in policies])
 
 
-def importance_table(found, title, policies):
-    """experiments/importance.yaml, at W3A3, of some policies; `title` stands over their names."""
-    lines = []
-    for policy in policies:
-        [line] = [line for line in found if (line["budget"], line["policy"]) == ("W3A3", policy)]
-        lines.append([BITS_BY[policy], spread(line), spread(line, "difference") if line["pairs"] != "0" else "", line["n"],
-                      number(line, "size_mb")])
-    return markdown([title, "top-1", "ahead of uniform bits by", "seeds", "MB"], lines)
+def importance_rows(name, budget):
+    """{policy: its row} of experiments/importance*.csv"""
+    return {line["policy"]: line for line in rows(f"experiments/{name}.csv") if line["budget"] == budget}
 
 
-def others_table(found):
-    """The other networks and budgets of experiments/importance*.yaml."""
-    lines = []
-    for network, budget, line_of in found:
-        cells = [f"{spread(line_of[policy], 'difference' if 'uniform' in line_of else 'top1')}" if policy in line_of else ""
-                 for policy in OTHERS]
-        lines.append([network, budget, spread(line_of["uniform"]) if "uniform" in line_of else "", *cells])
-    return markdown(["network", "budget", "uniform", *OTHERS.values()], lines)
+def mobilenet_table():
+    """The policies that matter most, on MobileNetV2 at W3A3."""
+    found = [importance_rows(name, "W3A3") for name in ("importance", "importance_fashion")]
+    lines = [[BITS_BY[policy], *(cell for of in found for cell in (
+        spread(of[policy]), spread(of[policy], "difference") if policy != "uniform" else ""))] for policy in SHORT]
+    return markdown(["bits by", "digits", "ahead of uniform bits by", "Fashion-MNIST", "ahead of uniform bits by"], lines)
 
 
-def other_networks():
-    """[(network, budget, {policy: its row})]"""
-    found = []
-    for network, name in (("MobileNetV2, digits", "importance"), ("the demo's MobileNetV2, digits", "importance_demo"),
-                          ("ResNet-20, Fashion-MNIST", "importance_resnet20"), ("small ViT, digits", "importance_vit")):
-        lines = rows(f"experiments/{name}.csv")
-        for budget in dict.fromkeys(line["budget"] for line in lines):
-            found.append((network, budget, {line["policy"]: line for line in lines if line["budget"] == budget}))
-    return found
+def importance_table(title, columns):
+    """All policies: top-1 of uniform bits, and by how much others are ahead; top-1 where there are no uniform bits.
+
+    columns: {heading: (name of the experiment, budget)}; `title` stands over the policies.
+    """
+    found = [importance_rows(*which) for which in columns.values()]
+    lines = [[shown, *((spread(of[policy], "top1" if policy == "uniform" or "uniform" not in of else "difference")
+                        if policy in of else "") for of in found)]
+             for policy, shown in BITS_BY.items() if any(policy in of for of in found)]
+    return markdown([title, *columns], lines)
 
 
 def ranks_table(found):
@@ -256,9 +252,11 @@ def read_indicators(name):
 def tables():
     return [demo.table(rows("measurements/demo.csv")), demo.pruned_table(rows("measurements/demo_pruned.csv")),
             policies_table(rows("experiments/policies.csv")),
-            importance_table(rows("experiments/importance.csv"), "bits by", SHORT),
-            importance_table(rows("experiments/importance.csv"), "all policies: bits by", BITS_BY),
-            ranks_table(rows("experiments/importance_ranks.csv")), others_table(other_networks()),
+            mobilenet_table(), importance_table("at W3A3, bits by", {head: (name, "W3A3") for head, name in NETWORKS.items()}),
+            importance_table("at other budgets, bits by", {
+                f"{head}, {budget}": (name, budget) for head, name in NETWORKS.items() for budget in ("W2.5A2.5", "W4A4")
+                if len(importance_rows(name, budget)) > 1}),
+            ranks_table(rows("experiments/importance_ranks.csv")),
             costs_table(rows("measurements/indicator_costs.csv")),
             search_table(rows("measurements/bench_search_2_cores.csv")),
             training_table(rows("measurements/bench_training_2_cores.csv")),
